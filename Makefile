@@ -1,0 +1,75 @@
+# Every target does the set-up it needs, on Debian/Ubuntu with Python >= 3.11 and PyPI.
+#
+#   make demo      prune, export and measure the two embedded networks
+#   make test      run the tests
+#   make check     lint, format, types
+#   make bench     run the benchmarks in their short form
+#   make install   only the set-up: .venv with everything in it
+#   make clean     remove caches and demo bundles (not .venv)
+#
+# Options: PYTHON=python3.12       the interpreter for .venv
+#          TORCH_INDEX=URL         one more package index, for example PyTorch's own with CPU builds
+#          EXTRAS=gpu,test,dev     other extras than the default (cpu and gpu exclude each other)
+#          PIP_OPTIONS=...         anything else for `pip install`
+#          PYTEST_OPTIONS=...      anything else for `pytest`
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS ?= cpu,trt-rtx,lite,test,dev
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
+BENCHMARKS = $(sort $(wildcard benchmarks/bench_*.py))
+
+export ORT_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test check bench install clean
+.DEFAULT_GOAL := demo
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/cswap-deploy build demo-resnet --ratio 0.4 -o demo-bundles/demo-resnet
+	$(BIN)/cswap-deploy build demo-vit --ratio 0.4 -o demo-bundles/demo-vit
+	@echo
+	@echo "The reports are here:"
+	@for model in demo-resnet demo-vit; do \
+		echo "  $(CURDIR)/demo-bundles/$$model/report.html"; done
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@if [ -z "$(BENCHMARKS)" ]; then echo "benchmarks/ holds no bench_*.py yet"; fi
+	@set -e; for file in $(BENCHMARKS); do \
+		echo "$$file --quick"; $(BIN)/python "$$file" --quick; done
+
+install: $(STAMP)
+
+# The stamp is written last: after an interruption the next run starts the set-up again.
+# torch stands in the same command as what needs it, or pip may fetch two builds of it.
+$(STAMP): pyproject.toml constraints.txt
+	@python=; for one in $(CANDIDATES); do \
+		if $$one -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+			python=$$one; break; fi; done; \
+	if [ -z "$$python" ]; then \
+		echo "no Python >= 3.11 among: $(CANDIDATES)" >&2; \
+		echo "  fix: apt-get install python3 python3-venv, or make PYTHON=/path/to/python" >&2; \
+		exit 1; fi; \
+	if ! $$python -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+		echo "$$python cannot make virtual environments: venv or ensurepip is missing" >&2; \
+		echo "  fix: apt-get install python3-venv" >&2; \
+		exit 1; fi; \
+	echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		-c constraints.txt torch==$(TORCH_VERSION) -e ".[$(EXTRAS)]"
+	@touch $@
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist demo-bundles
+	find cswap_deploy tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""What measuring will cost, by operation count, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.units import Group
+
+BUDGET_MACS = 20_000_000_000_000
+"""``--scoring-samples auto`` stays within this many multiply-accumulates: some minutes on two
+CPU cores."""
+MOST_IMAGES = 64
+FEWEST_IMAGES = 8
+_LATER_ROUNDS = 0.4
+"""Part of the units that a round after the first measures again, about."""
+
+
+def measuring_macs(graph: Graph, groups: Iterable[Group]) -> int:
+    """Multiply-accumulates of measuring every unit once, on one image.
+
+    Each unit runs what follows the cut at its group's consumers.
+    """
+    total = 0
+    for group in groups:
+        readers = [n for c in group.consumers for n in graph.readers(c.layer)]
+        total += group.units * graph.macs(graph.suffix(readers).nodes)
+    return total
+
+
+def loop_macs(graph: Graph, groups: Iterable[Group], *, images: int, rounds: int) -> int:
+    """Multiply-accumulates of the whole loop, about."""
+    per_image = measuring_macs(graph, groups)
+    return round(per_image * images * (1 + _LATER_ROUNDS * (rounds - 1)))
+
+
+def affordable_images(graph: Graph, groups: Iterable[Group], *, rounds: int) -> int:
+    """How many images a round may measure on; depends on the network only, not on the machine."""
+    one = loop_macs(graph, list(groups), images=1, rounds=rounds)
+    return max(FEWEST_IMAGES, min(MOST_IMAGES, BUDGET_MACS // max(one, 1)))

@@ -1,0 +1,283 @@
+"""The effect of each unit: intervene on it, run the rest of the network, compare the predictions.
+
+Two interventions, each with an exact physical counterpart:
+
+    zero   do(a_n := 0)       the paper's; deleting the unit
+    mean   do(a_n := E[a_n])  the constant is folded into the consumers' biases
+
+A consumer is linear in the unit, so its output under the intervention is
+
+    z - W_n * a_n + W_n * c        with c = 0 or E[a_n]
+
+and only what follows the consumer has to run. A group with several consumers (residual streams,
+squeeze-and-excitation) is cut at the first and masked again at each later one.
+
+Source: C-SWAP (arXiv:2510.18636).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from cswap_deploy.causal.partition import Env, Graph, elements
+from cswap_deploy.causal.units import Consumer, Group, channel_dim, input_sum, select_input
+from cswap_deploy.errors import StageError
+
+Intervention = Literal["zero", "mean"]
+Means = dict[str, Tensor]
+"""Consumer -> (I,) mean of each of its inputs over images and positions, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """Effects of some units of one group, on N images."""
+
+    group: str
+    units: np.ndarray
+    """(U,) int64."""
+    true_class: np.ndarray
+    """(U, N) float64, relative change of the true class's probability."""
+    kl: np.ndarray
+    """(U, N) float64, KL divergence from the network's output to the masked one's (nats)."""
+
+
+def relative_effect(p_masked: Tensor, p: Tensor) -> Tensor:
+    """Causal effect of each unit on the true class's probability.
+
+        xi[u, x] = (p_masked[u, x] - p[x]) / p[x]
+
+    Below zero the unit helps the prediction (removing it hurts); above zero it harms it.
+
+    Args:
+        p_masked: (U, N) float64, probability of image n's true class with unit u intervened on.
+        p: (N,) float64, the same without intervention, > 0.
+
+    Returns:
+        (U, N) float64.
+
+    Source:
+        C-SWAP (arXiv:2510.18636), the global causal effect before averaging over images.
+    """
+    return (p_masked - p) / p
+
+
+def kl_divergence(logits_masked: Tensor, logits: Tensor) -> Tensor:
+    """How far an intervention moves the whole output distribution; needs no labels.
+
+        kl[u, x] = sum_k p[x, k] * (log p[x, k] - log p_masked[u, x, k])
+
+    Args:
+        logits_masked: (U, N, K) float64.
+        logits: (N, K) float64.
+
+    Returns:
+        (U, N) float64, nats, >= 0.
+    """
+    log_p = F.log_softmax(logits, -1)
+    log_q = F.log_softmax(logits_masked, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
+
+
+def input_means(graph: Graph, layers: Sequence[str], images: Tensor, *, chunk: int) -> Means:
+    """Mean of every input channel of some layers, over images and positions.
+
+    Args:
+        graph: The network.
+        layers: Consumers.
+        images: (N, C, H, W).
+        chunk: Images per forward.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def observe(layer: str) -> Callable[[fx.Node, Env], None]:
+        dim = channel_dim(graph.module.get_submodule(layer))
+
+        def hook(node: fx.Node, env: Env) -> None:
+            x = graph.value(_input_of(node), env).movedim(dim, -1)
+            x = x.reshape(-1, x.shape[-1])
+            sums[layer] = sums.get(layer, 0.0) + x.sum(0, dtype=torch.float64)
+            counts[layer] = counts.get(layer, 0) + len(x)
+
+        return hook
+
+    hooks = {node: observe(layer) for layer in layers for node in graph.readers(layer)}
+    with torch.inference_mode():
+        for part in images.split(chunk):
+            graph.run(part, observe=hooks)
+    return {layer: (sums[layer] / counts[layer]).float() for layer in sums}
+
+
+def measure_group(
+    graph: Graph,
+    group: Group,
+    units: Sequence[int],
+    *,
+    images: Tensor,
+    labels: Tensor,
+    means: Means | None,
+    variant_bytes: int = 32 << 20,
+    tick: Callable[[int], None] | None = None,
+) -> Effects:
+    """Measure, exactly, what each unit of a group does to the prediction.
+
+    Args:
+        graph: The network as it stands.
+        group: Where the units are.
+        units: Which of them, by index.
+        images: (N, C, H, W) float32.
+        labels: (N,) int64, the true classes.
+        means: Of the consumers' inputs, for the ``mean`` intervention; ``None`` for ``zero``.
+        variant_bytes: Variants are batched until the largest activation after the cut has this
+            many bytes; larger does not run faster, and costs memory.
+        tick: Called with the number of units finished, for progress.
+
+    Returns:
+        Effects in the order of ``units``.
+
+    Raises:
+        StageError: A prediction is not finite; names the group.
+    """
+    consumers = [
+        (node, entry.layer, [torch.tensor(entry.indices[u]) for u in units])
+        for entry in group.consumers
+        for node in graph.readers(entry.layer)
+    ]
+    suffix = graph.suffix(node for node, _, _ in consumers)
+    inside = set(suffix.nodes)
+    first = [c for c in consumers if _input_of(c[0]) not in inside]
+    keep = {*suffix.cached, *(c[0] for c in first), *(_input_of(c[0]) for c in first)}
+    per_image = 4 * max((elements(n) for n in suffix.nodes), default=1)
+    image_chunk = max(1, min(len(images), variant_bytes // per_image))
+    true_class, kl = [], []
+    with torch.inference_mode():
+        for part, truth in zip(images.split(image_chunk), labels.split(image_chunk), strict=True):
+            logits, kept = graph.run(part, keep=keep)
+            cached = {n: kept[n] for n in suffix.cached}
+            step = max(1, variant_bytes // (per_image * len(part)))
+            rows_true, rows_kl = [], []
+            for at in range(0, len(units), step):
+                chosen = range(at, min(at + step, len(units)))
+                replace = {
+                    node: _Intervention(
+                        graph, layer, [indices[v] for v in chosen], means,
+                        kept.get(node), kept.get(_input_of(node)), cut=_input_of(node) not in inside,
+                    )
+                    for node, layer, indices in consumers
+                    if node in inside
+                }
+                masked = graph.run_suffix(
+                    suffix, cached, images=len(part), variants=len(chosen), replace=replace
+                )
+                xi, divergence = _compare(masked, logits, truth, len(chosen), group.name)
+                rows_true.append(xi)
+                rows_kl.append(divergence)
+                if tick is not None:
+                    tick(len(chosen) * len(part))
+            true_class.append(torch.cat(rows_true))
+            kl.append(torch.cat(rows_kl))
+    return Effects(
+        group=group.name,
+        units=np.asarray(units, dtype=np.int64),
+        true_class=torch.cat(true_class, 1).numpy(),
+        kl=torch.cat(kl, 1).numpy(),
+    )
+
+
+class _Intervention:
+    """A consumer's output for several variants, one unit intervened on in each."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        layer: str,
+        indices: list[Tensor],
+        means: Means | None,
+        output: Tensor | None,
+        input_: Tensor | None,
+        *,
+        cut: bool,
+    ) -> None:
+        module = graph.module.get_submodule(layer)
+        self.graph, self.layer = graph, layer
+        self.module: Consumer = module  # type: ignore[assignment]
+        self.indices, self.output, self.input = indices, output, input_
+        self.cut = cut
+        self.constants = None
+        if means is not None:
+            self.constants = [input_sum(self.module, i, means[layer][i]) for i in indices]
+
+    def __call__(self, node: fx.Node, env: Env) -> Tensor:
+        out = self._subtract(node) if self.cut else self._mask(node, env)
+        if self.constants is not None:
+            dim = channel_dim(self.module)
+            shape = [1] * out.ndim
+            shape[dim] = -1
+            images = len(out) // len(self.indices)
+            for v, constant in enumerate(self.constants):
+                out[v * images : (v + 1) * images] += constant.view(shape)
+        return out
+
+    def _subtract(self, node: fx.Node) -> Tensor:
+        """(V * N, ...): z - W_n * a_n, from the cached input and output."""
+        assert self.output is not None
+        assert self.input is not None
+        n = len(self.output)
+        out = self.output.repeat([len(self.indices)] + [1] * (self.output.ndim - 1))
+        if self.output.ndim == 4 and self.output.is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)
+        for v, index in enumerate(self.indices):
+            out[v * n : (v + 1) * n] -= self._contribution(node, self.input, index)
+        return out
+
+    def _contribution(self, node: fx.Node, x: Tensor, index: Tensor) -> Tensor:
+        """What the inputs at ``index`` add to the output: (N, ...)."""
+        layer = self.module
+        if isinstance(layer, torch.nn.Linear):
+            return F.linear(x[..., index], layer.weight[:, index])
+        weight = select_input(layer.weight, index, layer.groups)
+        # The node's own stride, padding and so on: what the layer does may differ from what its
+        # attributes say ("same" padding, for one).
+        settings = list(node.args[3:])
+        return F.conv2d(x[:, index], weight, None, *settings)  # type: ignore[arg-type]
+
+    def _mask(self, node: fx.Node, env: Env) -> Tensor:
+        """(V * N, ...): the consumer run on inputs of which each variant has its own zeroed."""
+        source = _input_of(node)
+        x: Tensor = self.graph.value(source, env).clone()
+        n = len(x) // len(self.indices)
+        by_channel = x.movedim(channel_dim(self.module), 1)
+        for v, index in enumerate(self.indices):
+            by_channel[v * n : (v + 1) * n, index] = 0.0
+        out: Tensor = self.graph.execute(node, {**env, source: x}, batch=len(x))
+        return out
+
+
+def _compare(
+    masked: Tensor, logits: Tensor, labels: Tensor, variants: int, group: str
+) -> tuple[Tensor, Tensor]:
+    """Both effects, (V, N) each, computed in float64."""
+    base = logits.double()
+    changed = masked.double().view(variants, len(logits), -1)
+    if not torch.isfinite(changed).all() or not torch.isfinite(base).all():
+        raise StageError(
+            f"the network's output is not finite while the units of {group} are measured",
+            fix="check the weights and the preprocessing (--mean, --std) of this model",
+        )
+    rows = torch.arange(len(labels))
+    p = F.softmax(base, -1)[rows, labels].clamp_min(torch.finfo(torch.float64).tiny)
+    p_masked = F.softmax(changed, -1)[:, rows, labels]
+    return relative_effect(p_masked, p), kl_divergence(changed, base)
+
+
+def _input_of(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source

@@ -1,0 +1,355 @@
+"""The network as a graph that can be cut at a layer: run up to the cut once, then what follows.
+
+The graph is ``torch.export``'s, the one that the ONNX export uses too. It is executed node by node
+on the live parameters of the module, so weights that are masked or solved again take effect at the
+next run with no new export.
+
+Source: PyTorch documentation, "torch.export", "torch.fx".
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from cswap_deploy.errors import ExportError
+
+Env = dict[fx.Node, Any]
+_CONSUMING = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """What must run again when some layers' outputs change."""
+
+    nodes: tuple[fx.Node, ...]
+    """In execution order, the changed layers included."""
+    cached: tuple[fx.Node, ...]
+    """Values from before the cut that these nodes read."""
+
+
+class Graph:
+    """An exported network, executable in parts."""
+
+    def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
+        """Execute an exported program on a module's parameters; see :func:`trace`."""
+        self.module = module
+        self._program = program
+        self._nodes: list[fx.Node] = []
+        self._bound: dict[fx.Node, Callable[[], Any]] = {}
+        self._targets: dict[fx.Node, Callable[..., Any]] = {}
+        self._bind_inputs(program)
+        for node in program.graph.nodes:
+            if node.op == "output":
+                self._output: fx.Node = node.args[0][0]
+            elif node.op == "call_function":
+                self._nodes.append(node)
+                self._targets[node] = _functional(node.target)
+        self._sizes = {n for n in self._nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        self._last_use = _last_uses(self._nodes)
+        self._readers = self._find_readers()
+        self.code = program.graph_module.code
+        """The graph as text; part of what identifies a model."""
+
+    def on(self, module: nn.Module) -> Graph:
+        """The same graph on another module of the same architecture; no new export."""
+        return Graph(self._program, module)
+
+    def readers(self, layer: str) -> Sequence[fx.Node]:
+        """The convolution or linear nodes that read a layer's weight; empty if none does directly."""
+        return self._readers.get(layer, ())
+
+    def order(self, layers: Iterable[str]) -> list[str]:
+        """Sort layers by when they first run."""
+        position = {node: i for i, node in enumerate(self._nodes)}
+        return sorted(layers, key=lambda layer: position[self._readers[layer][0]])
+
+    def suffix(self, changed: Iterable[fx.Node]) -> Suffix:
+        """Everything that depends on some nodes' outputs, those nodes first."""
+        dirty = set(changed)
+        for node in self._nodes:
+            if node not in dirty and any(a in dirty for a in node.all_input_nodes):
+                dirty.add(node)
+        useful = _ancestors(self._output)
+        nodes = tuple(n for n in self._nodes if n in dirty and n in useful)
+        inputs = {a for n in nodes for a in n.all_input_nodes}
+        cached = tuple(
+            n for n in self._nodes if n in inputs and n not in dirty and n not in self._sizes
+        )
+        if self._input in inputs:
+            cached = (self._input, *cached)
+        return Suffix(nodes, cached)
+
+    def macs(self, nodes: Iterable[fx.Node]) -> int:
+        """Multiply-accumulates of some nodes' convolutions and linear layers, for one image."""
+        total = 0
+        for node in nodes:
+            if node.target in _CONSUMING:
+                weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+                total += elements(node) * weight[0].numel()
+        return total
+
+    def largest(self) -> int:
+        """Elements of the largest value of one image."""
+        return max(elements(node) for node in self._nodes)
+
+    def run(
+        self,
+        images: Tensor,
+        *,
+        keep: Iterable[fx.Node] = (),
+        observe: Mapping[fx.Node, Callable[[fx.Node, Env], None]] | None = None,
+    ) -> tuple[Tensor, Env]:
+        """Execute the whole graph.
+
+        Args:
+            images: (N, C, H, W).
+            keep: Nodes whose values the caller wants.
+            observe: Called before a node executes, with the values it can see.
+
+        Returns:
+            Logits (N, classes), and the kept values.
+        """
+        env: Env = {self._input: images}
+        wanted = set(keep)
+        kept: Env = {self._input: images} if self._input in wanted else {}
+        for node in self._nodes:
+            if observe is not None and node in observe:
+                observe[node](node, env)
+            env[node] = self.execute(node, env)
+            if node in wanted:
+                kept[node] = env[node]
+            for dead in self._last_use.get(node, ()):
+                env.pop(dead, None)
+        return env[self._output], kept
+
+    def step(self, images: Tensor) -> Iterable[tuple[fx.Node, Env]]:
+        """Execute node by node; yields before each node, which then runs on what it finds."""
+        env: Env = {self._input: images}
+        for node in self._nodes:
+            yield node, env
+            env[node] = self.execute(node, env)
+            for dead in self._last_use.get(node, ()):
+                env.pop(dead, None)
+
+    def run_suffix(
+        self,
+        suffix: Suffix,
+        cached: Env,
+        *,
+        images: int,
+        variants: int,
+        replace: Mapping[fx.Node, Callable[[fx.Node, Env], Tensor]],
+    ) -> Tensor:
+        """Execute what follows a cut, for several variants of the network in one batch.
+
+        Args:
+            suffix: Of the replaced nodes.
+            cached: Values of ``suffix.cached``.
+            images: N, how many images they were computed for.
+            variants: V, how many variants; row ``v * N + n`` is image n under variant v.
+            replace: How to compute a changed node; it sees the values of the V * N batch.
+
+        Returns:
+            Logits (V * N, classes).
+        """
+        env: Env = {
+            node: _Repeated(value, variants) if _batched(node) else value
+            for node, value in cached.items()
+        }
+        last = _last_uses(list(suffix.nodes))
+        for node in suffix.nodes:
+            if node in replace:
+                env[node] = replace[node](node, env)
+            else:
+                env[node] = self.execute(node, env, batch=variants * images)
+            for dead in last.get(node, ()):
+                env.pop(dead, None)
+        result: Tensor = env[self._output]
+        return result
+
+    def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
+        """One node, on values from ``env`` and on live parameters."""
+
+        def read(n: fx.Node) -> Any:
+            return self._size(n, env, batch) if n in self._sizes else self.value(n, env)
+
+        if node in self._sizes:
+            return self._size(node, env, batch)
+        args = fx.node.map_arg(node.args, read)
+        kwargs = fx.node.map_arg(node.kwargs, read)
+        return self._targets[node](*args, **kwargs)
+
+    def value(self, node: fx.Node, env: Env) -> Any:
+        """A node's value: a live parameter, or what was computed."""
+        if node in self._bound:
+            return self._bound[node]()
+        found = env[node]
+        if isinstance(found, _Repeated):
+            found = env[node] = found.tensor()
+        return found
+
+    def _size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
+        """A scalar that depends on the batch only."""
+        if node.target is torch.ops.aten.sym_size.int:
+            source, dim = node.args
+            assert isinstance(source, fx.Node)
+            if dim == 0 and batch is not None:
+                return batch
+            return env[node] if node in env else env[source].shape[dim]
+        args = fx.node.map_arg(node.args, lambda n: self._size(n, env, batch))
+        assert callable(node.target)
+        return node.target(*args)
+
+    def _bind_inputs(self, program: ExportedProgram) -> None:
+        """Connect placeholders to the module's live tensors, and the one user input."""
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+            if spec.kind is InputKind.USER_INPUT:
+                self._input = node
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
+                if spec.target in program.constants:  # a non-persistent buffer
+                    constant = program.constants[spec.target]
+                    self._bound[node] = partial(_same, constant)
+                else:
+                    owner, _, name = spec.target.rpartition(".")
+                    self._bound[node] = partial(getattr, self.module.get_submodule(owner), name)
+            else:
+                self._bound[node] = partial(_same, program.constants[str(spec.target)])
+        self._parameters = {
+            node: str(spec.target)
+            for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
+            if spec.kind is InputKind.PARAMETER
+        }
+
+    def _find_readers(self) -> dict[str, list[fx.Node]]:
+        readers: dict[str, list[fx.Node]] = {}
+        for node in self._nodes:
+            if node.target in _CONSUMING and node.args[1] in self._parameters:
+                weight = self._parameters[node.args[1]]
+                readers.setdefault(weight.removesuffix(".weight"), []).append(node)
+        return readers
+
+
+def trace(module: nn.Module, example: Tensor) -> Graph:
+    """Export a module with a dynamic batch and make it executable in parts.
+
+    Args:
+        module: In eval mode; its parameters stay shared with the graph.
+        example: (N, C, H, W) with N >= 2.
+
+    Raises:
+        ExportError: ``torch.export`` cannot trace the module; the message has its words.
+    """
+    return Graph(_export(module, example), module)
+
+
+class _Repeated:
+    """A cached value that is repeated for every variant only when something reads it."""
+
+    __slots__ = ("value", "variants")
+
+    def __init__(self, value: Tensor, variants: int) -> None:
+        self.value, self.variants = value, variants
+
+    def tensor(self) -> Tensor:
+        out = self.value.repeat([self.variants] + [1] * (self.value.ndim - 1))
+        if self.value.ndim == 4 and self.value.is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)
+        return out
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
+            )
+        if _mutates_shared_values(program.graph):
+            program = program.run_decompositions({})
+    except Exception as err:
+        words = str(err).strip().splitlines()
+        raise ExportError(
+            f"torch.export {torch.__version__} cannot trace {type(module).__name__} with a "
+            f"dynamic batch: {words[0] if words else type(err).__name__}",
+            fix="keep Python control flow and batch-size arithmetic on tensor values out of forward",
+            log=tuple(words),
+        ) from err
+    if any(n.op == "get_attr" for n in program.graph.nodes):
+        raise ExportError(
+            f"{type(module).__name__} uses control-flow operators, which cannot be cut",
+            fix="replace torch.cond and the like by plain tensor code",
+        )
+    return program
+
+
+def _in_place(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _mutates_shared_values(graph: fx.Graph) -> bool:
+    """Whether an in-place operation changes a value that something else reads too."""
+    return any(
+        _in_place(n.target) and (not str(n.target).split(".")[1].endswith("_")
+                                 or len(n.args[0].users) > 1)
+        for n in graph.nodes
+        if n.op == "call_function"
+    )
+
+
+def _functional(target: Any) -> Callable[..., Any]:
+    """The out-of-place twin of an in-place operation: cached values must survive a suffix run."""
+    if target is operator.getitem or not _in_place(target):
+        plain: Callable[..., Any] = target
+        return plain
+    _, name, overload = str(target).split(".")
+    twin: Callable[..., Any] = getattr(getattr(torch.ops.aten, name.removesuffix("_")), overload)
+    return twin
+
+
+def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        dead.setdefault(node, []).append(source)
+    return dead
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def elements(node: fx.Node) -> int:
+    """Elements of a node's value for one image; 1 where it is no tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return 1
+    return math.prod(s for s in value.shape[1:] if isinstance(s, int))
+
+
+def _batched(node: fx.Node) -> bool:
+    """Whether a value's first dimension is the batch."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)

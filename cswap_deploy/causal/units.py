@@ -1,0 +1,114 @@
+"""What can be removed: units, and the coupled groups they form.
+
+A unit is taken out by cutting it at its *consumers*, the layers that read it: their input slices
+are masked. What computes the unit (producers, batch norms, depthwise convolutions between them)
+then has no effect, so it can be deleted without changing any output. That is the whole argument
+for "masked network equals pruned network".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["channels", "heads", "neurons"]
+Consumer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Where a group's units lie in one tensor dimension of one layer."""
+
+    layer: str
+    """Dotted name of a module, or of a bare parameter."""
+    side: Literal["in", "out"]
+    indices: tuple[tuple[int, ...], ...]
+    """For each unit the positions it occupies, in the dense layer's numbering."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The units of one coupled set of layers."""
+
+    name: str
+    """The root: the first layer that produces the units."""
+    kind: Kind
+    root_indices: tuple[tuple[int, ...], ...]
+    """For each unit its output positions in the root layer."""
+    consumers: tuple[Slice, ...]
+    """Layers that read the units, in no particular order; ``side`` is "in"."""
+    members: tuple[Slice, ...]
+    """Every layer whose size changes, consumers included."""
+    granule: int = 1
+    """Attention: query, key and value tensors of a head have tokens x granule elements."""
+    tokens: int = 0
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return len(self.root_indices)
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension of a consumer's input that counts its channels or features."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
+
+
+def select_input(weight: Tensor, indices: Tensor, groups: int) -> Tensor:
+    """The part of a consumer's weight that reads some inputs.
+
+    Args:
+        weight: (O, I / groups, ...).
+        indices: (k,) input positions; for grouped convolutions one per convolution group, in
+            ascending order, all at the same position within their group.
+        groups: Of the convolution; 1 for linear layers.
+
+    Returns:
+        (O, k / groups, ...).
+    """
+    if groups == 1:
+        return weight[:, indices]
+    per_group = weight.shape[1]
+    return weight[:, torch.unique(indices % per_group)]
+
+
+def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
+    """What constant inputs add to a consumer's output, away from padded borders.
+
+    Args:
+        layer: The consumer.
+        indices: (k,) input positions.
+        values: (k,) the constant at each of them.
+
+    Returns:
+        (O,), the bias that takes the constants' place.
+    """
+    weight = layer.weight.detach()
+    flat = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+        return flat[:, indices] @ values
+    per_group, rows = weight.shape[1], layer.out_channels // layer.groups
+    total = torch.zeros(layer.out_channels, dtype=weight.dtype)
+    for index, value in zip(indices.tolist(), values, strict=True):
+        group, slot = divmod(index, per_group)
+        total[group * rows : (group + 1) * rows] += flat[group * rows : (group + 1) * rows, slot] * value
+    return total
+
+
+def mask_weight(layer: Consumer, indices: Tensor) -> None:
+    """Zero, in place, the part of a consumer's weight that reads some inputs."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    slots = indices if groups == 1 else torch.unique(indices % layer.weight.shape[1])
+    with torch.no_grad():
+        layer.weight[:, slots] = 0.0
+
+
+def give_bias(layer: Consumer) -> bool:
+    """Add a zero bias to a layer that has none, so that constants can be folded into it."""
+    if layer.bias is not None:
+        return False
+    layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
+    return True

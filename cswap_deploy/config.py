@@ -1,0 +1,137 @@
+"""Everything a build can be told, in one typed model for flags, TOML files and Python callers."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cswap_deploy.artifacts import RatioOf, Value
+from cswap_deploy.errors import UsageError
+
+
+CONFIG_VARIABLE = "CSWAP_CONFIG"
+"""Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
+
+
+class BuildConfig(Value):
+    """The settings of a build; every flag of ``cswap-deploy build`` is a field of the same name."""
+
+    # model
+    model: str
+    checkpoint: Path | None = None
+    pretrained: bool = True
+    input_size: tuple[int, int, int] | None = None
+    """(C, H, W)."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    # data
+    data: str | None = None
+    validation_data: str | None = None
+    class_map: Path | None = None
+    """JSON object: folder or label name -> class index of the model."""
+    calibration_samples: int = Field(default=512, ge=1)
+    """Images for the closed-form refit; the effects use the first ``scoring_samples`` of them."""
+    validation_samples: int = Field(default=2000, ge=1)
+    allow_overlap: bool = False
+    """Let an image be in both sets; the report says so."""
+
+    # pruning
+    ratio: float = Field(default=0.4, ge=0.0, lt=1.0)
+    ratio_of: RatioOf = "params"
+    round_to: int | Literal["auto"] = "auto"
+    criterion: str = "cswap"
+    scoring_samples: int | Literal["auto"] = "auto"
+    """Images on which each unit's effect is measured in each round; auto: 64, fewer where that
+    would cost more than ``causal.cost.BUDGET_MACS``."""
+    rounds: int = Field(default=4, ge=1)
+    """Steps in which the ratio is reached; effects are measured again in each."""
+    effect: Literal["kl", "true-class"] = "kl"
+    """What ranks the units; both are measured, verdicts come from ``true-class``."""
+    intervention: Literal["zero", "mean"] = "mean"
+    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """False-discovery rate of the verdicts."""
+    min_effect: float = Field(default=0.01, ge=0.0)
+    """Smallest |effect| on a class that counts as a verdict, as a fraction of the probability."""
+    refit: bool = True
+    """Solve each pruned layer's consumer again, in closed form."""
+
+    # export, targets
+    target: tuple[str, ...] = ("onnxruntime",)
+    precision: Literal["fp32"] = "fp32"
+    opset: int = Field(default=18, ge=18)
+    max_batch: int = Field(default=16, ge=1)
+    latency_batch: int = Field(default=1, ge=1)
+    latency_runs: int = Field(default=200, ge=10)
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of the CPU runtime; the machine's cores unless said."""
+    parity_tolerance: float = Field(default=1e-3, gt=0.0)
+    """Largest |difference of logits| that export and engine may show."""
+    budget: Path | None = None
+
+    # running
+    output: Path | None = None
+    """The bundle; ``<model>-<ratio>`` in the working directory unless said."""
+    store: Path | None = None
+    """Where finished stages are kept; the user's cache directory unless said."""
+    resume: bool = True
+    seed: int = 0
+
+    @field_validator("round_to", "scoring_samples")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be 1 or more, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [self.mean is not None, self.std is not None]
+        if any(given) and not all(given):
+            raise ValueError("mean and std go together")
+        if self.max_batch < self.latency_batch:
+            raise ValueError("latency_batch is above max_batch")
+        return self
+
+    def bundle_path(self) -> Path:
+        """Where the bundle goes."""
+        if self.output is not None:
+            return self.output
+        return Path(f"{self.model.replace(':', '-').replace('/', '-')}-{self.ratio:g}")
+
+
+def load_config(file: Path | None = None, **settings: Any) -> BuildConfig:
+    """Merge TOML files and explicit settings; settings that are ``None`` count as not given.
+
+    Raises:
+        UsageError: The file cannot be read, a name is unknown, or a value is out of range.
+    """
+    merged: dict[str, Any] = {}
+    for path in (os.environ.get(CONFIG_VARIABLE), file):
+        if path:
+            merged |= _read_toml(Path(path))
+    merged |= {name: value for name, value in settings.items() if value is not None}
+    try:
+        return BuildConfig.model_validate(merged)
+    except ValidationError as err:
+        lines = []
+        for problem in err.errors():
+            name = ".".join(str(part) for part in problem["loc"][:1]).replace("_", "-")
+            got = "" if problem["type"] in ("missing", "extra_forbidden") else (
+                f" (got {problem['input']!r})" if problem["loc"] else ""
+            )
+            lines.append(f"--{name}: {problem['msg']}{got}" if name else problem["msg"])
+        where = f" in {file} and the flags" if file is not None else ""
+        raise UsageError(f"bad settings{where}:\n  " + "\n  ".join(dict.fromkeys(lines))) from err
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        read = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise UsageError(f"cannot read the configuration {file}: {err}") from err
+    return {name.replace("-", "_"): value for name, value in read.items()}

@@ -1,0 +1,213 @@
+"""From folder and column names to the model's class indices, never by guess."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cswap_deploy.artifacts import ModelSpec
+from cswap_deploy.data.sets import Labels
+from cswap_deploy.errors import UsageError
+
+_SYNSET = re.compile(r"n\d{8}")
+_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+CLASS_MAP_FIX = (
+    "pass --class-map FILE, a JSON object from each name to the model's class index, "
+    'for example {"cat": 0, "dog": 1}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """How names became class indices."""
+
+    indices: dict[str, int]
+    words: str
+    """The same for people."""
+
+
+def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
+    """Read ``--class-map``.
+
+    Raises:
+        UsageError: The file is absent, is no JSON object of integers, or an index is out of range.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise UsageError(f"cannot read the class map {path}: {err}", fix=CLASS_MAP_FIX) from err
+    if not isinstance(loaded, dict) or not all(type(v) is int for v in loaded.values()):
+        raise UsageError(
+            f"the class map {path} is not a JSON object of integers", fix=CLASS_MAP_FIX
+        )
+    wrong = {k: v for k, v in loaded.items() if not 0 <= v < model.num_classes}
+    if wrong:
+        raise UsageError(
+            f"the class map {path} has indices outside 0..{model.num_classes - 1}, "
+            f"the classes of {model.name}: {_some([f'{k}: {v}' for k, v in wrong.items()])}"
+        )
+    return dict(loaded)
+
+
+def map_names(
+    names: Sequence[str],
+    *,
+    model: ModelSpec,
+    class_map: dict[str, int] | None,
+    where: str,
+) -> Mapping:
+    """Map class names of a data set to the model's class indices.
+
+    In this order: the class map; the model's own class names; numbers as class indices; ImageNet
+    synsets and names for an ImageNet-1k model; and, only for a model whose classes have no known
+    names, the sorted names when there are exactly as many as the model has classes.
+
+    Args:
+        names: Distinct folder or label names.
+        model: Whose class indices are wanted.
+        class_map: Name -> index; wins over everything.
+        where: What to call the data in errors.
+
+    Raises:
+        UsageError: A name cannot be mapped, is ambiguous, or its index is out of range.
+    """
+    names = sorted(names)
+    if class_map is not None:
+        absent = [n for n in names if n not in class_map]
+        if absent:
+            raise UsageError(
+                f"{len(absent)} of {len(names)} names in {where} are not in the class map: "
+                f"{_some(absent)}",
+                fix=CLASS_MAP_FIX,
+            )
+        return Mapping({n: class_map[n] for n in names}, "class map given by the user")
+    known = known_names(model)
+    if all(n.isascii() and n.isdigit() for n in names) and not all(_key(n) in known for n in names):
+        indices = {n: int(n) for n in names}
+        check_range(np.array(list(indices.values()), dtype=np.int64), model, where=where)
+        return Mapping(indices, "names are class indices")
+    if known:
+        return _by_name(names, known, model, where)
+    if len(names) == model.num_classes:
+        return Mapping(
+            {n: i for i, n in enumerate(names)},
+            f"sorted names numbered 0..{len(names) - 1} (torchvision's convention: "
+            f"{model.name} does not say what its {model.num_classes} classes are)",
+        )
+    raise UsageError(
+        f"{where} has {len(names)} classes ({_some(names)}) and {model.name} has "
+        f"{model.num_classes} without names, so they cannot be matched{_split_hint(names)}",
+        fix=f"name them by class index, or {CLASS_MAP_FIX}",
+    )
+
+
+def map_class_label(
+    names: Sequence[str], *, model: ModelSpec, class_map: dict[str, int] | None, where: str
+) -> Mapping:
+    """Map a ``ClassLabel`` feature, whose own order often is the model's.
+
+    Its order is taken when it has as many classes as the model and agrees with every name that
+    the model knows without ambiguity (at least half of them); otherwise names are mapped singly.
+    """
+    if class_map is None and len(names) == model.num_classes:
+        known = known_names(model)
+        said = [
+            (i, known[_key(n)]) for i, n in enumerate(names) if len(known.get(_key(n), ())) == 1
+        ]
+        agree = sum(i in found for i, found in said)
+        if 2 * agree >= len(names) and agree >= 0.99 * len(said):
+            return Mapping(
+                {n: i for i, n in enumerate(names)},
+                f"the data set's class order, which agrees with the model's on {agree} of "
+                f"{len(said)} recognised names",
+            )
+        if not known:
+            return Mapping(
+                {n: i for i, n in enumerate(names)},
+                f"the data set's class order ({model.name} does not name its classes)",
+            )
+    return map_names(names, model=model, class_map=class_map, where=where)
+
+
+def check_range(labels: Labels, model: ModelSpec, *, where: str) -> None:
+    """Refuse labels that the model has no class for.
+
+    Raises:
+        UsageError: With the values.
+    """
+    wrong = np.unique(labels[(labels < 0) | (labels >= model.num_classes)])
+    if wrong.size:
+        raise UsageError(
+            f"labels out of range in {where}: {_some([str(v) for v in wrong.tolist()])}; "
+            f"{model.name} has {model.num_classes} classes, 0..{model.num_classes - 1}",
+            fix=CLASS_MAP_FIX,
+        )
+
+
+def known_names(model: ModelSpec) -> dict[str, set[int]]:
+    """Normalised class name -> the indices it may mean."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for index, name in enumerate(model.class_names):
+        found[_key(name)].add(index)
+    if model.label_space == "imagenet-1k":
+        for index, (synset, description) in enumerate(imagenet_classes()):
+            found[synset].add(index)
+            found[_key(description)].add(index)
+            for lemma in description.split(","):
+                found[_key(lemma)].add(index)
+    return dict(found)
+
+
+def imagenet_classes() -> list[tuple[str, str]]:
+    """Synset and names of the 1,000 classes, in the order of their index.
+
+    Source:
+        ``timm.data.ImageNetInfo``.
+    """
+    from cswap_deploy.models.torchvision_shim import import_timm
+
+    info = import_timm().data.ImageNetInfo("imagenet-1k")
+    return list(zip(info.label_names(), info.label_descriptions(), strict=True))
+
+
+def _by_name(names: list[str], known: dict[str, set[int]], model: ModelSpec, where: str) -> Mapping:
+    unknown = [n for n in names if _key(n) not in known]
+    if unknown:
+        raise UsageError(
+            f"{len(unknown)} of {len(names)} class names in {where} are no classes of "
+            f"{model.name}: {_some(unknown)}{_split_hint(names)}",
+            fix=CLASS_MAP_FIX,
+        )
+    vague = [n for n in names if len(known[_key(n)]) > 1]
+    if vague:
+        raise UsageError(
+            f"class names in {where} that mean more than one class of {model.name}: "
+            + _some([f"{n} ({', '.join(map(str, sorted(known[_key(n)])))})" for n in vague]),
+            fix=CLASS_MAP_FIX,
+        )
+    indices = {n: next(iter(known[_key(n)])) for n in names}
+    synsets = model.label_space == "imagenet-1k" and all(_SYNSET.fullmatch(n) for n in names)
+    kind = "ImageNet synsets" if synsets else "class names"
+    return Mapping(indices, f"{kind} looked up among the {model.num_classes} of {model.name}")
+
+
+def _key(name: str) -> str:
+    """Case, blanks, dashes and underscores do not matter."""
+    return re.sub(r"[\s_\-]+", " ", name).strip().lower()
+
+
+def _split_hint(names: Sequence[str]) -> str:
+    if names and all(n.lower() in _SPLITS for n in names):
+        return "; these look like splits: pass one with --data, another with --validation-data"
+    return ""
+
+
+def _some(items: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

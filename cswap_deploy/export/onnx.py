@@ -1,0 +1,247 @@
+"""PyTorch network to a self-contained ONNX file, and what such a file holds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cswap_deploy.artifacts import OnnxArtifact, TensorSpec, sha256_file
+from cswap_deploy.errors import ArtifactError, ExportError
+
+INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+_PROTOBUF_LIMIT = 2**31
+_LEFT_OVER = "BatchNorm nodes directly after a convolution were not folded into it"
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def export_onnx(
+    module: nn.Module, *, input_size: tuple[int, int, int], path: Path, opset: int = 18
+) -> OnnxArtifact:
+    """Export a classifier with a dynamic batch axis, weights inside the file.
+
+    torch's exporter folds a BatchNorm into the convolution before it; where one is left over, the
+    artefact's notes say so. The stack traces that it stores in every node (with this machine's
+    paths) are taken out, so the same network gives the same bytes everywhere.
+
+    Args:
+        module: Maps (N, C, H, W) float32 to logits (N, classes); set to eval mode here.
+        input_size: (C, H, W).
+        path: File to write.
+        opset: Version of ONNX's operator set, 18 or higher.
+
+    Returns:
+        The file, with input ``input`` of shape ``("batch", C, H, W)`` and output ``logits``.
+
+    Raises:
+        ExportError: torch refused the network (``err.log`` has its words), the network fixes the
+            batch size, or the requested opset was not honoured.
+
+    Source:
+        PyTorch documentation, ``torch.onnx.export`` with ``dynamo=True``.
+    """
+    import onnx
+
+    what = f"{type(module).__name__} on input {'x'.join(map(str, input_size))}"
+    tensors = [*module.parameters(), *module.buffers()]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    if size >= _PROTOBUF_LIMIT:
+        raise ExportError(
+            f"{what} has {size / 2**30:.1f} GiB of weights; a self-contained ONNX file holds "
+            "less than 2 GiB",
+            fix="prune more, or take a smaller network",
+        )
+    module.eval()
+    device = tensors[0].device if tensors else torch.device("cpu")
+    # Two images: torch would take a batch of one for a constant.
+    example = torch.zeros(2, *input_size, device=device)
+    with _quiet() as chatter:
+        try:
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                external_data=False,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: BATCH},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as err:
+            log = _ANSI.sub("", str(err)).splitlines() + chatter.getvalue().splitlines()
+            raise ExportError(
+                f"torch {torch.__version__} does not export {what}: {_words(err)}", log=tuple(log)
+            ) from err
+    if program is None:
+        raise ExportError(f"torch {torch.__version__} returned no graph for {what}")
+    proto = program.model_proto
+    _strip_metadata(proto.graph)
+    _check_interface(proto.graph, what=what)
+    honoured = _opset(proto)
+    if honoured != opset:
+        raise ExportError(
+            f"torch {torch.__version__} exported {what} at opset {honoured}, not at {opset}",
+            fix=f"--opset {honoured}",
+        )
+    onnx.save(proto, path)
+    artifact = describe_onnx(path)
+    return artifact.model_copy(update={"notes": batch_norm_notes(path)})
+
+
+def describe_onnx(path: Path) -> OnnxArtifact:
+    """Read what an ONNX file holds.
+
+    Args:
+        path: A self-contained ``.onnx`` file.
+
+    Returns:
+        Opset, number of nodes, names, dtypes and shapes of inputs and outputs, digest and size.
+
+    Raises:
+        ArtifactError: The file is absent, damaged, not valid ONNX, or keeps weights elsewhere.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as err:
+        raise ArtifactError(f"cannot read {path}: {err.strerror or err}") from err
+    except DecodeError as err:
+        raise ArtifactError(f"{path} is not an ONNX file, or is damaged: {err}") from err
+    graph = model.graph
+    outside = [t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        raise ArtifactError(
+            f"{path} keeps {len(outside)} of its {len(graph.initializer)} weight tensors in other "
+            "files",
+            fix=f"python -c \"import onnx; onnx.save(onnx.load('{path}'), 'model.onnx')\"",
+        )
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as err:
+        words = str(err).strip().splitlines()
+        raise ArtifactError(f"{path} is not valid ONNX: {words[0]}", log=tuple(words)) from err
+    given = {tensor.name for tensor in graph.initializer}
+    return OnnxArtifact(
+        path=path,
+        sha256=sha256_file(path),
+        size_bytes=path.stat().st_size,
+        opset=_opset(model),
+        nodes=len(graph.node),
+        inputs=tuple(_spec(v) for v in graph.input if v.name not in given),
+        outputs=tuple(_spec(v) for v in graph.output),
+        precision=_precision(graph),
+    )
+
+
+def batch_norm_notes(path: Path) -> tuple[str, ...]:
+    """Say how many BatchNorms could be folded into a convolution and were not.
+
+    Args:
+        path: An ONNX file.
+
+    Returns:
+        One note, or none where no BatchNorm reads a convolution that nothing else reads.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    maker = {name: node.op_type for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    left = sum(
+        node.op_type == "BatchNormalization"
+        and maker.get(node.input[0]) == "Conv"
+        and readers[node.input[0]] == 1
+        for node in graph.node
+    )
+    return (f"{left} {_LEFT_OVER}",) if left else ()
+
+
+def _check_interface(graph: Any, *, what: str) -> None:
+    """One input, one (batch, classes) output, both with a free batch axis."""
+    inputs = [_spec(value) for value in graph.input]
+    outputs = [_spec(value) for value in graph.output]
+    shapes = f"inputs {[v.shape for v in inputs]}, outputs {[v.shape for v in outputs]}"
+    if len(inputs) != 1 or len(outputs) != 1 or len(outputs[0].shape) != 2:
+        raise ExportError(
+            f"{what} is not a classifier of one (batch, C, H, W) input and one (batch, classes) "
+            f"output: {shapes}"
+        )
+    if inputs[0].shape[0] != BATCH or outputs[0].shape[0] != BATCH:
+        raise ExportError(
+            f"{what} fixes the batch size: {shapes}",
+            fix="take the batch from x.shape[0] in forward(), not from a constant",
+        )
+
+
+def _spec(value: Any) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type
+    dims = (
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim
+    )
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(dims))
+
+
+def _opset(model: Any) -> int:
+    """Version of ONNX's own operators; 0 where the file names none."""
+    return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+
+def _precision(graph: Any) -> str:
+    """The narrowest type that the weights are stored in."""
+    import onnx
+
+    if any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return "int8"
+    types = {tensor.data_type for tensor in graph.initializer}
+    if onnx.TensorProto.FLOAT16 in types:
+        return "fp16"
+    return "bf16" if onnx.TensorProto.BFLOAT16 in types else "fp32"
+
+
+def _strip_metadata(graph: Any) -> None:
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for tensor in graph.initializer:
+        tensor.ClearField("metadata_props")
+
+
+def _words(err: Exception) -> str:
+    """The cause in torch's words: the first paragraph below its own heading."""
+    text = _ANSI.sub("", str(err))
+    _, _, summary = text.partition("## Exception summary")
+    first = (summary or text).strip().split("\n\n")[0]
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", first.split("\n⬆️")[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """Keep torch's prints, warnings and log lines off the terminal; yields the prints."""
+    chatter = io.StringIO()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(chatter),
+            contextlib.redirect_stderr(chatter),
+        ):
+            warnings.simplefilter("ignore")
+            yield chatter
+    finally:
+        logging.disable(before)

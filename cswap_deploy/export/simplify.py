@@ -1,0 +1,86 @@
+"""Constant folding and removal of redundant nodes, by onnxsim."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from cswap_deploy.artifacts import OnnxArtifact
+from cswap_deploy.errors import ArtifactError, missing
+from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx
+
+# A process of its own: onnxsim is native code that may crash, and it prints past Python's stdout.
+_SIMPLIFY = """
+import sys, onnx, onnxsim
+model, right = onnxsim.simplify(onnx.load(sys.argv[1]))
+onnx.save(model, sys.argv[2])
+sys.exit(0 if right else "its own check of the result failed")
+"""
+
+
+def simplify_onnx(onnx: OnnxArtifact, *, path: Path) -> OnnxArtifact:
+    """Simplify a graph; where onnxsim fails or spoils it, keep the graph and say so.
+
+    onnxsim's own comparison of outputs is not used: the caller compares with ``measure.parity``,
+    at more than one batch size.
+
+    Args:
+        onnx: The exported graph.
+        path: File to write; another than ``onnx.path``.
+
+    Returns:
+        The graph in ``path``. A fallback stands in its notes, in onnxsim's words.
+
+    Raises:
+        MissingDependencyError: onnxsim is absent.
+        ArtifactError: ``onnx.path`` is absent or damaged.
+    """
+    if importlib.util.find_spec("onnxsim") is None:
+        raise missing("onnxsim", "cpu", ModuleNotFoundError(name="onnxsim"))
+    original = describe_onnx(onnx.path)
+    refusal = _run_onnxsim(onnx.path, path)
+    if not refusal:
+        try:
+            simple = describe_onnx(path)
+        except ArtifactError as err:
+            refusal = f"it wrote a damaged graph: {err}"
+        else:
+            refusal = _changed(original, simple)
+    if refusal:
+        shutil.copyfile(onnx.path, path)
+        note = f"graph not simplified, kept as exported: onnxsim failed: {refusal}"
+        return original.model_copy(update={"path": path, "notes": (*onnx.notes, note)})
+    return simple.model_copy(update={"notes": batch_norm_notes(path)})
+
+
+def _run_onnxsim(source: Path, target: Path) -> str:
+    """Simplify a file; returns onnxsim's last words when it fails, else nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SIMPLIFY, os.fspath(source), os.fspath(target)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        # onnxsim imports onnxruntime, which else writes a usage database into the home folder.
+        env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
+    )
+    if done.returncode == 0:
+        return ""
+    if done.returncode < 0:
+        return f"it crashed ({signal.Signals(-done.returncode).name})"
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"it ended with {done.returncode}"
+
+
+def _changed(before: OnnxArtifact, after: OnnxArtifact) -> str:
+    """What a simplification must not change, in words; empty where all is well."""
+    for name in ("inputs", "outputs", "opset"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            return f"{name} changed from {old} to {new}"
+    return ""

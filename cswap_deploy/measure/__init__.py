@@ -1,0 +1,3 @@
+"""Parity, accuracy and latency: raw samples first, statistics after."""
+
+from __future__ import annotations

@@ -1,0 +1,83 @@
+"""Whether a network is still the same after a pass: the largest difference of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from cswap_deploy.artifacts import Parity
+from cswap_deploy.errors import StageError
+
+Run = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+def parity(
+    reference: Run,
+    candidate: Run,
+    images: npt.NDArray[np.float32],
+    *,
+    reference_name: str,
+    candidate_name: str,
+    tolerance: float,
+    batches: tuple[int, ...] = (1, 8),
+) -> Parity:
+    """Compare two networks on the same images, at several batch sizes.
+
+        max over images x and classes k of |reference(x)[k] - candidate(x)[k]|
+
+    A dynamic graph can be right at the batch size it was traced with and wrong at others.
+
+    Args:
+        reference: (B, C, H, W) float32 -> logits (B, classes).
+        candidate: The same.
+        images: (N, C, H, W) float32, N > 0. Every image goes through at every batch size.
+        reference_name: For the report, for example ``torch``.
+        candidate_name: For the report, for example ``onnx``.
+        tolerance: Largest difference that counts as the same (logits).
+        batches: Batch sizes (samples); one above N becomes N.
+
+    Returns:
+        The largest difference; ``ok`` says whether it is within tolerance.
+
+    Raises:
+        StageError: The shapes differ, or a logit is not finite.
+    """
+    sizes = tuple(sorted({min(size, len(images)) for size in batches}))
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"parity needs images and batch sizes: {len(images)} images, {batches}")
+    largest = 0.0
+    for size in sizes:
+        for start in range(0, len(images), size):
+            batch = np.ascontiguousarray(images[start : start + size])
+            expected, got = np.asarray(reference(batch)), np.asarray(candidate(batch))
+            where = f"images {start} to {start + len(batch) - 1} at batch {size}"
+            if expected.shape != got.shape:
+                raise StageError(
+                    f"{candidate_name} gives outputs of shape {got.shape}, {reference_name} of "
+                    f"{expected.shape}, on {where}"
+                )
+            for name, logits in ((reference_name, expected), (candidate_name, got)):
+                check_finite(logits, name=name, where=where)
+            difference = np.abs(expected.astype(np.float64) - got.astype(np.float64))
+            largest = max(largest, float(difference.max()))
+    return Parity(
+        reference=reference_name,
+        candidate=candidate_name,
+        max_abs=largest,
+        tolerance=tolerance,
+        images=len(images),
+        batches=sizes,
+    )
+
+
+def check_finite(logits: npt.NDArray[np.float32], *, name: str, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        StageError: Some logits are not finite; their number is named.
+    """
+    bad = int(logits.size - np.isfinite(logits).sum())
+    if bad:
+        raise StageError(f"{bad} of {logits.size} logits of {name} are not finite, on {where}")

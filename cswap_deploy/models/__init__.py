@@ -1,0 +1,1 @@
+"""Names, checkpoints and factories: from what the user typed to a network."""

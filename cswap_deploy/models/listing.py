@@ -1,0 +1,85 @@
+"""What ``cswap-deploy models`` lists."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Literal
+
+from cswap_deploy.models.torchvision_shim import import_timm
+from cswap_deploy.models.zoo import DEMOS, INPUT_SIZE
+
+TESTED = (
+    "resnet18",
+    "resnet50",
+    "mobilenetv2_100",
+    "efficientnet_lite0",
+    "convnext_atto",
+    "regnety_004",
+    "vgg11_bn",
+    "densenet121",
+    "vit_tiny_patch16_224",
+    "deit_tiny_patch16_224",
+)
+"""One of each family that the tests build end to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One name that can be built."""
+
+    name: str
+    kind: Literal["demo", "timm"]
+    family: str
+    """timm's module, for example ``resnet``."""
+    tested: bool
+    """Whether a model of the same family is in the test matrix."""
+    input_size: tuple[int, int, int] | None
+    pretrained: bool
+
+
+def list_models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
+    """The demos and timm's classifiers whose name matches a shell pattern.
+
+    Args:
+        pattern: For example ``*vit_tiny*``; a word without wildcards matches anywhere. Without a
+            pattern: the demos and the models of the test matrix.
+    """
+    timm = import_timm()
+    families = _families()
+    tested = {families[name] for name in TESTED}
+    if pattern is None:
+        names = list(TESTED)
+    else:
+        shape = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        names = timm.list_models(shape)
+    demos = [
+        ModelEntry(name, "demo", "demo", True, INPUT_SIZE, True)
+        for name in DEMOS
+        if pattern is None or fnmatch.fnmatch(name, shape)
+    ]
+    return (*demos, *(_entry(name, families, tested) for name in names))
+
+
+def _entry(name: str, families: dict[str, str], tested: set[str]) -> ModelEntry:
+    timm = import_timm()
+    cfg = timm.models.get_pretrained_cfg(name)
+    family = families[name]
+    size = tuple(cfg.input_size) if cfg is not None else None
+    return ModelEntry(
+        name=name,
+        kind="timm",
+        family=family,
+        tested=family in tested,
+        input_size=size if size is not None and len(size) == 3 else None,
+        pretrained=bool(cfg is not None and cfg.has_weights),
+    )
+
+
+def _families() -> dict[str, str]:
+    """Model name -> timm's module that defines it."""
+    timm = import_timm()
+    return {
+        name: timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+        for name in timm.list_models()
+    }

@@ -1,0 +1,49 @@
+"""What long work tells whoever waits for it. The library is silent; the command draws bars."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives what a build is doing."""
+
+    def stage(self, name: str, detail: str = "") -> None:
+        """A stage starts."""
+
+    def done(self, detail: str, *, reused: bool) -> None:
+        """It ended; ``reused`` when its result was found in the store."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know: a fallback, a choice made for them."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A phase of many steps starts."""
+
+    def advance(self, steps: int) -> None:
+        """Some of them are done."""
+
+    def end(self) -> None:
+        """The phase is over."""
+
+
+class Silent:
+    """Ignores everything."""
+
+    def stage(self, name: str, detail: str = "") -> None:
+        """Nothing."""
+
+    def done(self, detail: str, *, reused: bool) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def begin(self, what: str, total: int) -> None:
+        """Nothing."""
+
+    def advance(self, steps: int) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""

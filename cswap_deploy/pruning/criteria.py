@@ -1,0 +1,82 @@
+"""Baseline rankings, to compare with and to prune without measuring anything.
+
+Every criterion scores all units of a group; the smallest scores go first. They are normalised by
+the group's mean, as is usual for a global ranking.
+
+Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv:1608.08710).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from cswap_deploy.causal.units import Group
+from cswap_deploy.errors import UsageError
+
+Criterion = Callable[[nn.Module, Group, np.random.Generator], np.ndarray]
+"""(module, group, random numbers) -> (units,) scores."""
+
+
+def random(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """No information; the floor that any criterion must beat."""
+    return rng.random(group.units)
+
+
+def magnitude_l1(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Sum of |weights| that produce or read a unit."""
+    return _norm(module, group, 1)
+
+
+def magnitude_l2(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Euclidean norm of the weights that produce or read a unit."""
+    return _norm(module, group, 2)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "random": random,
+    "magnitude": magnitude_l2,
+    "magnitude-l1": magnitude_l1,
+}
+
+
+def get_criterion(name: str) -> Criterion:
+    """Look a baseline up.
+
+    Raises:
+        UsageError: Unknown name.
+    """
+    if name not in CRITERIA:
+        raise UsageError(
+            f"unknown criterion {name!r}", fix=f"one of: cswap, {', '.join(sorted(CRITERIA))}"
+        )
+    return CRITERIA[name]
+
+
+def _norm(module: nn.Module, group: Group, power: int) -> np.ndarray:
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.members:
+        layer = module.get_submodule(member.layer) if _is_module(module, member.layer) else None
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        weight = layer.weight.detach().double()
+        for unit, positions in enumerate(member.indices):
+            index = torch.tensor(positions)
+            if member.side == "in":
+                part = weight[:, torch.unique(index % weight.shape[1])]
+            else:
+                part = weight[index]
+            total[unit] += part.abs().pow(power).sum()
+    scores: np.ndarray = total.pow(1 / power).numpy()
+    return scores / max(float(scores.mean()), 1e-30)
+
+
+def _is_module(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,241 @@
+"""From a ratio to a plan: what may go, in which steps, and what was decided."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
+from cswap_deploy.causal.partition import Graph, trace
+from cswap_deploy.causal.progressive import Settings, State, Watcher, prune_progressively
+from cswap_deploy.causal.units import Group, give_bias
+from cswap_deploy.errors import PruneError
+from cswap_deploy.pruning.apply import delete_removed, exact_groups
+from cswap_deploy.pruning.budget import SizeModel, amount, smallest
+from cswap_deploy.pruning.criteria import get_criterion
+from cswap_deploy.pruning.groups import find_groups
+
+_ALIGNED = 8
+"""Channels that a vector register or a tensor core takes at once, on every target."""
+_FINE = 0.005
+"""``--round-to auto`` aligns a group only if a step of 8 units is under this part of the whole,
+so that the requested ratio stays in reach."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A network ready to be pruned: traced, grouped, counted."""
+
+    module: nn.Module
+    """A copy, with a bias on every consumer; this is what will be masked."""
+    graph: Graph
+    """Over ``module``."""
+    dense: Graph
+    """Over an untouched copy."""
+    groups: tuple[Group, ...]
+    excluded: dict[str, str]
+    biased: tuple[str, ...]
+    sizes: SizeModel
+    dense_size: Size
+    """Of the network as the user gave it."""
+    granules: dict[str, int]
+    floors: dict[str, int]
+    example: Tensor
+
+
+def prepare(module: nn.Module, *, images: Tensor, ratio: float, ratio_of: RatioOf,
+            round_to: int | str) -> Prepared:
+    """Find what can be removed and check that the ratio is within reach.
+
+    Args:
+        module: In eval mode, float32; not changed.
+        images: (N, C, H, W), N >= 2, real ones.
+        ratio: Fraction to remove, 0 < ratio < 1.
+        ratio_of: Of what.
+        round_to: Kept units of a group are a multiple of this; ``auto``: 8 where that is fine
+            enough, else 1.
+
+    Returns:
+        Everything the loop needs.
+
+    Raises:
+        ExportError: The network cannot be traced.
+        PruneError: Nothing can be removed, or the ratio is out of reach; says the range.
+    """
+    example = images[:2]
+    structure = find_groups(module, example)
+    groups, inexact = exact_groups(module, torch.randn_like(example), structure.groups)
+    base = copy.deepcopy(module)
+    consumers = sorted({c.layer for g in groups for c in g.consumers})
+    biased = [n for n in consumers if give_bias(base.get_submodule(n))]  # type: ignore[arg-type]
+    dense = trace(base, example)
+    hidden = {
+        g.name: "its weights are not read directly by a convolution or linear layer"
+        for g in groups
+        if any(not dense.readers(c.layer) for c in g.consumers)
+    }
+    groups = [g for g in groups if g.name not in hidden]
+    excluded = structure.excluded | inexact | hidden
+    if not groups:
+        why = "\n".join(f"  {name}: {reason}" for name, reason in excluded.items())
+        raise PruneError(f"{type(module).__name__} has no structure that can be removed\n{why}")
+    work = copy.deepcopy(base)
+    sizes = SizeModel(work, example, groups)
+    dense_size = SizeModel(module, example, groups).size()
+    granules = {g.name: _granule(g, sizes, round_to, ratio_of) for g in groups}
+    floors = {g.name: min(granules[g.name], g.units) for g in groups}
+    _check_reach(sizes, dense_size, groups, granules, floors, ratio, ratio_of)
+    return Prepared(
+        work, dense.on(work), dense, tuple(groups), excluded, tuple(biased), sizes, dense_size,
+        granules, floors, example,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The result: a plan, and the smaller network with its weights."""
+
+    plan: PrunePlan
+    module: nn.Module
+
+
+def prune(
+    prepared: Prepared,
+    *,
+    images: Tensor,
+    labels: Tensor,
+    settings: Settings,
+    criterion: str,
+    watcher: Watcher,
+    state: State | None = None,
+    checkpoint: Callable[[State, nn.Module], None] | None = None,
+) -> Pruned:
+    """Prune a prepared network to its ratio, without training.
+
+    Args:
+        prepared: By :func:`prepare`; used up.
+        images: (N, C, H, W) float32, the calibration set.
+        labels: (N,) int64, true classes.
+        settings: How to measure and remove.
+        criterion: ``cswap``, or the name of a baseline ranking.
+        watcher: Progress.
+        state: Of an interrupted run; ``prepared.module`` must hold its weights.
+        checkpoint: Called after every round.
+
+    Returns:
+        Plan and network; the network's logits equal those of the masked one.
+
+    Raises:
+        PruneError: Nothing was removed, or deleting changed the outputs.
+        StageError: A prediction was not finite.
+    """
+    scores = None
+    if criterion != "cswap":
+        rank, rng = get_criterion(criterion), np.random.default_rng(settings.seed)
+
+        def scores(group: Group) -> np.ndarray:
+            return rank(prepared.graph.module, group, rng)
+
+    state = prune_progressively(
+        prepared.graph,
+        prepared.dense,
+        prepared.groups,
+        prepared.sizes,
+        settings=settings,
+        granules=prepared.granules,
+        floors=prepared.floors,
+        dense_amount=amount(prepared.dense_size, settings.ratio_of),
+        images=images,
+        labels=labels,
+        scores=scores,
+        state=state,
+        watcher=watcher,
+        checkpoint=checkpoint,
+    )
+    module = delete_removed(
+        prepared.module, prepared.example, state.removed, prepared.groups, images[:8]
+    )
+    plan = PrunePlan(
+        criterion=criterion,
+        settings=asdict(settings),
+        ratio_requested=settings.ratio,
+        ratio_of=settings.ratio_of,
+        dense=prepared.dense_size,
+        pruned=prepared.sizes.size(),
+        groups=tuple(_group_plan(g, state) for g in prepared.groups),
+        excluded=prepared.excluded
+        | {n: "too wide to solve again; its mean was folded" for n in state.not_refitted},
+        biased=prepared.biased,
+        refitted=state.refitted,
+        rounds=tuple(state.rounds),
+        alpha=settings.alpha,
+    )
+    counted = sum(p.numel() for p in module.parameters())
+    if counted != plan.pruned.params:
+        raise AssertionError(f"counted {counted} parameters, expected {plan.pruned.params}")
+    return Pruned(plan, module)
+
+
+def dense_plan(module: nn.Module, example: Tensor, ratio_of: RatioOf) -> PrunePlan:
+    """The plan of ratio 0: nothing is removed."""
+    size = SizeModel(module, example, ()).size()
+    return PrunePlan(
+        criterion="none", settings={}, ratio_requested=0.0, ratio_of=ratio_of, dense=size,
+        pruned=size, groups=(),
+    )
+
+
+def _granule(group: Group, sizes: SizeModel, round_to: int | str, of: RatioOf) -> int:
+    if isinstance(round_to, int):
+        return 1 if group.kind == "heads" else min(round_to, group.units)
+    if group.kind == "heads" or group.units % _ALIGNED:
+        return 1
+    step = sizes.saving(group.name, range(min(_ALIGNED, group.units - 1)), of)
+    return _ALIGNED if step <= _FINE * amount(sizes.size(), of) else 1
+
+
+def _check_reach(
+    sizes: SizeModel,
+    dense: Size,
+    groups: list[Group],
+    granules: dict[str, int],
+    floors: dict[str, int],
+    ratio: float,
+    of: RatioOf,
+) -> None:
+    total = amount(dense, of)
+    most = 1 - amount(smallest(sizes, groups, floors), of) / total
+    steps = [
+        sizes.saving(g.name, range(granules[g.name]), of)
+        for g in groups
+        if g.units > granules[g.name]
+    ]
+    least = min(steps, default=0) / total
+    if ratio > most or ratio < least / 2:
+        what = {"params": "parameters", "channels": "units", "macs": "MACs"}[of]
+        raise PruneError(
+            f"--ratio {ratio:g} of the {what} cannot be met: this network can lose "
+            f"{least:.2%} to {most:.2%} of its {total:,} {what}",
+            fix=f"pass a ratio from {least:.4f} to {np.floor(most * 1e4) / 1e4:.4f}, or 0 to export "
+            "the dense model",
+        )
+
+
+def _group_plan(group: Group, state: State) -> GroupPlan:
+    gone = set(state.removed.get(group.name, ()))
+    effects = tuple(
+        UnitEffect(unit=unit, **asdict(m))
+        for unit, m in sorted(state.measured.get(group.name, {}).items())
+    )
+    return GroupPlan(
+        name=group.name,
+        kind=group.kind,
+        units=group.units,
+        kept=tuple(u for u in range(group.units) if u not in gone),
+        effects=effects,
+    )

@@ -1,0 +1,1 @@
+"""report.html and report.md, made from the manifest and the plan alone."""

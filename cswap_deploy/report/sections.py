@@ -1,0 +1,389 @@
+"""The body of the report, as plain sections that both templates lay out.
+
+Every figure comes from the manifest, the plan or the verdicts; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from cswap_deploy.artifacts import (
+    Accuracy,
+    DataSpec,
+    Latency,
+    Manifest,
+    PrunePlan,
+    TargetResult,
+)
+from cswap_deploy.bundle import tensor_text
+from cswap_deploy.gate.budgets import BudgetVerdict
+from cswap_deploy.report import figures
+from cswap_deploy.report.words import ms, percent, points, size, some, top1
+
+_FOLD_ABOVE = 30
+"""Rows that a table shows without being opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text under a heading; columns from ``text_columns`` on hold numbers."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+
+    @property
+    def folded(self) -> bool:
+        """Whether a page should show it only when asked."""
+        return len(self.rows) > _FOLD_ABOVE
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """An ``<svg>`` element and what it shows."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with sentences, tables and figures."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+
+
+def sections(
+    manifest: Manifest, plan: PrunePlan, verdicts: tuple[BudgetVerdict, ...], *, draw: bool
+) -> tuple[Section, ...]:
+    """The report's body.
+
+    Args:
+        manifest: Of the bundle.
+        plan: Of the same build.
+        verdicts: On the budgets; none where no budgets were given.
+        draw: Make the figures.
+
+    Returns:
+        Sections in reading order; those that would be empty are left out.
+    """
+    made = (
+        _budgets(verdicts),
+        _accuracy(manifest, draw=draw),
+        _targets(manifest, draw=draw),
+        _removed(plan, draw=draw),
+        _effects(plan, draw=draw),
+        _progress(plan),
+        _parity(manifest),
+        _data(manifest),
+        _notes(manifest),
+        _reproduce(manifest, plan),
+        _files(manifest),
+    )
+    return tuple(section for section in made if section is not None)
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def _budgets(verdicts: tuple[BudgetVerdict, ...]) -> Section | None:
+    if not verdicts:
+        return None
+    rows = tuple(("pass" if v.ok else "FAIL", v.name, v.text) for v in verdicts)
+    return Section("Budgets", tables=(Table(("", "budget", "measured"), rows, 3),))
+
+
+def _accuracy(manifest: Manifest, *, draw: bool) -> Section:
+    rows = []
+    for where, change in figures.scored(manifest):
+        rows.append(
+            (
+                where,
+                _interval(change.dense),
+                _interval(change.pruned),
+                f"{points(change.drop)} ({points(change.low)} to {points(change.high)})",
+                percent(change.agreement),
+                f"{change.pruned.images:,}",
+            )
+        )
+    if not rows:
+        return Section("Accuracy", ("Not measured: no validation images were scored.",))
+    head = ("where", "dense top-1", "pruned top-1", "drop", "same class", "images")
+    picture = figures.accuracy_figure(manifest) if draw else None
+    return Section(
+        "Accuracy",
+        (
+            "In brackets are 95 % intervals: Wilson's for each top-1, paired by image for the "
+            "drop. “Same class” is the share of images on which both networks agree.",
+        ),
+        (Table(head, tuple(rows)),),
+        _figure(picture, "Top-1 of the dense and the pruned network."),
+    )
+
+
+def _targets(manifest: Manifest, *, draw: bool) -> Section | None:
+    if not manifest.targets:
+        return None
+    engines = tuple(
+        (
+            r.engine.target,
+            r.engine.device or "not recorded",
+            r.engine.precision,
+            "yes" if r.engine.runnable else "no",
+            size(r.engine.size_bytes),
+            f"{r.engine.build_seconds:.1f} s",
+        )
+        for r in manifest.targets
+    )
+    tables = [
+        Table(("target", "built for", "precision", "run here", "size", "built in"), engines, 4)
+    ]
+    rows = [row for result in manifest.targets for row in _latency_rows(result)]
+    if rows:
+        head = ("target", "network", "provider", "p50", "p90", "p99", "batch", "calls")
+        tables.append(Table((*head, "warm-up", "threads"), tuple(rows), 3))
+    text = [
+        f"{r.engine.target} was not run on this machine: {r.engine.reason or 'no reason recorded'}."
+        for r in manifest.targets
+        if not r.engine.runnable
+    ]
+    if rows:
+        text.append(
+            f"Latency is the wall clock of one inference call, copies included, on "
+            f"{manifest.device.cpu} ({manifest.device.cores} cores); dense and pruned calls "
+            "alternate."
+        )
+    picture = figures.latency_figure(manifest) if draw else None
+    caption = "Share of calls that ended within a given time; further left is faster."
+    return Section("Engines and latency", tuple(text), tuple(tables), _figure(picture, caption))
+
+
+def _latency_rows(result: TargetResult) -> list[tuple[str, ...]]:
+    pairs: list[tuple[str, Latency | None]] = [
+        ("dense", result.dense_latency),
+        ("pruned", result.latency),
+    ]
+    return [
+        (
+            result.engine.target,
+            name,
+            latency.provider,
+            ms(latency.p50_ms),
+            ms(latency.p90_ms),
+            ms(latency.p99_ms),
+            str(latency.batch),
+            f"{len(latency.samples_ms):,}",
+            str(latency.warmup),
+            str(latency.threads),
+        )
+        for name, latency in pairs
+        if latency is not None
+    ]
+
+
+def _removed(plan: PrunePlan, *, draw: bool) -> Section:
+    rows = []
+    for group in plan.groups:
+        kept = figures.verdict_counts(group, kept=True)
+        gone = figures.verdict_counts(group, kept=False)
+        rows.append(
+            (
+                group.name,
+                group.kind,
+                f"{group.units:,}",
+                f"{len(group.kept):,}",
+                percent(len(group.kept) / group.units if group.units else 0.0),
+                *(f"{kept[v]:,} / {gone[v]:,}" for v in figures.VERDICT_COLOURS),
+            )
+        )
+    head = ("group", "kind", "units", "kept", "kept, %", *figures.VERDICT_COLOURS)
+    tables = [Table(head, tuple(rows), 2)] if rows else []
+    if plan.excluded:
+        tables.append(Table(("left as it is", "why"), tuple(sorted(plan.excluded.items())), 2))
+    text = (
+        f"Criterion {plan.criterion}. Each group is the units of one coupled set of layers. A unit "
+        f"is critical where its removal lowers the true class's probability, detrimental where it "
+        f"raises it, neutral where neither is shown, at a false-discovery rate of "
+        f"{percent(plan.alpha)}. The last columns count kept / removed units.",
+    )
+    picture = figures.units_figure(plan) if draw and plan.groups else None
+    caption = "Units of each group from the input to the output; numbers are kept/all."
+    return Section("What was removed", text, tuple(tables), _figure(picture, caption))
+
+
+def _effects(plan: PrunePlan, *, draw: bool) -> Section | None:
+    if not figures.has_effects(plan):
+        return None
+    counts: Counter[str] = Counter()
+    for group in plan.groups:
+        counts += figures.verdict_counts(group, kept=True)
+        counts += figures.verdict_counts(group, kept=False)
+    shares = ", ".join(f"{counts[v]:,} {v}" for v in figures.VERDICT_COLOURS if counts[v])
+    text = (
+        f"Verdicts on all {sum(counts.values()):,} units: {shares}. Each unit is shown as it was "
+        "last measured; the network had shrunk in between, so kept and removed units may overlap.",
+    )
+    if not draw:
+        return Section("Measured effects", text)
+    caption = (
+        "Effect of an intervention on each unit. Above: how far the network's output moves (KL "
+        "divergence). Below: relative change of the true class's probability; below zero the unit "
+        "helps. Both axes are logarithmic away from zero."
+    )
+    return Section("Measured effects", text, (), _figure(figures.effects_figure(plan), caption))
+
+
+def _progress(plan: PrunePlan) -> Section | None:
+    if not plan.rounds:
+        return None
+    rows = tuple(
+        (str(r.round), f"{r.measured:,}", f"{r.removed:,}", f"{r.params:,}", f"{r.seconds:.1f} s")
+        for r in plan.rounds
+    )
+    text = []
+    if plan.refitted:
+        text.append(
+            f"Layers solved again in closed form, without training: {len(plan.refitted):,}."
+        )
+    if plan.biased:
+        text.append(f"Layers that gained a bias for what was folded in: {len(plan.biased):,}.")
+    head = ("round", "units measured", "removed", "parameters left", "time")
+    return Section("Rounds", tuple(text), (Table(head, rows, 0),))
+
+
+def _parity(manifest: Manifest) -> Section:
+    rows = tuple(
+        (
+            p.reference,
+            p.candidate,
+            "yes" if p.ok else "NO",
+            f"{p.max_abs:.2e}",
+            f"{p.tolerance:g}",
+            f"{p.images:,}",
+            ", ".join(map(str, p.batches)),
+        )
+        for p in (*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity))
+    )
+    if not rows:
+        return Section("Parity", ("Not measured.",))
+    head = ("reference", "candidate", "within tolerance", "largest difference")
+    return Section(
+        "Parity",
+        ("Largest absolute difference of logits between a network and what was made of it.",),
+        (Table((*head, "tolerance", "images", "batch sizes"), rows, 3),),
+    )
+
+
+def _data(manifest: Manifest) -> Section:
+    pairs = (("calibration", manifest.calibration), ("validation", manifest.validation))
+    rows = tuple(_data_row(role, data) for role, data in pairs if data is not None)
+    text = [f"No {role} images were used." for role, data in pairs if data is None]
+    for role, data in pairs:
+        if data is None:
+            continue
+        if data.class_indices:
+            named = [f"{name} = {index}" for name, index in sorted(data.class_indices.items())]
+            text.append(f"Class indices of the {role} set: {some(tuple(named), 12)}.")
+    if manifest.calibration and manifest.validation:
+        text.append(
+            f"{manifest.shared_images:,} images are in both sets."
+            if manifest.shared_images
+            else "No image is in both sets."
+        )
+    spec = manifest.model.preprocessing
+    text.append(
+        f"Preprocessing: shorter side to {spec.resize_shorter} pixels ({spec.interpolation}), "
+        f"centre crop to {' x '.join(map(str, spec.input_size))} (C x H x W), mean "
+        f"{_numbers(spec.mean)}, standard deviation {_numbers(spec.std)}."
+    )
+    head = ("set", "source", "class mapping", "sha256", "images", "classes", "unreadable")
+    return Section("Data", tuple(text), (Table(head, rows, 4),) if rows else ())
+
+
+def _data_row(role: str, data: DataSpec) -> tuple[str, ...]:
+    return (
+        role,
+        data.source,
+        data.mapping or "none",
+        data.sha256[:16],
+        f"{data.count:,}",
+        f"{data.classes:,}",
+        f"{len(data.unreadable):,}",
+    )
+
+
+def _notes(manifest: Manifest) -> Section:
+    rows = [("build", note) for note in manifest.fallbacks]
+    rows += [("ONNX", note) for note in manifest.onnx.notes]
+    rows += [
+        ("data", f"{name} was unreadable and left out")
+        for data in (manifest.calibration, manifest.validation)
+        if data is not None
+        for name in data.unreadable
+    ]
+    rows += [(r.engine.target, note) for r in manifest.targets for note in r.engine.notes]
+    if not rows:
+        return Section("Fallbacks and notes", ("None.",))
+    return Section("Fallbacks and notes", (), (Table(("where", "what"), tuple(rows), 2),))
+
+
+def _reproduce(manifest: Manifest, plan: PrunePlan) -> Section:
+    device = manifest.device
+    facts = (
+        ("created", manifest.created),
+        ("cswap-deploy", manifest.tool_version),
+        ("model", f"{manifest.model.name} ({manifest.model.source})"),
+        ("weights", manifest.model.weights),
+        ("weights sha256", manifest.model.weights_sha256),
+        ("CPU", f"{device.cpu}, {device.cores} cores, {device.memory_mib:,} MiB"),
+        ("GPU", ", ".join(device.gpus) or "none"),
+        ("platform", device.platform or "not recorded"),
+        *(("input", tensor_text(tensor)) for tensor in manifest.onnx.inputs),
+        *(("output", tensor_text(tensor)) for tensor in manifest.onnx.outputs),
+        ("ONNX", f"opset {manifest.onnx.opset}, {manifest.onnx.nodes} nodes"),
+    )
+    versions = dict(manifest.versions)
+    for result in manifest.targets:
+        versions |= result.engine.versions
+    tables = [Table(("", ""), facts, 2), _pairs("stage", "this time", manifest.stages)]
+    tables.append(_pairs("setting", "value", manifest.settings))
+    only_plan = {k: v for k, v in plan.settings.items() if k not in manifest.settings}
+    if only_plan:
+        tables.append(_pairs("setting of the plan", "value", only_plan))
+    tables.append(_pairs("tool", "version", versions))
+    return Section("To reproduce", (), tuple(table for table in tables if table.rows))
+
+
+def _files(manifest: Manifest) -> Section | None:
+    if not manifest.files:
+        return None
+    rows = tuple((ref.path, ref.sha256, size(ref.size_bytes)) for ref in manifest.files)
+    return Section("Files", (), (Table(("file", "sha256", "size"), rows, 2),))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _interval(accuracy: Accuracy) -> str:
+    return f"{top1(accuracy)} ({100 * accuracy.low:.2f} to {100 * accuracy.high:.2f})"
+
+
+def _figure(svg: str | None, caption: str) -> tuple[Figure, ...]:
+    return () if svg is None else (Figure(svg, caption),)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _pairs(left: str, right: str, values: dict[str, Any]) -> Table:
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, default=str)
+
+    return Table((left, right), tuple((k, text(v)) for k, v in sorted(values.items())), 2)

@@ -1,0 +1,1 @@
+"""What runs on the device: NumPy, Pillow and the engine's runtime; never torch."""

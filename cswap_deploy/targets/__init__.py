@@ -1,0 +1,112 @@
+"""The runtimes that a graph is built for: one file each, found through one table."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from cswap_deploy.artifacts import BatchRange, EngineArtifact, OnnxArtifact, sha256_file
+from cswap_deploy.errors import ArtifactError, UsageError
+
+Images = npt.NDArray[np.float32]
+
+
+class Session(Protocol):
+    """An engine that is loaded and ready to run."""
+
+    provider: str
+    """What really executes, asked of the runtime."""
+    threads: int
+
+    def run(self, images: Images) -> npt.NDArray[np.float32]:
+        """(N, C, H, W) float32 -> logits (N, classes) float32."""
+        ...
+
+
+class Target(Protocol):
+    """A runtime: makes engines, and loads them where this machine can run them."""
+
+    name: str
+
+    def build(self, onnx: OnnxArtifact, *, batch: BatchRange, out_dir: Path) -> EngineArtifact:
+        """Make the runtime's engine from a graph.
+
+        Args:
+            onnx: Simplified graph with a dynamic batch axis.
+            batch: Smallest, tuned-for and largest batch (samples).
+            out_dir: Existing folder, owned by the caller.
+
+        Returns:
+            The engine, with ``runnable`` and, where false, the reason.
+
+        Raises:
+            MissingDependencyError: The runtime is absent or does not load.
+            BuildError: The runtime refused the graph; ``err.log`` has its words.
+        """
+        ...
+
+    def load(self, engine: EngineArtifact, *, threads: int | None) -> Session:
+        """Load an engine.
+
+        Args:
+            engine: What ``build`` returned.
+            threads: Of a CPU runtime; the cores that this process may use unless said.
+
+        Returns:
+            A session.
+
+        Raises:
+            MissingDependencyError: The runtime or the device is not there.
+            ArtifactError: The file's digest is not the engine's, or the runtime cannot read it.
+        """
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what affects the engine, for cache keys.
+
+        Raises:
+            MissingDependencyError: The runtime is absent or does not load.
+        """
+        ...
+
+
+TARGETS: dict[str, str] = {
+    "onnxruntime": "cswap_deploy.targets.onnxruntime:OnnxRuntime",
+    "tensorrt-rtx": "cswap_deploy.targets.tensorrt_rtx:TensorRtRtx",
+    "tensorrt": "cswap_deploy.targets.tensorrt:TensorRt",
+}
+
+
+def get_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        UsageError: There is no such target.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
+    module, _, attribute = TARGETS[name].partition(":")
+    factory: Any = getattr(importlib.import_module(module), attribute)
+    return cast(Target, factory())
+
+
+def check_digest(engine: EngineArtifact) -> None:
+    """Compare an engine's file with the digest that its build recorded.
+
+    Raises:
+        ArtifactError: The file is absent or differs.
+    """
+    try:
+        found = sha256_file(engine.path)
+    except OSError as err:
+        raise ArtifactError(f"cannot read {engine.path}: {err.strerror or err}") from err
+    if found != engine.sha256:
+        raise ArtifactError(
+            f"{engine.path} is not the file that was built: sha256 {found[:12]}…, "
+            f"recorded {engine.sha256[:12]}…",
+            fix="build the bundle again",
+        )

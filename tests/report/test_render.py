@@ -1,0 +1,240 @@
+"""The report says what the manifest holds, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from made_up_bundle import accuracy_change, made_up_manifest, made_up_plan, made_up_targets
+
+from cswap_deploy.artifacts import Manifest, Size
+from cswap_deploy.errors import ArtifactError
+from cswap_deploy.gate.budgets import Budgets, check_budgets
+from cswap_deploy.report import headline, words
+from cswap_deploy.report.render import render_html, render_markdown
+
+
+class Page(HTMLParser):
+    """A page's text, ids and addresses; also shows that its tags are balanced."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "use", "path", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        self.addresses += [
+            v for k, v in values.items() if k in ("src", "href", "xlink:href", "action") and v
+        ]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def both(manifest: Manifest) -> tuple[str, str]:
+    plan = made_up_plan()
+    return render_markdown(manifest, plan), Page(render_html(manifest, plan)).text
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render_html(made_up_manifest(), made_up_plan())
+
+
+def test_both_reports_carry_the_result() -> None:
+    manifest = made_up_manifest()
+    for text in both(manifest):
+        assert (
+            "40.0 % of the parameters were to be removed; removed were 40.1 % of the parameters, "
+            "43.5 % of the units (channels, heads, neurons), 31.2 % of the MACs." in text
+        )
+        assert (
+            "Top-1 went from 92.05 % to 91.35 % on 2,000 images (onnxruntime): 0.70 points lower, "
+            "95 % interval 0.20 to 1.20." in text
+        )
+        assert "takes 0.627 ms instead of 0.853 ms (1.36x)" in text
+        assert "653.6 KiB" in text
+        assert "1.34 MiB" in text
+        assert "4.10e-06" in text
+        assert "conv1" in text
+        assert "feeds the residual stream" in text
+        assert manifest.model.weights_sha256 in text
+        assert "The tensorrt-rtx engine was built but not run here: no NVIDIA driver" in text
+        for group in made_up_plan().groups:
+            assert group.name in text
+        for name, version in manifest.versions.items():
+            assert name in text
+            assert version in text
+
+
+def test_the_group_table_adds_up() -> None:
+    plan = made_up_plan()
+    rows = re.findall(
+        r"^\| (layer\S+) \| channels \| (\d+) \| (\d+) \| [\d.]+ % \| (.*) \|$",
+        render_markdown(made_up_manifest(), plan),
+        flags=re.MULTILINE,
+    )
+    assert [row[0] for row in rows] == [group.name for group in plan.groups]
+    assert sum(int(row[1]) for row in rows) == plan.dense.units
+    assert sum(int(row[2]) for row in rows) == plan.pruned.units
+    for _, units, kept, counts in rows:
+        pairs = [cell.split(" / ") for cell in counts.split(" | ")]
+        assert sum(int(stays) for stays, _ in pairs) == int(kept)
+        assert sum(int(goes) for _, goes in pairs) == int(units) - int(kept)
+
+
+def test_the_page_stands_alone(html: str) -> None:
+    page = Page(html)
+    assert "script" not in page.tags
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(page.ids)
+    assert len(re.findall("<svg ", html)) == 4
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_same_values_give_the_same_bytes(html: str) -> None:
+    assert render_html(made_up_manifest(), made_up_plan()) == html
+
+
+def test_names_cannot_break_out() -> None:
+    model = made_up_manifest().model.model_copy(update={"name": "<script>x|y</script>\n# z"})
+    plan = made_up_plan()
+    group = plan.groups[0].model_copy(update={"name": "</text><script>bad</script>"})
+    plan = plan.model_copy(update={"groups": (group, *plan.groups[1:])})
+    html = render_html(made_up_manifest(model=model), plan)
+    assert "<script" not in html
+    assert "<script>x|y</script>" in Page(html).text
+    markdown = render_markdown(made_up_manifest(model=model), plan)
+    assert markdown.startswith("# \\<script\\>x\\|y\\</script\\> # z\n")
+
+
+def test_a_reader_is_warned() -> None:
+    manifest = made_up_manifest()
+    assert manifest.validation is not None
+    unreadable = tuple(f"{i}.jpg" for i in range(7))
+    validation = manifest.validation.model_copy(update={"unreadable": unreadable})
+    lost = manifest.export_parity[0].model_copy(update={"max_abs": 0.5})
+    manifest = made_up_manifest(
+        validation=validation,
+        shared_images=3,
+        export_parity=(lost,),
+        fallbacks=("round-to auto: 1 was used",),
+    )
+    for text in both(manifest):
+        assert (
+            "3 images are in both the calibration and the validation set: the accuracy is not "
+            "that on unseen images." in text
+        )
+        assert (
+            "7 validation files could not be read and were left out: 0.jpg, 1.jpg, 2.jpg, 3.jpg, "
+            "4.jpg and 2 more." in text
+        )
+        assert "6.jpg was unreadable and left out" in text
+        assert (
+            "Parity is lost: export differs from PyTorch, pruned by 0.5 (at most 0.001 allowed)."
+            in text
+        )
+        assert "round-to auto: 1 was used" in text
+
+
+def test_what_was_not_measured_is_said() -> None:
+    manifest = made_up_manifest(
+        torch_accuracy=None,
+        targets=made_up_targets()[1:],
+        export_parity=(),
+        calibration=None,
+        validation=None,
+    )
+    for text in both(manifest):
+        assert "Accuracy was not measured." in text
+        assert "Not measured: no validation images were scored." in text
+        assert "no engine was run on this machine" in text
+        assert "no graph was compared" in text
+        assert "No calibration images were used." in text
+        assert "points lower" not in text
+
+
+def test_a_better_network_is_not_called_worse() -> None:
+    better = accuracy_change(-0.003)
+    assert "0.30 points higher" in headline.summary(
+        made_up_manifest(torch_accuracy=better, targets=())
+    )
+
+
+def test_ratio_zero_is_called_dense() -> None:
+    manifest = made_up_manifest(ratio_requested=0.0)
+    assert headline.summary(manifest).startswith("demo-resnet was exported dense: ")
+
+
+def test_budgets_are_shown_when_there_are_some() -> None:
+    manifest, plan = made_up_manifest(), made_up_plan()
+    verdicts = check_budgets(manifest, Budgets(size_max_mib=0.5, params_max=200_000))
+    markdown = render_markdown(manifest, plan, verdicts=verdicts)
+    assert "| FAIL | size_max_mib | model.onnx 0.638 MiB, limit at most 0.500 MiB |" in markdown
+    assert "| pass | params_max |" in markdown
+    assert '<td class="bad">FAIL</td>' in render_html(manifest, plan, verdicts=verdicts)
+    assert "## Budgets" not in render_markdown(manifest, plan)
+
+
+def test_a_plan_of_another_build_is_refused() -> None:
+    plan = made_up_plan().model_copy(update={"pruned": Size(units=1, params=2, macs=3)})
+    with pytest.raises(ArtifactError, match="its pruned network has 2 parameters, the manifest's"):
+        render_markdown(made_up_manifest(), plan)
+
+
+def test_a_long_table_is_folded_away() -> None:
+    plan = made_up_plan()
+    many = tuple(plan.groups[0].model_copy(update={"name": f"block{i}"}) for i in range(40))
+    html = render_html(made_up_manifest(), plan.model_copy(update={"groups": many}))
+    assert "<details><summary>40 rows</summary>" in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1234, "0.123 ms"), (1.234, "1.23 ms"), (12.34, "12.3 ms"), (123.4, "123 ms")],
+)
+def test_milliseconds_have_three_digits(value: float, text: str) -> None:
+    assert words.ms(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(950, "950"), (163_120, "163 k"), (25_557_032, "25.6 M"), (4_089_184_256, "4.09 G")],
+)
+def test_counts_are_short(value: int, text: str) -> None:
+    assert words.short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(17, "17 B"), (669_312, "653.6 KiB"), (4_194_304, "4.00 MiB")]
+)
+def test_sizes_are_in_binary_units(value: int, text: str) -> None:
+    assert words.size(value) == text

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cswap_deploy.artifacts import OnnxArtifact
+from cswap_deploy.export.onnx import describe_onnx, export_onnx
+
+
+@pytest.fixture(scope="session")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def graph(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> OnnxArtifact:
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    return export_onnx(network, input_size=(3, 16, 16), path=path)
+
+
+@pytest.fixture
+def unknown_operator(graph: OnnxArtifact, tmp_path: Path) -> OnnxArtifact:
+    """The graph with its Relu made an operator that no runtime has."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(graph.path)
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type, relu.domain, relu.name = "Wobble", "my.ops", "the_wobble"
+    model.opset_import.append(onnx.helper.make_opsetid("my.ops", 1))
+    path = tmp_path / "unknown.onnx"
+    onnx.save(model, path)
+    return describe_onnx(path)
