@@ -65,7 +65,9 @@ def augment(x: Tensor, g: torch.Generator) -> Tensor:
     cy, cx = torch.randint(0, 28, (2, n), generator=g)
     near_y = (torch.arange(28)[None] - cy[:, None]).abs() < 5
     near_x = (torch.arange(28)[None] - cx[:, None]).abs() < 5
-    hit = near_y[:, :, None] & near_x[:, None, :] & (torch.rand(n, generator=g) < 0.25)[:, None, None]
+    hit = (
+        near_y[:, :, None] & near_x[:, None, :] & (torch.rand(n, generator=g) < 0.25)[:, None, None]
+    )
     return x.masked_fill(hit[:, None], 0.0)
 
 
@@ -87,14 +89,20 @@ def train(name: str, source: Path, epochs: int, seed: int) -> dict[str, float]:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     opt = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": recipe["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
+        [
+            {"params": decay, "weight_decay": recipe["weight_decay"]},
+            {"params": rest, "weight_decay": 0.0},
+        ],
         lr=recipe["lr"],
     )
     batch = int(recipe["batch"])
     steps = len(x) // batch
     total, warm = epochs * steps, 2 * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(i / warm, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm) / (total - warm))))
+        opt,
+        lambda i: min(
+            i / warm, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm) / (total - warm)))
+        ),
     )
     begun = time.perf_counter()
     for epoch in range(epochs):
@@ -126,7 +134,9 @@ def train(name: str, source: Path, epochs: int, seed: int) -> dict[str, float]:
     }
     ZOO_DIR.mkdir(exist_ok=True)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(state, ZOO_DIR / f"{name}.safetensors", metadata={k: str(v) for k, v in result.items()})
+    save_file(
+        state, ZOO_DIR / f"{name}.safetensors", metadata={k: str(v) for k, v in result.items()}
+    )
     return result
 
 
@@ -140,12 +150,16 @@ def write_images(source: Path, count: int, seed: int) -> None:
         )
         rng.shuffle(pick)
         np.savez_compressed(
-            ZOO_DIR / f"fashion-mnist-{part}.npz", images=images[pick][..., None], labels=labels[pick]
+            ZOO_DIR / f"fashion-mnist-{part}.npz",
+            images=images[pick][..., None],
+            labels=labels[pick],
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--only", choices=[*RECIPES, "images"])
     parser.add_argument("--epochs", type=int)

@@ -1,9 +1,9 @@
 """Prune a PyTorch vision network without training and ship it as a checked, measured engine.
 
-    import cswap_deploy
+import cswap_deploy
 
-    bundle = cswap_deploy.build("demo-resnet", ratio=0.4)
-    print(bundle.manifest.targets[0].accuracy.drop)
+bundle = cswap_deploy.build("demo-resnet", ratio=0.4)
+print(bundle.manifest.targets[0].accuracy.drop)
 """
 
 from __future__ import annotations

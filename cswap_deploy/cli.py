@@ -36,7 +36,8 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to leave the result in.")
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to leave the result in."),
 ]
 Target = Annotated[
     list[str] | None,
@@ -44,7 +45,9 @@ Target = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="DIR|FILE.npz|hf:NAME[:SPLIT]", help="Labelled images to prune and test on."),
+    typer.Option(
+        metavar="DIR|FILE.npz|hf:NAME[:SPLIT]", help="Labelled images to prune and test on."
+    ),
 ]
 ValidationData = Annotated[
     str | None, typer.Option(metavar="...", help="As --data, for the test images alone.")
@@ -100,7 +103,9 @@ def _build_command(until: Stage) -> Callable[..., None]:
         input_size: Annotated[
             str | None, typer.Option(metavar="C,H,W", help="What the network takes.")
         ] = None,
-        mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in [0, 1].")] = None,
+        mean: Annotated[
+            str | None, typer.Option(metavar="R,G,B", help="Of pixels in [0, 1].")
+        ] = None,
         std: Annotated[str | None, typer.Option(metavar="R,G,B", help="As --mean.")] = None,
         round_to: Annotated[
             str | None, typer.Option(metavar="N|auto", help="Kept units per group: a multiple.")
@@ -279,7 +284,9 @@ def models(
 
     found = [asdict(entry) for entry in list_models(pattern)]
     if not found:
-        raise UsageError(f"no timm model matches {pattern!r}", fix="try a wider pattern: '*resnet*'")
+        raise UsageError(
+            f"no timm model matches {pattern!r}", fix="try a wider pattern: '*resnet*'"
+        )
     _console(as_json=as_json).table("models", found)
 
 

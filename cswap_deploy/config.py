@@ -121,8 +121,10 @@ def load_config(file: Path | None = None, **settings: Any) -> BuildConfig:
         lines = []
         for problem in err.errors():
             name = ".".join(str(part) for part in problem["loc"][:1]).replace("_", "-")
-            got = "" if problem["type"] in ("missing", "extra_forbidden") else (
-                f" (got {problem['input']!r})" if problem["loc"] else ""
+            got = (
+                ""
+                if problem["type"] in ("missing", "extra_forbidden")
+                else (f" (got {problem['input']!r})" if problem["loc"] else "")
             )
             lines.append(f"--{name}: {problem['msg']}{got}" if name else problem["msg"])
         where = f" in {file} and the flags" if file is not None else ""

@@ -74,6 +74,4 @@ def missing(module: str, extra: str, err: ImportError) -> MissingDependencyError
     """The error for an optional package, telling absent from broken."""
     absent = isinstance(err, ModuleNotFoundError) and err.name == module
     state = "is not installed" if absent else f"is installed but does not load: {err}"
-    return MissingDependencyError(
-        f"{module} {state}", fix=f"pip install 'cswap-deploy[{extra}]'"
-    )
+    return MissingDependencyError(f"{module} {state}", fix=f"pip install 'cswap-deploy[{extra}]'")

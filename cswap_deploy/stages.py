@@ -107,7 +107,6 @@ class Run:
         return self.loaded.spec
 
 
-
 def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     """Score and remove; a folder with ``plan.json`` and ``pruned.safetensors``."""
     config = run.config
@@ -126,7 +125,7 @@ def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
             "calibration": run.samples.calibration.spec.sha256,
         },
         settings={name: getattr(config, name) for name in names},
-        tools=tool_versions("torch", "timm", "torch-pruning", "scipy"),
+        tools=tool_versions("cswap-deploy", "torch", "timm", "torch-pruning", "scipy"),
     )
     folder = _once(run, "prune", key, lambda out: _prune(run, key, out))
     plan = read_value(folder / PLAN, PrunePlan)
@@ -234,7 +233,7 @@ def export_stage(run: Run, pruned: Path, plan: PrunePlan) -> Path:
         inputs={"pruned": run.keys["prune"], "weights": sha256_file(pruned / WEIGHTS)},
         settings={"opset": config.opset, "precision": config.precision,
                   "parity_tolerance": config.parity_tolerance},
-        tools=tool_versions("torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
+        tools=tool_versions("cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
     )  # fmt: skip
     folder = _once(run, "export", key, lambda out: _export(run, pruned, plan, out))
     record = read_value(folder / "export.json", ExportRecord)
@@ -265,9 +264,11 @@ def _export(run: Run, pruned: Path, plan: PrunePlan, out: Path) -> None:
         simple = simplify_onnx(exported, path=out / f"{name}.onnx")
         graph = cast_precision(simple, precision=run.config.precision, path=out / f"{name}.onnx")
         run.progress.end()
-        steps = {"exported": exported, "simplified": graph} if name == "model" else {
-            "dense, simplified": graph
-        }
+        steps = (
+            {"exported": exported, "simplified": graph}
+            if name == "model"
+            else {"dense, simplified": graph}
+        )
         parities += [
             _require(_onnx_parity(run, module, step, images, label))
             for label, step in steps.items()
@@ -344,7 +345,7 @@ def validate_stage(
             version=_VERSIONS["validate"],
             inputs=inputs | {"engine": run.keys[f"engine/{target}"]},
             settings=settings,
-            tools=tool_versions("torch", "timm", "onnxruntime"),
+            tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
         )
         done = _once(
             run, name, key, lambda out, f=folder: _validate(run, plan, pruned, exported, f, out)

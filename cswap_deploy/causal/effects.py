@@ -167,8 +167,13 @@ def measure_group(
                 chosen = range(at, min(at + step, len(units)))
                 replace = {
                     node: _Intervention(
-                        graph, layer, [indices[v] for v in chosen], means,
-                        kept.get(node), kept.get(_input_of(node)), cut=_input_of(node) not in inside,
+                        graph,
+                        layer,
+                        [indices[v] for v in chosen],
+                        means,
+                        kept.get(node),
+                        kept.get(_input_of(node)),
+                        cut=_input_of(node) not in inside,
                     )
                     for node, layer, indices in consumers
                     if node in inside

@@ -303,8 +303,8 @@ def _in_place(target: Any) -> bool:
 def _mutates_shared_values(graph: fx.Graph) -> bool:
     """Whether an in-place operation changes a value that something else reads too."""
     return any(
-        _in_place(n.target) and (not str(n.target).split(".")[1].endswith("_")
-                                 or len(n.args[0].users) > 1)
+        _in_place(n.target)
+        and (not str(n.target).split(".")[1].endswith("_") or len(n.args[0].users) > 1)
         for n in graph.nodes
         if n.op == "call_function"
     )

@@ -29,6 +29,11 @@ from cswap_deploy.causal.units import Group
 from cswap_deploy.pruning.budget import SizeModel, amount
 
 
+_NEAR = 0.005
+"""How near a round comes to its target, as a fraction of it, before coarse bundles are searched
+for one that fits better."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to measure and remove. Defaults are the command's; see ``config.BuildConfig``."""
@@ -191,8 +196,10 @@ def _candidates(
         return alive
     now = amount(sizes.size(), settings.ratio_of)
     share = min(1.0, 2 * (1 - total * (1 - settings.ratio) / now))
-    rank = {g: _ranking(state, g, settings) / sizes.saving(g.name, [0], settings.ratio_of)
-            for g in groups}
+    rank = {
+        g: _ranking(state, g, settings) / sizes.saving(g.name, [0], settings.ratio_of)
+        for g in groups
+    }
     everything = np.concatenate([rank[g][units] for g, units in alive.items()])
     limit = np.quantile(everything, share)
     return {g: [u for u in units if rank[g][u] <= limit] for g, units in alive.items()}
@@ -274,19 +281,34 @@ def _choose(
     target: float,
     of: RatioOf,
 ) -> dict[str, list[int]]:
-    """Mark bundles as removed, least disturbance per saving first, until the target is nearest."""
+    """Mark bundles as removed, least disturbance per saving first, until the target is nearest.
+
+    Where bundles are coarse, one more is taken from further down the order if that lands within
+    ``_NEAR`` of the target and stopping does not.
+    """
     gone: dict[str, list[int]] = {}
-    for group, units in _bundles(groups, sizes, state, ranking, granules, floors, of):
-        before = amount(sizes.size(), of)
-        if before <= target:
-            break
+
+    def take(group: str, units: list[int]) -> None:
         sizes.remove(group, units)
-        after = amount(sizes.size(), of)
-        if after < target and target - after > before - target:
-            sizes.restore(group, units)
-            break
         gone.setdefault(group, []).extend(units)
         state.removed.setdefault(group, []).extend(units)
+
+    near = _NEAR * target
+    left = amount(sizes.size(), of)
+    stopped: set[str] = set()
+    for group, units in _bundles(groups, sizes, state, ranking, granules, floors, of):
+        if left - target <= near and (stopped or left <= target):
+            break
+        if group in stopped:
+            continue
+        after = left - sizes.saving(group, units, of)
+        if after >= target or target - after <= (near if stopped else left - target):
+            take(group, units)
+            left = amount(sizes.size(), of)
+            if stopped and left >= target:
+                continue
+        else:
+            stopped.add(group)  # its next bundle overshoots: a smaller one may still fit
     return gone
 
 

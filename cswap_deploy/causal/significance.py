@@ -41,9 +41,7 @@ class Judgement:
     """(U, classes) after correction."""
 
 
-def judge(
-    effects: np.ndarray, labels: np.ndarray, *, alpha: float, min_effect: float
-) -> Judgement:
+def judge(effects: np.ndarray, labels: np.ndarray, *, alpha: float, min_effect: float) -> Judgement:
     """Call every unit critical, neutral or detrimental.
 
     Args:

@@ -94,7 +94,9 @@ def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
     total = torch.zeros(layer.out_channels, dtype=weight.dtype)
     for index, value in zip(indices.tolist(), values, strict=True):
         group, slot = divmod(index, per_group)
-        total[group * rows : (group + 1) * rows] += flat[group * rows : (group + 1) * rows, slot] * value
+        total[group * rows : (group + 1) * rows] += (
+            flat[group * rows : (group + 1) * rows, slot] * value
+        )
     return total
 
 

@@ -156,9 +156,7 @@ def _describe(layer: nn.Module | nn.Parameter, positions: int) -> _Layer:
         if layer.groups == layer.out_channels and layer.groups > 1:
             depth = layer.weight.shape[1] * kernel
             return _Layer(1, layer.out_channels, depth, bias, positions)
-        return _Layer(
-            layer.in_channels, layer.out_channels, kernel / layer.groups, bias, positions
-        )
+        return _Layer(layer.in_channels, layer.out_channels, kernel / layer.groups, bias, positions)
     if isinstance(layer, nn.Linear):
         bias = int(layer.bias is not None)
         return _Layer(layer.in_features, layer.out_features, 1.0, bias, positions)

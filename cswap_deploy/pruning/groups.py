@@ -71,7 +71,10 @@ def find_groups(module: nn.Module, example: Tensor) -> Structure:
 
 
 def remove_units(
-    module: nn.Module, example: Tensor, removed: Mapping[str, Iterable[int]], groups: Iterable[Group]
+    module: nn.Module,
+    example: Tensor,
+    removed: Mapping[str, Iterable[int]],
+    groups: Iterable[Group],
 ) -> None:
     """Delete units physically, in place.
 
@@ -135,8 +138,13 @@ def _dependency_graph(module: nn.Module, example: Tensor) -> Any:
         graph = torch_pruning.DependencyGraph()
         # Fresh containers: the library's mutable defaults leak from one graph to the next.
         graph.build_dependency(
-            module, example, unwrapped_parameters=[], ignored_layers=[], ignored_params=[],
-            customized_pruners={}, verbose=False,
+            module,
+            example,
+            unwrapped_parameters=[],
+            ignored_layers=[],
+            ignored_params=[],
+            customized_pruners={},
+            verbose=False,
         )
         for p in frozen:
             p.requires_grad_(False)
@@ -151,13 +159,19 @@ def _items(graph: Any, root: nn.Module, positions: Iterable[int]) -> list[_Item]
     for entry in found.items:
         layer = entry.dep.target.module
         parameter = graph._param_to_name.get(layer) if isinstance(layer, nn.Parameter) else None
-        reads = isinstance(layer, nn.Conv2d | nn.Linear) and not _depthwise(layer) and (
-            entry.dep.handler == graph.get_pruner_of_module(layer).prune_in_channels
+        reads = (
+            isinstance(layer, nn.Conv2d | nn.Linear)
+            and not _depthwise(layer)
+            and (entry.dep.handler == graph.get_pruner_of_module(layer).prune_in_channels)
         )
         items.append(
             _Item(
-                layer, parameter, type(layer).__name__ + entry.dep.target.name, reads,
-                tuple(entry.idxs), tuple(entry.root_idxs),
+                layer,
+                parameter,
+                type(layer).__name__ + entry.dep.target.name,
+                reads,
+                tuple(entry.idxs),
+                tuple(entry.root_idxs),
             )
         )
     return items

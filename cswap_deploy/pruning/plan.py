@@ -21,10 +21,10 @@ from cswap_deploy.pruning.criteria import get_criterion
 from cswap_deploy.pruning.groups import find_groups
 
 _ALIGNED = 8
-"""Channels that a vector register or a tensor core takes at once, on every target."""
-_FINE = 0.005
-"""``--round-to auto`` aligns a group only if a step of 8 units is under this part of the whole,
-so that the requested ratio stays in reach."""
+"""Widths that are no multiple of this run slower than wider ones that are: on ONNX Runtime's CPU
+kernels (measured, benchmarks/LOG.md) as on tensor cores."""
+_TINY = 32
+"""``--round-to auto`` leaves smaller groups alone: a step of 8 would be a quarter of them or more."""
 
 
 @dataclass(slots=True)
@@ -48,8 +48,9 @@ class Prepared:
     example: Tensor
 
 
-def prepare(module: nn.Module, *, images: Tensor, ratio: float, ratio_of: RatioOf,
-            round_to: int | str) -> Prepared:
+def prepare(
+    module: nn.Module, *, images: Tensor, ratio: float, ratio_of: RatioOf, round_to: int | str
+) -> Prepared:
     """Find what can be removed and check that the ratio is within reach.
 
     Args:
@@ -87,12 +88,21 @@ def prepare(module: nn.Module, *, images: Tensor, ratio: float, ratio_of: RatioO
     work = copy.deepcopy(base)
     sizes = SizeModel(work, example, groups)
     dense_size = SizeModel(module, example, groups).size()
-    granules = {g.name: _granule(g, sizes, round_to, ratio_of) for g in groups}
+    granules = {g.name: _granule(g, round_to) for g in groups}
     floors = {g.name: min(granules[g.name], g.units) for g in groups}
     _check_reach(sizes, dense_size, groups, granules, floors, ratio, ratio_of)
     return Prepared(
-        work, dense.on(work), dense, tuple(groups), excluded, tuple(biased), sizes, dense_size,
-        granules, floors, example,
+        work,
+        dense.on(work),
+        dense,
+        tuple(groups),
+        excluded,
+        tuple(biased),
+        sizes,
+        dense_size,
+        granules,
+        floors,
+        example,
     )
 
 
@@ -185,18 +195,23 @@ def dense_plan(module: nn.Module, example: Tensor, ratio_of: RatioOf) -> PrunePl
     """The plan of ratio 0: nothing is removed."""
     size = SizeModel(module, example, ()).size()
     return PrunePlan(
-        criterion="none", settings={}, ratio_requested=0.0, ratio_of=ratio_of, dense=size,
-        pruned=size, groups=(),
+        criterion="none",
+        settings={},
+        ratio_requested=0.0,
+        ratio_of=ratio_of,
+        dense=size,
+        pruned=size,
+        groups=(),
     )
 
 
-def _granule(group: Group, sizes: SizeModel, round_to: int | str, of: RatioOf) -> int:
-    if isinstance(round_to, int):
-        return 1 if group.kind == "heads" else min(round_to, group.units)
-    if group.kind == "heads" or group.units % _ALIGNED:
+def _granule(group: Group, round_to: int | str) -> int:
+    """How many units leave at a time."""
+    if group.kind == "heads":
         return 1
-    step = sizes.saving(group.name, range(min(_ALIGNED, group.units - 1)), of)
-    return _ALIGNED if step <= _FINE * amount(sizes.size(), of) else 1
+    if isinstance(round_to, int):
+        return min(round_to, group.units)
+    return 1 if group.units < _TINY or group.units % _ALIGNED else _ALIGNED
 
 
 def _check_reach(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import platform
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,10 +198,10 @@ def test_device_is_described() -> None:
 
 
 def test_gpus_are_listed_as_nvidia_smi_tells_them(
-    tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted nvidia-smi, first one that lists two GPUs, then one that finds no driver."""
-    tool = tmp_path / "nvidia-smi"  # type: ignore[operator]
+    tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
     tool.write_text(
         "#!/bin/sh\necho 'NVIDIA L4, 570.1, 23034 MiB'\necho 'NVIDIA A2, 570.1, [N/A]'\n"
