@@ -27,8 +27,8 @@ from cswap_deploy.models.zoo import DEMOS, MEAN, STD, ZOO_DIR
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 RECIPES = {
-    "demo-resnet": dict(epochs=14, lr=4e-3, batch=256, weight_decay=0.02, smoothing=0.0),
-    "demo-vit": dict(epochs=30, lr=1e-3, batch=128, weight_decay=0.05, smoothing=0.05),
+    "demo-resnet": {"epochs": 14, "lr": 4e-3, "batch": 256, "weight_decay": 0.02, "smoothing": 0.0},
+    "demo-vit": {"epochs": 30, "lr": 1e-3, "batch": 128, "weight_decay": 0.05, "smoothing": 0.05},
 }
 
 
@@ -52,7 +52,7 @@ def normalise(images: np.ndarray) -> Tensor:
 
 
 def augment(x: Tensor, g: torch.Generator) -> Tensor:
-    """Mirror half of the images, shift each by up to 2 pixels, erase a patch of a quarter of them."""
+    """Mirror half, shift each by up to 2 pixels, erase a patch of a quarter of the images."""
     n = len(x)
     flip = torch.rand(n, generator=g) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
@@ -74,7 +74,10 @@ def augment(x: Tensor, g: torch.Generator) -> Tensor:
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
-    hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500)))
+    hits = sum(
+        int((model(a).argmax(1) == b).sum())
+        for a, b in zip(x.split(500), y.split(500), strict=True)
+    )
     return hits / len(y)
 
 

@@ -12,7 +12,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cswap_deploy.artifacts import RatioOf, Value
 from cswap_deploy.errors import UsageError
 
-
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 

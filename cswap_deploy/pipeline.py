@@ -172,14 +172,14 @@ def _load(
     from cswap_deploy.models.load import load_model, wrap_module
 
     progress.stage("load", config.model)
-    shape = {"input_size": config.input_size, "mean": config.mean, "std": config.std}
+    size, mean, std = config.input_size, config.mean, config.std
     progress.begin(f"loading {config.model}", 0)
     if module is not None:
-        loaded = wrap_module(module, name=config.model, **shape)
+        loaded = wrap_module(module, name=config.model, input_size=size, mean=mean, std=std)
     else:
         loaded = load_model(
             config.model, checkpoint=config.checkpoint, pretrained=config.pretrained,
-            seed=config.seed, **shape,
+            seed=config.seed, input_size=size, mean=mean, std=std,
         )  # fmt: skip
     progress.end()
     samples = load_samples(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,8 +53,11 @@ MODEL = "model.onnx"
 BUILD = "build.json"
 PARITY_BATCHES = (1, 8)
 SCORING_BATCH = 64
-_VERSIONS = {"prune": 1, "export": 1, "engine": 1, "validate": 1}
+_VERSIONS = {"prune": 1, "export": 1, "engine": 1, "score": 1, "validate": 1}
 """Raised when a stage's code changes what it writes."""
+EXPORT_TOOLS = (
+    "cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime",
+)  # fmt: skip
 ALL_TOOLS = (
     "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxscript", "onnxsim", "onnxruntime",
     "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy", "scipy", "pillow", "safetensors",
@@ -77,13 +81,6 @@ class ExportRecord(Value):
     model: OnnxArtifact
     dense: OnnxArtifact
     parity: tuple[Parity, ...]
-
-
-class Measured(Value):
-    """``measured.json`` in the store: one target's engine with its measurements."""
-
-    result: TargetResult
-    torch_accuracy: AccuracyChange
 
 
 @dataclass(slots=True)
@@ -177,9 +174,8 @@ def read_record(folder: Path) -> BuildRecord:
 def _prune(run: Run, key: str, out: Path) -> None:
     from safetensors.torch import save_file
 
-    from cswap_deploy.causal.cost import affordable_images
     from cswap_deploy.causal.progressive import Settings
-    from cswap_deploy.pruning.plan import dense_plan, prepare, prune
+    from cswap_deploy.pruning.plan import dense_plan, prepare, prune, scoring_images
     from cswap_deploy.pruning.resume import RoundStore
 
     config = run.config
@@ -194,14 +190,11 @@ def _prune(run: Run, key: str, out: Path) -> None:
         )  # fmt: skip
         run.progress.end()
         cswap = config.criterion == "cswap"
-        n = config.scoring_samples
-        if n == "auto":
-            n = affordable_images(prepared.graph, prepared.groups, rounds=config.rounds)
         settings = Settings(
             ratio=config.ratio,
             ratio_of=config.ratio_of,
             rounds=config.rounds if cswap else 1,
-            scoring_samples=min(n, len(images)),
+            scoring_samples=min(scoring_images(config, prepared), len(images)),
             effect=config.effect,
             intervention=config.intervention,
             alpha=config.alpha,
@@ -231,10 +224,11 @@ def export_stage(run: Run, pruned: Path, plan: PrunePlan) -> Path:
         "export",
         version=_VERSIONS["export"],
         inputs={"pruned": run.keys["prune"], "weights": sha256_file(pruned / WEIGHTS)},
-        settings={"opset": config.opset, "precision": config.precision,
-                  "parity_tolerance": config.parity_tolerance},
-        tools=tool_versions("cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
-    )  # fmt: skip
+        settings={
+            name: getattr(config, name) for name in ("opset", "precision", "parity_tolerance")
+        },
+        tools=tool_versions(*EXPORT_TOOLS),
+    )
     folder = _once(run, "export", key, lambda out: _export(run, pruned, plan, out))
     record = read_value(folder / "export.json", ExportRecord)
     run.fallbacks += record.model.notes
@@ -251,7 +245,7 @@ def _export(run: Run, pruned: Path, plan: PrunePlan, out: Path) -> None:
     from cswap_deploy.export.precision import cast_precision
     from cswap_deploy.export.simplify import simplify_onnx
 
-    images = _calibration(run)[0][: max(PARITY_BATCHES)].contiguous().numpy()
+    images = _parity_images(run)
     networks = {"model": pruned_module(run, pruned, plan), "dense": run.loaded.module}
     graphs: dict[str, OnnxArtifact] = {}
     parities = []
@@ -335,25 +329,24 @@ def validate_stage(
         "validation": run.samples.validation.spec.sha256,
         "device": sha256_text(device.canonical_json()),
     }
+    scores = score_stage(run, plan, pruned)
     results = []
-    torch_change = None
     for target, folder in engines.items():
         run.progress.stage("validate", target)
         name = f"validate/{target}"
         key = run.keys[name] = stage_key(
             "validate",
             version=_VERSIONS["validate"],
-            inputs=inputs | {"engine": run.keys[f"engine/{target}"]},
+            inputs=inputs | {"engine": run.keys[f"engine/{target}"], "scores": run.keys["score"]},
             settings=settings,
             tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
         )
         done = _once(
-            run, name, key, lambda out, f=folder: _validate(run, plan, pruned, exported, f, out)
-        )
-        measured = read_value(done / "measured.json", Measured)
-        results.append(measured.result)
-        torch_change = measured.torch_accuracy
-        run.progress.done(_summary(measured.result), reused=run.stages[name] == "reused")
+            run, name, key,
+            partial(_validate, run, plan, pruned, exported, folder, scores / "classes.npz"),
+        )  # fmt: skip
+        results.append(read_value(done / "result.json", TargetResult))
+        run.progress.done(_summary(results[-1]), reused=run.stages[name] == "reused")
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool_version=__version__,
@@ -368,7 +361,7 @@ def validate_stage(
         pruned=plan.pruned,
         onnx=record.model,
         export_parity=record.parity,
-        torch_accuracy=torch_change,
+        torch_accuracy=read_value(scores / "accuracy.json", AccuracyChange),
         targets=tuple(results),
         settings=config.model_dump(mode="json"),
         versions=tool_versions(*ALL_TOOLS),
@@ -378,40 +371,68 @@ def validate_stage(
     )
 
 
+def score_stage(run: Run, plan: PrunePlan, pruned: Path) -> Path:
+    """What both networks predict in PyTorch: ``classes.npz`` and ``accuracy.json``."""
+    run.progress.stage("score", "PyTorch, dense and pruned")
+    key = run.keys["score"] = stage_key(
+        "score",
+        version=_VERSIONS["score"],
+        inputs={"pruned": run.keys["prune"], "validation": run.samples.validation.spec.sha256},
+        settings={},
+        tools=tool_versions("cswap-deploy", "torch", "timm"),
+    )
+
+    def make(out: Path) -> None:
+        from cswap_deploy.measure.accuracy import accuracy_change
+
+        dense = _classify(run, _runner(run.loaded.module), "the dense network")
+        smaller = _classify(run, _runner(pruned_module(run, pruned, plan)), "the pruned network")
+        np.savez(out / "classes.npz", dense=dense, pruned=smaller)
+        change = accuracy_change(dense, smaller, run.samples.validation.labels)
+        (out / "accuracy.json").write_text(change.canonical_json())
+
+    folder = _once(run, "score", key, make)
+    change = read_value(folder / "accuracy.json", AccuracyChange)
+    run.progress.done(
+        f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}",
+        reused=run.stages["score"] == "reused",
+    )
+    return folder
+
+
 def _validate(
-    run: Run, plan: PrunePlan, pruned: Path, exported: Path, folder: Path, out: Path
+    run: Run,
+    plan: PrunePlan,
+    pruned: Path,
+    exported: Path,
+    folder: Path,
+    classes: Path,
+    out: Path,
 ) -> None:
     from cswap_deploy.measure.accuracy import accuracy_change
     from cswap_deploy.measure.parity import parity
     from cswap_deploy.targets import get_target
 
     config = run.config
-    module = pruned_module(run, pruned, plan)
-    dense_run, pruned_run = _runner(run.loaded.module), _runner(module)
-    labels = run.samples.validation.labels
-    dense_classes = _classify(run, dense_run, "dense network, PyTorch")
-    torch_change = accuracy_change(dense_classes, _classify(run, pruned_run, "pruned network, "
-                                   "PyTorch"), labels)  # fmt: skip
     result = read_value(folder / "result.json", TargetResult)
     engine = result.engine.model_copy(update={"path": _engine_file(result, folder, exported)})
     if engine.runnable:
         adapter = get_target(engine.target)
         session = adapter.load(engine, threads=config.threads)
-        images = _calibration(run)[0][: max(PARITY_BATCHES)].contiguous().numpy()
-        compared = _require(parity(
-            pruned_run, session.run, images, reference_name="pruned network, PyTorch",
-            candidate_name=f"engine, {engine.target}", tolerance=config.parity_tolerance,
-        ))  # fmt: skip
-        change = accuracy_change(
-            dense_classes, _classify(run, session.run, f"engine, {engine.target}"), labels
-        )
-        latency, dense_latency = _latency(run, adapter, session, exported)
-        result = result.model_copy(
-            update={"parity": compared, "accuracy": change, "latency": latency,
-                    "dense_latency": dense_latency}
+        compared = parity(
+            _runner(pruned_module(run, pruned, plan)), session.run, _parity_images(run),
+            reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
+            tolerance=config.parity_tolerance, batches=PARITY_BATCHES,
         )  # fmt: skip
-    measured = Measured(result=result, torch_accuracy=torch_change)
-    (out / "measured.json").write_text(measured.model_dump_json())
+        found = _classify(run, session.run, f"the engine of {engine.target}")
+        dense = np.load(classes)["dense"]
+        change = accuracy_change(dense, found, run.samples.validation.labels)
+        latency, dense_latency = _latency(run, adapter, session, exported)
+        result = TargetResult(
+            engine=result.engine, parity=_require(compared), accuracy=change, latency=latency,
+            dense_latency=dense_latency,
+        )  # fmt: skip
+    (out / "result.json").write_text(result.canonical_json())
 
 
 def pruned_module(run: Run, pruned: Path, plan: PrunePlan) -> nn.Module:
@@ -450,6 +471,11 @@ def _calibration(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     images = normalised(run.samples.calibration, run.spec.preprocessing)
     tensor = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
     return tensor, torch.from_numpy(run.samples.calibration.labels)
+
+
+def _parity_images(run: Run) -> Floats:
+    images: Floats = _calibration(run)[0][: max(PARITY_BATCHES)].contiguous().numpy()
+    return images
 
 
 def _runner(module: nn.Module) -> Callable[[Floats], Floats]:

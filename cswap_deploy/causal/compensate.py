@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ def _moments(
     sum_y = torch.zeros(outputs, dtype=torch.float64)
     shift_u = shift_y = None
     chunk = max(1, (64 << 20) // (4 * features * positions))
-    for part, wanted in zip(x.split(chunk), target.split(chunk), strict=True):
+    for part, wanted in zip(torch.split(x, chunk), torch.split(target, chunk), strict=True):
         u, y = _rows(node, layer, part, kept, wanted, pick)
         if shift_u is None or shift_y is None:
             # Float32 products of centred values keep their digits; any nearby centre will do.
@@ -214,8 +215,7 @@ def _conv_settings(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int], tup
     return _pair(stride), _pair(padding), _pair(dilation)
 
 
-def _pair(value: object) -> tuple[int, int]:
+def _pair(value: Any) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
-    first, *rest = value  # type: ignore[misc]
-    return int(first), int(rest[0] if rest else first)
+    return int(value[0]), int(value[-1])

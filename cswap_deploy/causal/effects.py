@@ -110,7 +110,7 @@ def input_means(graph: Graph, layers: Sequence[str], images: Tensor, *, chunk: i
 
     hooks = {node: observe(layer) for layer in layers for node in graph.readers(layer)}
     with torch.inference_mode():
-        for part in images.split(chunk):
+        for part in torch.split(images, chunk):
             graph.run(part, observe=hooks)
     return {layer: (sums[layer] / counts[layer]).float() for layer in sums}
 
@@ -158,7 +158,9 @@ def measure_group(
     image_chunk = max(1, min(len(images), variant_bytes // per_image))
     true_class, kl = [], []
     with torch.inference_mode():
-        for part, truth in zip(images.split(image_chunk), labels.split(image_chunk), strict=True):
+        for part, truth in zip(
+            torch.split(images, image_chunk), torch.split(labels, image_chunk), strict=True
+        ):
             logits, kept = graph.run(part, keep=keep)
             cached = {n: kept[n] for n in suffix.cached}
             step = max(1, variant_bytes // (per_image * len(part)))

@@ -65,7 +65,7 @@ class Graph:
         return Graph(self._program, module)
 
     def readers(self, layer: str) -> Sequence[fx.Node]:
-        """The convolution or linear nodes that read a layer's weight; empty if none does directly."""
+        """The convolution or linear nodes that read a layer's weight itself."""
         return self._readers.get(layer, ())
 
     def order(self, layers: Iterable[str]) -> list[str]:
@@ -285,7 +285,7 @@ def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
         raise ExportError(
             f"torch.export {torch.__version__} cannot trace {type(module).__name__} with a "
             f"dynamic batch: {words[0] if words else type(err).__name__}",
-            fix="keep Python control flow and batch-size arithmetic on tensor values out of forward",
+            fix="keep Python control flow on tensor values, and batch arithmetic, out of forward",
             log=tuple(words),
         ) from err
     if any(n.op == "get_attr" for n in program.graph.nodes):

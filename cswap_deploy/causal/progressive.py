@@ -25,9 +25,8 @@ from cswap_deploy.causal.compensate import refit, remove
 from cswap_deploy.causal.effects import Effects, Intervention, Means, input_means, measure_group
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.significance import judge
-from cswap_deploy.causal.units import Group
+from cswap_deploy.causal.units import Consumer, Group
 from cswap_deploy.pruning.budget import SizeModel, amount
-
 
 _NEAR = 0.005
 """How near a round comes to its target, as a fraction of it, before coarse bundles are searched
@@ -363,9 +362,9 @@ def _refit(
             lost.setdefault(entry.layer, set()).update(gone)
     kept = {}
     for name in graph.order(lost):
-        layer = graph.module.get_submodule(name)
+        layer: Consumer = graph.module.get_submodule(name)  # type: ignore[assignment]
         inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-        kept[name] = torch.tensor([i for i in range(int(inputs)) if i not in lost[name]])
+        kept[name] = torch.tensor([i for i in range(inputs) if i not in lost[name]])
     watcher.begin(f"solving {len(kept)} layers again", len(kept))
     done = refit(graph, dense, kept, images, tick=watcher.advance)
     watcher.end()

@@ -1,0 +1,1 @@
+"""What goes: groups, budgets, plans, and physical removal."""

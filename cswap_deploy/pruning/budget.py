@@ -160,7 +160,7 @@ def _describe(layer: nn.Module | nn.Parameter, positions: int) -> _Layer:
     if isinstance(layer, nn.Linear):
         bias = int(layer.bias is not None)
         return _Layer(layer.in_features, layer.out_features, 1.0, bias, positions)
-    own = [p for p in layer.parameters(recurse=False)]
+    own = list(layer.parameters(recurse=False))
     outputs = own[0].shape[-1] if own else getattr(layer, "num_features", 0)
     return _Layer(0, outputs, 0.0, len(own), 0)
 

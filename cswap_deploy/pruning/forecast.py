@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from cswap_deploy.causal.cost import affordable_images, loop_macs
+from cswap_deploy.causal.cost import loop_macs
 from cswap_deploy.causal.effects import measure_group
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.data import ImageSet, normalised
 from cswap_deploy.models.load import LoadedModel
-from cswap_deploy.pruning.plan import Prepared, prepare
+from cswap_deploy.pruning.plan import Prepared, prepare, scoring_images
 
 _GROUPS, _UNITS = 6, 8
 
@@ -39,10 +39,7 @@ def forecast_pruning(
         loaded.module, images=images, ratio=config.ratio, ratio_of=config.ratio_of,
         round_to=config.round_to,
     )  # fmt: skip
-    n = config.scoring_samples
-    if n == "auto":
-        n = affordable_images(prepared.graph, prepared.groups, rounds=config.rounds)
-    n = min(n, len(images))
+    n = min(scoring_images(config, prepared), len(images))
     macs = loop_macs(prepared.graph, prepared.groups, images=n, rounds=config.rounds)
     rate = _macs_per_second(prepared, images[: min(n, 16)], calibration.labels[: min(n, 16)])
     return {

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
+from cswap_deploy.causal.cost import affordable_images
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.progressive import Settings, State, Watcher, prune_progressively
 from cswap_deploy.causal.units import Group, give_bias
+from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError
 from cswap_deploy.pruning.apply import delete_removed, exact_groups
 from cswap_deploy.pruning.budget import SizeModel, amount, smallest
@@ -24,7 +26,7 @@ _ALIGNED = 8
 """Widths that are no multiple of this run slower than wider ones that are: on ONNX Runtime's CPU
 kernels (measured, benchmarks/LOG.md) as on tensor cores."""
 _TINY = 32
-"""``--round-to auto`` leaves smaller groups alone: a step of 8 would be a quarter of them or more."""
+"""``--round-to auto`` leaves smaller groups alone: a step of 8 would be over a quarter of them."""
 
 
 @dataclass(slots=True)
@@ -106,6 +108,13 @@ def prepare(
     )
 
 
+def scoring_images(config: BuildConfig, prepared: Prepared) -> int:
+    """Images that each unit is measured on: as asked, or what the budget of operations allows."""
+    if config.scoring_samples != "auto":
+        return config.scoring_samples
+    return affordable_images(prepared.graph, prepared.groups, rounds=config.rounds)
+
+
 @dataclass(frozen=True, slots=True)
 class Pruned:
     """The result: a plan, and the smaller network with its weights."""
@@ -179,7 +188,7 @@ def prune(
         pruned=prepared.sizes.size(),
         groups=tuple(_group_plan(g, state) for g in prepared.groups),
         excluded=prepared.excluded
-        | {n: "too wide to solve again; its mean was folded" for n in state.not_refitted},
+        | dict.fromkeys(state.not_refitted, "too wide to solve again; means were folded"),
         biased=prepared.biased,
         refitted=state.refitted,
         rounds=tuple(state.rounds),
@@ -236,8 +245,8 @@ def _check_reach(
         raise PruneError(
             f"--ratio {ratio:g} of the {what} cannot be met: this network can lose "
             f"{least:.2%} to {most:.2%} of its {total:,} {what}",
-            fix=f"pass a ratio from {least:.4f} to {np.floor(most * 1e4) / 1e4:.4f}, or 0 to export "
-            "the dense model",
+            fix=f"pass a ratio from {least:.4f} to {np.floor(most * 1e4) / 1e4:.4f}, or 0 to "
+            "export the dense model",
         )
 
 
