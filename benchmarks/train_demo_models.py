@@ -137,9 +137,9 @@ def train(name: str, source: Path, epochs: int, seed: int) -> dict[str, float]:
     }
     ZOO_DIR.mkdir(exist_ok=True)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(
-        state, ZOO_DIR / f"{name}.safetensors", metadata={k: str(v) for k, v in result.items()}
-    )
+    path = ZOO_DIR / f"{name}.safetensors"
+    save_file(state, path, metadata={k: str(v) for k, v in result.items()})
+    path.chmod(0o644)  # the library writes for the owner alone
     return result
 
 

@@ -45,7 +45,7 @@ class BuildConfig(Value):
     round_to: int | Literal["auto"] = "auto"
     criterion: str = "cswap"
     scoring_samples: int | Literal["auto"] = "auto"
-    """Images on which each unit's effect is measured in each round; auto: 64, fewer where that
+    """Images on which each unit's effect is measured in each round; auto: 128, fewer where that
     would cost more than ``causal.cost.BUDGET_MACS``."""
     rounds: int = Field(default=4, ge=1)
     """Steps in which the ratio is reached; effects are measured again in each."""

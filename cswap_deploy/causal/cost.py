@@ -10,7 +10,7 @@ from cswap_deploy.causal.units import Group
 BUDGET_MACS = 20_000_000_000_000
 """``--scoring-samples auto`` stays within this many multiply-accumulates: some minutes on two
 CPU cores."""
-MOST_IMAGES = 64
+MOST_IMAGES = 128
 FEWEST_IMAGES = 8
 _LATER_ROUNDS = 0.4
 """Part of the units that a round after the first measures again, about."""
