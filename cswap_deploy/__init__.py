@@ -75,8 +75,10 @@ def build(
     from cswap_deploy.pipeline import build as run
 
     named = model if isinstance(model, str) else type(model).__name__
+    validation = settings.get("validation_data")
     settings |= {
         "model": named,
+        "validation_data": None if validation is None else str(validation),
         "data": None if data is None else str(data),
         "ratio": ratio,
         "output": output,

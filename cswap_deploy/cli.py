@@ -33,6 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Output = Annotated[
@@ -320,15 +322,17 @@ def main() -> None:
     as_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            code = _interrupted(as_json=as_json)
+        sys.stdout.flush()
     except CswapError as err:
         code = _fail(err.exit_code, str(err), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(
-            130, "interrupted; finished stages are kept, the same command goes on from there",
-            as_json=as_json,
-        )  # fmt: skip
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _interrupted(as_json=as_json)
+    except (BrokenPipeError, SystemExit) as err:
+        if isinstance(err, SystemExit) and not isinstance(err.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read stdout has left
         code = 0
     except Exception as err:
         show: Callable[[], None] | None = getattr(err, "show", None)
@@ -340,6 +344,13 @@ def main() -> None:
             show()
             code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(*, as_json: bool) -> int:
+    return _fail(
+        _INTERRUPTED, "interrupted; finished stages are kept, the same command goes on from there",
+        as_json=as_json,
+    )  # fmt: skip
 
 
 def _fail(code: int, message: str, *, as_json: bool) -> int:

@@ -84,6 +84,7 @@ def build(
     output = config.bundle_path()
     check_output(output)
     budgets = None if config.budget is None else read_budgets(config.budget)
+    _check_names(config, engines=_reached(until, "engine"))
 
     run = Run(config, *_load(config, module, progress), Store(config.store), progress)
     folders: dict[str, Path] = {}
@@ -139,6 +140,7 @@ def forecast(config: BuildConfig, *, progress: Progress | None = None) -> dict[s
 
     progress = progress if progress is not None else Silent()
     check_output(config.bundle_path())
+    _check_names(config, engines=True)
     loaded, samples = _load(config, None, progress)
     told: dict[str, Any] = {
         "model": loaded.spec.name,
@@ -198,14 +200,28 @@ def _load(
         f"validation images",
         reused=False,
     )
+    notes = []
     for spec in (calibration, validation):
         if spec.mapping:
-            progress.note(f"{spec.source}: {spec.mapping}")
+            notes.append(f"{spec.source}: {spec.mapping}")
         if spec.unreadable:
-            progress.note(f"{spec.source}: unreadable, left out: {', '.join(spec.unreadable)}")
+            notes.append(f"{spec.source}: unreadable, left out: {', '.join(spec.unreadable)}")
+    for note in dict.fromkeys(notes):  # both sets often come from one source
+        progress.note(note)
     if samples.shared_images:
         progress.note(f"{samples.shared_images} images are in both sets, as allowed")
     return loaded, samples
+
+
+def _check_names(config: BuildConfig, *, engines: bool) -> None:
+    """Fail on a mistyped name or an absent runtime now rather than after minutes of work."""
+    from cswap_deploy.pruning.criteria import get_criterion
+    from cswap_deploy.targets import get_target
+
+    if config.criterion != "cswap":
+        get_criterion(config.criterion)
+    for target in config.target if engines else ():
+        get_target(target).versions()
 
 
 def _reached(until: Stage, stage: Stage) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.units import Group
 
-BUDGET_MACS = 20_000_000_000_000
+BUDGET_MACS = 5_000_000_000_000
 """``--scoring-samples auto`` stays within this many multiply-accumulates: some minutes on two
 CPU cores."""
 MOST_IMAGES = 128

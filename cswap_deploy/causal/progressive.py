@@ -33,6 +33,10 @@ _NEAR = 0.005
 for one that fits better."""
 
 
+_MOST_ELEMENTS = 1 << 29
+"""The refit holds some activations of all its images at once: at most 2 GiB each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to measure and remove. Defaults are the command's; see ``config.BuildConfig``."""
@@ -195,6 +199,8 @@ def _candidates(
         return alive
     now = amount(sizes.size(), settings.ratio_of)
     share = min(1.0, 2 * (1 - total * (1 - settings.ratio) / now))
+    if share <= 0:  # a coarse bundle went past the last target already
+        return {g: [] for g in groups}
     rank = {
         g: _ranking(state, g, settings) / sizes.saving(g.name, [0], settings.ratio_of)
         for g in groups
@@ -366,6 +372,7 @@ def _refit(
         inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
         kept[name] = torch.tensor([i for i in range(inputs) if i not in lost[name]])
     watcher.begin(f"solving {len(kept)} layers again", len(kept))
+    images = images[: max(1, _MOST_ELEMENTS // graph.largest())]
     done = refit(graph, dense, kept, images, tick=watcher.advance)
     watcher.end()
     state.refitted, state.not_refitted = done.layers, done.skipped

@@ -86,17 +86,17 @@ def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
     Returns:
         (O,), the bias that takes the constants' place.
     """
+    # Only the columns that count: whole layers here, once for each unit, would take minutes.
     weight = layer.weight.detach()
-    flat = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
     if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
-        return flat[:, indices] @ values
+        columns = weight[:, indices]
+        return (columns.flatten(2).sum(2) if columns.ndim > 2 else columns) @ values
     per_group, rows = weight.shape[1], layer.out_channels // layer.groups
     total = torch.zeros(layer.out_channels, dtype=weight.dtype)
     for index, value in zip(indices.tolist(), values, strict=True):
         group, slot = divmod(index, per_group)
-        total[group * rows : (group + 1) * rows] += (
-            flat[group * rows : (group + 1) * rows, slot] * value
-        )
+        mine = slice(group * rows, (group + 1) * rows)
+        total[mine] += weight[mine, slot].flatten(1).sum(1) * value
     return total
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cswap_deploy.artifacts import ModelSpec, Preprocessing
-from cswap_deploy.errors import UsageError
+from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.models import factory, timm_models, zoo
 from cswap_deploy.models.checkpoints import load_into, read_checkpoint
 
@@ -68,6 +68,7 @@ def load_model(
         UsageError: The name is unknown, the checkpoint does not fit, or a factory's preprocessing
             was not given.
         MissingDependencyError: The weights are on a hub that cannot be reached.
+        StageError: A weight is not finite.
     """
     _check_sizes(input_size, mean, std)
     wish = _Wish(checkpoint, pretrained, input_size, mean, std, seed)
@@ -244,6 +245,13 @@ def _load_timm(name: str, wish: _Wish) -> LoadedModel:
 
 def _finished(module: nn.Module, **fields: Any) -> LoadedModel:
     module = module.float().cpu().eval()
+    state = module.state_dict()
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise StageError(
+            f"{fields['name']} has values that are not finite in {len(broken)} of {len(state)} "
+            f"tensors ({fields['weights']}): {', '.join(broken[:5])}"
+        )
     spec = ModelSpec(weights_sha256=weights_digest(module), **fields)
     return LoadedModel(spec=spec, module=module)
 

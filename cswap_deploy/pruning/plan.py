@@ -85,8 +85,11 @@ def prepare(
     groups = [g for g in groups if g.name not in hidden]
     excluded = structure.excluded | inexact | hidden
     if not groups:
-        why = "\n".join(f"  {name}: {reason}" for name, reason in excluded.items())
-        raise PruneError(f"{type(module).__name__} has no structure that can be removed\n{why}")
+        why = "".join(f"\n    {name}: {reason}" for name, reason in excluded.items())
+        raise PruneError(
+            f"{type(module).__name__} has no structure that can be removed{why}",
+            fix="pass --ratio 0 to export the dense model",
+        )
     work = copy.deepcopy(base)
     sizes = SizeModel(work, example, groups)
     dense_size = SizeModel(module, example, groups).size()
@@ -235,7 +238,7 @@ def _check_reach(
     total = amount(dense, of)
     most = 1 - amount(smallest(sizes, groups, floors), of) / total
     steps = [
-        sizes.saving(g.name, range(granules[g.name]), of)
+        sizes.saving(g.name, range(g.units % granules[g.name] or granules[g.name]), of)
         for g in groups
         if g.units > granules[g.name]
     ]
