@@ -47,7 +47,7 @@ def pictures(count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     patterns = np.random.default_rng(99).integers(60, 196, (CLASSES, 4, 4, 3))
     patterns = patterns.repeat(SIZE // 4, axis=1).repeat(SIZE // 4, axis=2)
     labels = np.arange(count) % CLASSES
-    noise = np.random.default_rng(seed).normal(0, 90, (count, SIZE, SIZE, 3))
+    noise = np.random.default_rng(seed).normal(0, 55, (count, SIZE, SIZE, 3))
     return (patterns[labels] + noise).clip(0, 255).astype(np.uint8), labels
 
 

@@ -1,0 +1,119 @@
+"""Settings from flags, a TOML file and the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cswap_deploy.artifacts import read_value
+from cswap_deploy.config import BuildConfig, load_config
+from cswap_deploy.errors import UsageError
+from cswap_deploy.stages import BuildRecord
+
+if TYPE_CHECKING:
+    from conftest import Ran
+
+Command = Callable[..., "Ran"]
+
+
+def toml(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_file_gives_settings_and_arguments_win(tmp_path: Path) -> None:
+    file = toml(
+        tmp_path / "c.toml",
+        'model = "resnet18"\nratio = 0.3\nratio-of = "macs"\ninput-size = [3, 64, 64]\n'
+        'target = ["onnxruntime", "tensorrt-rtx"]\nround-to = "auto"\nscoring_samples = 8\n',
+    )
+    config = load_config(file, ratio=0.5, rounds=None)
+    assert (config.model, config.ratio, config.ratio_of) == ("resnet18", 0.5, "macs")
+    assert config.input_size == (3, 64, 64)
+    assert config.target == ("onnxruntime", "tensorrt-rtx")
+    assert (config.scoring_samples, config.rounds) == (8, BuildConfig(model="x").rounds)
+
+
+def test_the_environment_names_defaults_that_a_file_and_arguments_win_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = toml(tmp_path / "defaults.toml", "ratio = 0.1\nrounds = 2\nseed = 5\n")
+    monkeypatch.setenv("CSWAP_CONFIG", str(defaults))
+    file = toml(tmp_path / "c.toml", "ratio = 0.2\nrounds = 3\n")
+    config = load_config(file, model="m", ratio=0.3)
+    assert (config.ratio, config.rounds, config.seed) == (0.3, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ratio": -0.1}, "--ratio: Input should be greater than or equal to 0 (got -0.1)"),
+        ({"ratio": 1.0}, "--ratio: Input should be less than 1 (got 1.0)"),
+        ({"round_to": 0}, "--round-to: Value error, must be 1 or more, or auto (got 0)"),
+        ({"opset": 17}, "--opset: Input should be greater than or equal to 18 (got 17)"),
+        ({"precision": "fp16"}, "--precision: Input should be 'fp32' (got 'fp16')"),
+        ({"mean": (0.5,)}, "mean and std go together"),
+        ({"max_batch": 2, "latency_batch": 4}, "latency_batch is above max_batch"),
+        ({"colour": 1}, "--colour: Extra inputs are not permitted"),
+        ({"ratio_of": "bytes"}, "--ratio-of: Input should be 'params', 'channels' or 'macs'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_setting_is_named_with_its_value(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as err:
+        load_config(model="m", **settings)
+    assert words in str(err.value)
+
+
+def test_every_bad_setting_is_named_at_once() -> None:
+    with pytest.raises(UsageError) as err:
+        load_config(model="m", ratio=2, rounds=0, seed="x")
+    assert all(f"--{name}: " in str(err.value) for name in ("ratio", "rounds", "seed"))
+
+
+def test_a_model_is_wanted(command: Command) -> None:
+    done = command("build")
+    assert done.code == 2
+    assert "--model: Field required" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ratio = ", "cannot read the configuration {file}: Invalid value"),
+        ("ratoi = 0.3\n", "--ratoi: Extra inputs are not permitted"),
+        ('rounds = "many"\n', "--rounds: Input should be a valid integer"),
+        ("[build]\nratio = 0.3\n", "--build: Extra inputs are not permitted"),
+    ],
+)
+def test_a_bad_file_is_named(command: Command, tmp_path: Path, text: str, words: str) -> None:
+    file = toml(tmp_path / "c.toml", text)
+    done = command("build", "demo-resnet", "--config", file, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert words.format(file=file) in done.err
+    assert str(file) in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_absent_is_named(command: Command, tmp_path: Path) -> None:
+    done = command("build", "demo-resnet", "--config", tmp_path / "none.toml")
+    assert done.code == 2
+    assert f"cannot read the configuration {tmp_path / 'none.toml'}" in done.err
+
+
+def test_flags_win_over_the_file_in_a_real_run(
+    command: Command, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = toml(tmp_path / "c.toml", 'ratio = 0.15\ncriterion = "random"\nratio-of = "channels"\n')
+    done = command(
+        "prune", *flags, "--config", file, "--ratio", "0.25", "-o", tmp_path / "out", "--json"
+    )
+    assert done.code == 0, done.err
+    told = done.json()
+    assert (told["ratio_requested"], told["ratio_of"]) == (0.25, "channels")
+    assert abs(told["ratio_effective"]["channels"] - 0.25) <= 1 / told["dense"]["units"]
+    record = read_value(tmp_path / "out" / "build.json", BuildRecord)
+    assert record.settings["criterion"] == "random"

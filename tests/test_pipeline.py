@@ -1,0 +1,390 @@
+"""Whole builds: what a bundle says is true, and what was done is not done again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from safetensors.torch import load_file, save_file
+
+import cswap_deploy
+from cswap_deploy import pipeline, stages
+from cswap_deploy.artifacts import Manifest, PrunePlan, sha256_file
+from cswap_deploy.bundle import read_bundle, read_plan, verify_bundle
+from cswap_deploy.config import load_config
+from cswap_deploy.pruning.apply import apply_plan
+
+if TYPE_CHECKING:
+    from conftest import Made, Ran
+
+Command = Callable[..., "Ran"]
+
+
+def build(
+    made: Made, store: Path, output: Path, *, until: pipeline.Stage = "validate", **changes: Any
+) -> pipeline.Bundle:
+    """The build of ``made`` with some settings changed."""
+    wanted = made.settings | {"store": store, "output": output} | changes
+    return pipeline.build(load_config(**wanted), until=until)
+
+
+def without_times(plan: PrunePlan) -> PrunePlan:
+    """Two runs of the same pruning differ in nothing but these."""
+    rounds = tuple(r.model_copy(update={"seconds": 0.0}) for r in plan.rounds)
+    return plan.model_copy(update={"rounds": rounds})
+
+
+def inputs(images: np.ndarray) -> np.ndarray:
+    """(N, 16, 16, 3) uint8 -> what the network takes, written out once more."""
+    x = (images.astype(np.float32) / 255 - 0.5) / 0.25
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def manifest(made: Made) -> Manifest:
+    return verify_bundle(made.bundle).manifest
+
+
+# --- what the manifest says ----------------------------------------------------------------------
+
+
+def test_every_file_is_listed_with_its_digest_and_size(made: Made, manifest: Manifest) -> None:
+    present = {
+        p.relative_to(made.bundle).as_posix() for p in made.bundle.rglob("*") if p.is_file()
+    } - {"manifest.json"}
+    assert {f.path for f in manifest.files} == present
+    assert {"plan.json", "pruned.safetensors", "model.onnx", "report.md", "report.html"} <= present
+    for ref in manifest.files:
+        path = made.bundle / ref.path
+        assert (sha256_file(path), path.stat().st_size) == (ref.sha256, ref.size_bytes), ref.path
+    assert manifest.onnx.sha256 == sha256_file(made.bundle / manifest.onnx.path)
+    assert made.bundle.joinpath("model.onnx").stat().st_size == manifest.onnx.size_bytes
+    assert not list(made.bundle.parent.glob(".*")), "something half-made was left beside it"
+
+
+def test_the_ratio_is_that_of_the_saved_weights(made: Made, manifest: Manifest) -> None:
+    state = load_file(made.bundle / "pruned.safetensors")
+    buffers = dict(small_models.small().named_buffers())
+    left = sum(t.numel() for name, t in state.items() if name not in buffers)
+    dense = sum(p.numel() for p in small_models.small().parameters())
+    assert (manifest.dense.params, manifest.pruned.params) == (dense, left)
+    assert manifest.ratio_effective["params"] == pytest.approx(1 - left / dense, abs=1e-9)
+    assert manifest.ratio_requested == 0.4
+    assert read_plan(made.bundle).effective("params") == manifest.ratio_effective["params"]
+
+
+def test_the_ratio_is_within_one_unit_of_the_requested_one(made: Made, manifest: Manifest) -> None:
+    # The most that one unit holds here: a channel of the residual stream, 16 wide.
+    conv1, conv2, conv3 = 9 * 32, 9 * 32 + 1, 9 * 32
+    largest = (3 * 9 + 2 + conv1 + conv2 + conv3) / manifest.dense.params
+    assert abs(manifest.ratio_effective["params"] - 0.4) <= largest
+
+
+def test_accuracy_is_what_onnxruntime_says_of_the_same_images(
+    made: Made, manifest: Manifest
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    # 200 of 300 images are drawn; which ones is asked of the package, scoring is not.
+    from cswap_deploy.data import load_samples
+
+    drawn = load_samples(
+        data=made.settings["data"], validation_data=made.settings["validation_data"],
+        model=manifest.model, calibration_samples=100, validation_samples=200,
+    ).validation  # fmt: skip
+    everything = np.load(made.settings["validation_data"])
+    known = {i.tobytes(): int(c) for i, c in zip(*everything.values(), strict=True)}
+    assert [known[i.tobytes()] for i in drawn.images] == drawn.labels.tolist()
+    assert manifest.validation is not None
+    assert (manifest.validation.count, manifest.validation.classes) == (200, 5)
+    assert manifest.validation.sha256 == drawn.spec.sha256
+
+    x, y = inputs(drawn.images), drawn.labels
+    session = onnxruntime.InferenceSession(
+        made.bundle / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    pruned = np.concatenate([session.run(None, {name: part})[0] for part in np.split(x, 10)])
+    with torch.no_grad():
+        dense = small_models.small()(torch.from_numpy(x)).numpy()
+    result = manifest.targets[0]
+    assert result.engine.target == "onnxruntime"
+    assert result.accuracy is not None
+    assert result.accuracy.pruned.top1 == pytest.approx((pruned.argmax(1) == y).mean())
+    assert result.accuracy.dense.top1 == pytest.approx((dense.argmax(1) == y).mean())
+    assert result.accuracy.agreement == pytest.approx((pruned.argmax(1) == dense.argmax(1)).mean())
+    assert result.accuracy.dense.top1 > 0.6, "the network of this test should see something"
+
+
+def test_plan_and_weights_give_the_logits_of_the_graph(made: Made) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = inputs(small_models.pictures(16, seed=5)[0])
+    fresh = small_models.SmallNet().eval()
+    pruned = apply_plan(read_plan(made.bundle), fresh, torch.from_numpy(x[:2]))
+    pruned.load_state_dict(load_file(made.bundle / "pruned.safetensors"), strict=True)
+    session = onnxruntime.InferenceSession(
+        made.bundle / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    [logits] = session.run(None, {session.get_inputs()[0].name: x})
+    with torch.no_grad():
+        np.testing.assert_allclose(pruned.eval()(torch.from_numpy(x)).numpy(), logits, atol=1e-4)
+
+
+def test_parity_and_latency_are_recorded(manifest: Manifest) -> None:
+    assert len(manifest.export_parity) == 3
+    assert all(p.ok and p.tolerance == 1e-3 for p in manifest.export_parity)
+    result = manifest.targets[0]
+    assert result.parity is not None
+    assert result.parity.ok
+    assert result.latency is not None
+    assert result.dense_latency is not None
+    assert len(result.latency.samples_ms) == len(result.dense_latency.samples_ms) == 10
+    assert result.latency.provider == "CPUExecutionProvider"
+    assert result.latency.p50_ms == pytest.approx(np.median(result.latency.samples_ms), rel=0.5)
+    assert {"torch", "onnx", "torch-pruning"} <= manifest.versions.keys()
+
+
+def test_an_engine_that_cannot_run_here_says_so(made: Made, manifest: Manifest) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    result = next(r for r in manifest.targets if r.engine.target == "tensorrt-rtx")
+    file = made.bundle / result.engine.path
+    assert file.parent == made.bundle / "engine" / "tensorrt-rtx"
+    assert sha256_file(file) == result.engine.sha256
+    if result.engine.runnable:
+        pytest.skip("this machine runs TensorRT-RTX engines")
+    assert "no NVIDIA driver" in result.engine.reason
+    assert (result.accuracy, result.latency, result.parity) == (None, None, None)
+    report = made.bundle.joinpath("report.md").read_text()
+    assert "no NVIDIA driver" in report
+    assert manifest.targets[0].accuracy is not None, "the other target was measured all the same"
+
+
+# --- one stage at a time -------------------------------------------------------------------------
+
+
+def test_stages_one_at_a_time_give_what_build_gives(
+    command: Command, made: Made, tmp_path: Path
+) -> None:
+    folder, elsewhere = tmp_path / "steps", tmp_path / "another-machine"
+    done = command("prune", *made.flags, "-o", folder, "--json")
+    assert done.code == 0, done.err
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "build.json", "plan.json", "pruned.safetensors",
+    ]  # fmt: skip
+    assert done.json()["stages"] == {"prune": "run"}
+
+    shutil.copytree(folder, elsewhere)
+    shutil.rmtree(folder)
+    store = tmp_path / "empty-store"
+    done = command("export", elsewhere, "--store", store, "--json")
+    assert done.code == 0, done.err
+    assert done.json()["stages"] == {"prune": "reused", "export": "run"}
+    assert "measuring" not in done.err
+    done = command("engine", elsewhere, "--store", store, "--json")
+    assert done.code == 0, done.err
+    states = done.json()["stages"]
+    assert (states["export"], states["engine/onnxruntime"]) == ("reused", "run")
+    done = command("validate", elsewhere, "--store", store, "--json")
+    assert done.code == 0, done.err
+
+    assert without_times(read_plan(elsewhere)) == without_times(read_plan(made.bundle))
+    for name in ("model.onnx", "pruned.safetensors"):
+        assert (elsewhere / name).read_bytes() == (made.bundle / name).read_bytes(), name
+    ours, theirs = verify_bundle(elsewhere).manifest, read_bundle(made.bundle)
+    assert ours.targets[0].accuracy == theirs.targets[0].accuracy
+    assert ours.ratio_effective == theirs.ratio_effective
+
+
+def test_a_folder_that_was_changed_on_the_way_is_refused(
+    command: Command, made: Made, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(made.bundle, tmp_path / "copy")
+    flip_a_byte(copy / "pruned.safetensors")
+    done = command("export", copy)
+    assert done.code == 6
+    assert "is damaged: pruned.safetensors has sha256" in done.err
+    assert "fix: copy the folder again, or prune again" in done.err
+    done = command("export", tmp_path)
+    assert done.code == 6
+    assert "holds no build: it has no build.json" in done.err
+
+
+# --- what is done again --------------------------------------------------------------------------
+
+
+def test_a_second_run_reuses_every_stage(made: Made, store: Path, tmp_path: Path) -> None:
+    again = build(made, store, tmp_path / "again")
+    assert set(again.stages.values()) == {"reused"}
+    first, second = read_bundle(made.bundle), verify_bundle(again.path).manifest
+    assert second.targets == first.targets
+    assert set(first.stages.values()) == {"run"}
+    assert again.stages.keys() == first.stages.keys()
+    for name in ("plan.json", "model.onnx", "pruned.safetensors"):
+        assert (again.path / name).read_bytes() == (made.bundle / name).read_bytes()
+
+
+def test_fresh_runs_every_stage_to_the_same_result(made: Made, store: Path, tmp_path: Path) -> None:
+    again = build(made, store, tmp_path / "again", resume=False)
+    assert set(again.stages.values()) == {"run"}
+    assert without_times(again.plan) == without_times(read_plan(made.bundle))
+    for name in ("model.onnx", "pruned.safetensors"):
+        assert (again.path / name).read_bytes() == (made.bundle / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ratio": 0.3}, {"rounds": 1}, {"seed": 1}, {"criterion": "magnitude"}, {"refit": False},
+     {"std": (0.25, 0.25, 0.3)}, {"scoring_samples": 20}, {"model": "small_models:other"}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_changed_setting_prunes_again(
+    made: Made, store: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    assert build(made, store, tmp_path / "a", until="prune", **change).stages == {"prune": "run"}
+    assert build(made, store, tmp_path / "b", until="prune").stages == {"prune": "reused"}
+
+
+def test_a_changed_pixel_of_the_calibration_set_prunes_again(
+    made: Made, store: Path, tmp_path: Path
+) -> None:
+    other = one_pixel_changed(made.settings["data"], tmp_path / "other.npz")
+    changed = build(made, store, tmp_path / "a", until="prune", data=other)
+    assert changed.stages == {"prune": "run"}
+
+
+def test_a_changed_pixel_of_the_validation_set_scores_again_and_no_more(
+    made: Made, store: Path, tmp_path: Path
+) -> None:
+    other = one_pixel_changed(made.settings["validation_data"], tmp_path / "other.npz")
+    states = build(made, store, tmp_path / "a", validation_data=other).stages
+    again = {"score", *(name for name in states if name.startswith("validate/"))}
+    assert {name for name, state in states.items() if state == "run"} == again
+
+
+def test_more_timed_calls_validate_again_and_no_more(
+    made: Made, store: Path, tmp_path: Path
+) -> None:
+    states = build(made, store, tmp_path / "a", latency_runs=12).stages
+    again = {name for name in states if name.startswith("validate/")}
+    assert {name for name, state in states.items() if state == "run"} == again
+
+
+def test_another_opset_exports_again_and_no_more(made: Made, store: Path, tmp_path: Path) -> None:
+    built = build(made, store, tmp_path / "a", until="export", opset=20)
+    assert built.stages == {"prune": "reused", "export": "run"}
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(built.path / "model.onnx")
+    assert [o.version for o in graph.opset_import if o.domain == ""] == [20]
+
+
+def test_weights_count_and_not_the_file_they_are_in(
+    made: Made, store: Path, tmp_path: Path
+) -> None:
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    save_file(small_models.small().state_dict(), same)
+    save_file(small_models.other().state_dict(), other)
+    states = [
+        build(made, store, tmp_path / "a", until="prune", checkpoint=file).stages["prune"]
+        for file in (same, other)
+    ]
+    assert states == ["reused", "run"]
+
+
+@pytest.mark.parametrize(
+    ("package", "until", "again"),
+    [("torch", "prune", {"prune"}), ("onnxscript", "export", {"export"})],
+)
+def test_another_version_of_a_tool_runs_again_what_it_made(
+    made: Made, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    package: str, until: pipeline.Stage, again: set[str],
+) -> None:  # fmt: skip
+    real = stages.tool_versions
+
+    def newer(*packages: str) -> dict[str, str]:
+        return real(*packages) | ({package: "99.0"} if package in packages else {})
+
+    monkeypatch.setattr(stages, "tool_versions", newer)
+    states = build(made, store, tmp_path / "a", until=until).stages
+    assert {name for name, state in states.items() if state == "run"} == again
+
+
+def test_a_damaged_store_entry_is_made_again_and_said(
+    made: Made, store: Path, tmp_path: Path
+) -> None:
+    [weights] = list(store.glob("*/files/pruned.safetensors"))
+    flip_a_byte(weights)
+    key = weights.parts[-3]
+    again = build(made, store, tmp_path / "again")
+    assert {name for name, state in again.stages.items() if state == "run"} == {"prune"}
+    assert again.manifest is not None
+    [said] = again.manifest.fallbacks[-1:]
+    assert said.startswith(f"store entry {key[:12]} was damaged and is made again: ")
+    assert "pruned.safetensors has sha256" in said
+    assert weights.read_bytes() == (made.bundle / "pruned.safetensors").read_bytes()
+    assert without_times(again.plan) == without_times(read_plan(made.bundle))
+
+
+# --- Python --------------------------------------------------------------------------------------
+
+
+def test_a_network_in_memory_is_built(made: Made, tmp_path: Path) -> None:
+    module = small_models.small()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    kept = {k: v for k, v in made.settings.items() if k not in ("model", "target")}
+    kept |= {name: Path(kept[name]) for name in ("data", "validation_data")}
+    bundle = cswap_deploy.build(module, ratio=0.25, output=tmp_path / "own", **kept)
+    assert isinstance(bundle, cswap_deploy.Bundle)
+    assert bundle.path == tmp_path / "own"
+    checked = verify_bundle(bundle.path).manifest
+    assert checked == bundle.manifest
+    assert checked.model.weights == "as passed by the caller"
+    assert checked.model.name == "SmallNet"
+    assert [r.engine.target for r in checked.targets] == ["onnxruntime"]
+    assert abs(checked.ratio_effective["params"] - 0.25) < 0.07
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_ratio_zero_exports_the_dense_network(made: Made, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    built = build(made, tmp_path / "store", tmp_path / "dense", until="export", ratio=0)
+    assert built.plan.effective("params") == 0
+    assert built.plan.groups == ()
+    x = inputs(small_models.pictures(8, seed=6)[0])
+    session = onnxruntime.InferenceSession(
+        built.path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    [logits] = session.run(None, {session.get_inputs()[0].name: x})
+    with torch.no_grad():
+        dense = small_models.small()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(logits, dense, atol=1e-4)
+
+
+def test_a_bundle_is_replaced_by_the_next(made: Made, store: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(made.bundle, tmp_path / "bundle")
+    (output / "left-over").write_text("by the build before")
+    build(made, store, output, target=("onnxruntime",))
+    assert not (output / "left-over").exists()
+    assert not (output / "engine").exists()
+    assert verify_bundle(output).extra == ()
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def one_pixel_changed(source: str, target: Path) -> str:
+    """Of every image, since not all of them are drawn."""
+    arrays = dict(np.load(source))
+    arrays["images"][:, 8, 8, 1] ^= 1
+    np.savez(target, **arrays)
+    return str(target)
