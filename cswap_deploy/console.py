@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Console:
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json, self.quiet = as_json, quiet
-        self.err = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        # The file as it is now: exporters' chatter is kept off whatever sys.stderr is then.
+        self.err = RichConsole(file=sys.stderr, quiet=quiet, highlight=False)
         self.out = RichConsole(highlight=False)
 
     @contextmanager
@@ -107,24 +109,24 @@ class Console:
         if self.as_json:
             print(json.dumps(told))
             return
-        self.err.print()
-        grid = Table.grid(padding=(0, 2))
         effective, of = told["ratio_effective"], told["ratio_of"]
-        grid.add_row(
-            "[bold]removed",
-            f"{effective[of]:.2%} of {of} (asked {told['ratio_requested']:.2%}); params "
-            f"{effective['params']:.1%}, MACs {effective['macs']:.1%}, units "
-            f"{effective['channels']:.1%}",
+        self.err.print()
+        self._line(
+            "[bold]removed[/]",
+            f"{effective[of]:.2%} of {of} (asked {told['ratio_requested']:.2%}); "
+            f"params {effective['params']:.1%}, MACs {effective['macs']:.1%}, "
+            f"units {effective['channels']:.1%}",
         )
         for target in told.get("targets", ()):
-            grid.add_row(f"[bold]{target['target']}", _target_line(target))
+            self._line(f"[bold]{target['target']}[/]", _target_line(target))
         for fallback in told.get("fallbacks", ()):
-            grid.add_row("[yellow]note", escape(fallback))
-        self.err.print(grid)
+            self._line("[yellow]note[/]", fallback)
         if "targets" in told:
-            self.err.print(f"[bold]report[/]   {escape(told['bundle'])}/report.html")
-        if not self.quiet:
-            print(told["bundle"])
+            self._line("[bold]report[/]", f"{told['bundle']}/report.html")
+        print(told["bundle"])
+
+    def _line(self, name: str, text: str) -> None:
+        self.err.print(name, escape(text), soft_wrap=True)
 
 
 class _Teller:
@@ -181,7 +183,7 @@ class _Teller:
 
 def _target_line(target: dict[str, Any]) -> str:
     if target["top1"] is None:
-        return escape(f"built, not run here: {target['reason']}")
+        return f"built, not run here: {target['reason']}"
     line = f"top-1 {target['top1']:.2%} (drop {100 * target['top1_drop']:+.2f} points)"
     if target["p50_ms"] is not None:
         line += f", p50 {target['p50_ms']:.2f} ms, p99 {target['p99_ms']:.2f} ms"

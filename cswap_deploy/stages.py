@@ -106,6 +106,8 @@ class Run:
 
 def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     """Score and remove; a folder with ``plan.json`` and ``pruned.safetensors``."""
+    from cswap_deploy.pruning.resume import RoundStore
+
     config = run.config
     run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
     names = (
@@ -125,6 +127,8 @@ def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
         tools=tool_versions("cswap-deploy", "torch", "timm", "torch-pruning", "scipy"),
     )
     folder = _once(run, "prune", key, lambda out: _prune(run, key, out))
+    if run.stages["prune"] == "run":
+        RoundStore(run.store, key).forget(config.rounds)
     plan = read_value(folder / PLAN, PrunePlan)
     left = plan.pruned.params / plan.dense.params
     run.progress.done(

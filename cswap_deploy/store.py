@@ -140,6 +140,11 @@ class Store:
             _flush(entry)
             self._publish(entry, key)
 
+    def remove(self, key: str) -> None:
+        """Drop an entry, where there is one."""
+        if (self.root / key).is_dir():
+            self._discard(self.root / key)
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Lend an empty folder that is gone afterwards."""

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ExportError
 
 Env = dict[fx.Node, Any]
@@ -274,7 +275,7 @@ def _same(value: Any) -> Any:
 
 def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), captured():
             program = torch.export.export(
                 module, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
             )

@@ -100,6 +100,7 @@ def prune_progressively(
     granules: Mapping[str, int],
     floors: Mapping[str, int],
     dense_amount: int,
+    fine: bool = False,
     images: Tensor,
     labels: Tensor,
     scores: Callable[[Group], np.ndarray] | None = None,
@@ -118,6 +119,8 @@ def prune_progressively(
         granules: Group -> kept units must be a multiple of this.
         floors: Group -> units that must stay.
         dense_amount: What the ratio is a fraction of (parameters, units or MACs).
+        fine: In the last round let a group end between multiples of its granule where that
+            meets the ratio.
         images: (N, C, H, W) float32, the calibration set. Every round measures on the next
             ``scoring_samples`` of them, balanced by class; all of them serve the refit.
         labels: (N,) int64.
@@ -151,7 +154,10 @@ def prune_progressively(
             ranking = {g.name: _ranking(state, g, settings) for g in groups}
         else:
             ranking = {g.name: scores(g) for g in groups}
-        gone = _choose(groups, sizes, state, ranking, granules, floors, target, settings.ratio_of)
+        gone = _choose(
+            groups, sizes, state, ranking, granules, floors, target, settings.ratio_of,
+            fine=fine and state.round == settings.rounds,
+        )  # fmt: skip
         for group in groups:
             for unit in gone.get(group.name, ()):
                 remove(graph, group, unit, means)
@@ -285,35 +291,41 @@ def _choose(
     floors: Mapping[str, int],
     target: float,
     of: RatioOf,
+    *,
+    fine: bool,
 ) -> dict[str, list[int]]:
     """Mark bundles as removed, least disturbance per saving first, until the target is nearest.
 
-    Where bundles are coarse, one more is taken from further down the order if that lands within
-    ``_NEAR`` of the target and stopping does not.
+    A bundle that goes far past the target waits while smaller ones from further down the order are
+    tried. Where none fits and ``fine`` is set, units of the waiting ones leave one by one: one
+    group then ends at an odd width, and the ratio is met.
     """
     gone: dict[str, list[int]] = {}
 
-    def take(group: str, units: list[int]) -> None:
+    def take(group: str, units: list[int]) -> int:
         sizes.remove(group, units)
         gone.setdefault(group, []).extend(units)
         state.removed.setdefault(group, []).extend(units)
+        return amount(sizes.size(), of)
 
     near = _NEAR * target
     left = amount(sizes.size(), of)
-    stopped: set[str] = set()
+    waiting: dict[str, list[int]] = {}
     for group, units in _bundles(groups, sizes, state, ranking, granules, floors, of):
-        if left - target <= near and (stopped or left <= target):
+        if left <= target + (near if waiting else 0):
             break
-        if group in stopped:
+        if group in waiting:
             continue
-        after = left - sizes.saving(group, units, of)
-        if after >= target or target - after <= (near if stopped else left - target):
-            take(group, units)
-            left = amount(sizes.size(), of)
-            if stopped and left >= target:
-                continue
+        over = target - (left - sizes.saving(group, units, of))
+        nearest = not fine and not waiting and over <= left - target
+        if over <= near or nearest:
+            left = take(group, units)
         else:
-            stopped.add(group)  # its next bundle overshoots: a smaller one may still fit
+            waiting[group] = units
+    for group, units in waiting.items() if fine else ():
+        for unit in units:
+            if abs(left - sizes.saving(group, [unit], of) - target) < abs(left - target):
+                left = take(group, [unit])
     return gone
 
 
@@ -371,7 +383,7 @@ def _refit(
         layer: Consumer = graph.module.get_submodule(name)  # type: ignore[assignment]
         inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
         kept[name] = torch.tensor([i for i in range(inputs) if i not in lost[name]])
-    watcher.begin(f"solving {len(kept)} layers again", len(kept))
+    watcher.begin(f"solving {len(kept)} layer{'s' if len(kept) > 1 else ''} again", len(kept))
     images = images[: max(1, _MOST_ELEMENTS // graph.largest())]
     done = refit(graph, dense, kept, images, tick=watcher.advance)
     watcher.end()

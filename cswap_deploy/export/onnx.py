@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import torch
 from torch import nn
 
 from cswap_deploy.artifacts import OnnxArtifact, TensorSpec, sha256_file
+from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ArtifactError, ExportError
 
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
@@ -64,7 +60,7 @@ def export_onnx(
     device = tensors[0].device if tensors else torch.device("cpu")
     # Two images: torch would take a batch of one for a constant.
     example = torch.zeros(2, *input_size, device=device)
-    with _quiet() as chatter:
+    with captured() as chatter:
         try:
             program = torch.onnx.export(
                 module,
@@ -227,21 +223,3 @@ def _words(err: Exception) -> str:
     _, _, summary = text.partition("## Exception summary")
     first = (summary or text).strip().split("\n\n")[0]
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", first.split("\n⬆️")[0])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
-    """Keep torch's prints, warnings and log lines off the terminal; yields the prints."""
-    chatter = io.StringIO()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(chatter),
-            contextlib.redirect_stderr(chatter),
-        ):
-            warnings.simplefilter("ignore")
-            yield chatter
-    finally:
-        logging.disable(before)

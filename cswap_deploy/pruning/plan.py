@@ -47,6 +47,8 @@ class Prepared:
     """Of the network as the user gave it."""
     granules: dict[str, int]
     floors: dict[str, int]
+    fine: bool
+    """Whether a last group may end at an odd width, to meet the ratio."""
     example: Tensor
 
 
@@ -97,17 +99,18 @@ def prepare(
     floors = {g.name: min(granules[g.name], g.units) for g in groups}
     _check_reach(sizes, dense_size, groups, granules, floors, ratio, ratio_of)
     return Prepared(
-        work,
-        dense.on(work),
-        dense,
-        tuple(groups),
-        excluded,
-        tuple(biased),
-        sizes,
-        dense_size,
-        granules,
-        floors,
-        example,
+        module=work,
+        graph=dense.on(work),
+        dense=dense,
+        groups=tuple(groups),
+        excluded=excluded,
+        biased=tuple(biased),
+        sizes=sizes,
+        dense_size=dense_size,
+        granules=granules,
+        floors=floors,
+        fine=round_to == "auto",
+        example=example,
     )
 
 
@@ -171,6 +174,7 @@ def prune(
         settings=settings,
         granules=prepared.granules,
         floors=prepared.floors,
+        fine=prepared.fine,
         dense_amount=amount(prepared.dense_size, settings.ratio_of),
         images=images,
         labels=labels,

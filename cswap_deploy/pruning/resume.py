@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -43,18 +41,19 @@ class RoundStore:
             return state
         return None
 
+    def forget(self, most: int) -> None:
+        """Drop all rounds: the stage is finished."""
+        for round_ in range(1, most + 1):
+            self._store.remove(self._key(round_))
+
     def save(self, state: State, module: nn.Module) -> None:
         """Keep a finished round."""
         from safetensors.torch import save_file
 
         with self._store.create(self._key(state.round)) as folder:
-            self._write(folder, state)
+            (folder / "state.json").write_bytes(_STATE.dump_json(state))
             tensors = {k: v.detach().contiguous() for k, v in module.state_dict().items()}
             save_file(tensors, folder / "masked.safetensors")
-
-    @staticmethod
-    def _write(folder: Path, state: State) -> None:
-        (folder / "state.json").write_bytes(_STATE.dump_json(state))
 
     def _key(self, round_: int) -> str:
         return stage_key(
