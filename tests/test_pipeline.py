@@ -303,12 +303,10 @@ def test_another_version_of_a_tool_runs_again_what_it_made(
     made: Made, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     package: str, until: pipeline.Stage, again: set[str],
 ) -> None:  # fmt: skip
-    real = stages.tool_versions
-
-    def newer(*packages: str) -> dict[str, str]:
-        return real(*packages) | ({package: "99.0"} if package in packages else {})
-
-    monkeypatch.setattr(stages, "tool_versions", newer)
+    real = stages.run.version
+    monkeypatch.setattr(
+        stages.run, "version", lambda name: "99.0" if name == package else real(name)
+    )
     states = build(made, store, tmp_path / "a", until=until).stages
     assert {name for name, state in states.items() if state == "run"} == again
 

@@ -97,7 +97,9 @@ def prepare(
     dense_size = SizeModel(module, example, groups).size()
     granules = {g.name: _granule(g, round_to) for g in groups}
     floors = {g.name: min(granules[g.name], g.units) for g in groups}
-    _check_reach(sizes, dense_size, groups, granules, floors, ratio, ratio_of)
+    fine = round_to == "auto"
+    steps = dict.fromkeys(granules, 1) if fine else granules
+    _check_reach(sizes, dense_size, groups, steps, floors, ratio, ratio_of)
     return Prepared(
         module=work,
         graph=dense.on(work),
@@ -109,7 +111,7 @@ def prepare(
         dense_size=dense_size,
         granules=granules,
         floors=floors,
-        fine=round_to == "auto",
+        fine=fine,
         example=example,
     )
 
@@ -234,19 +236,19 @@ def _check_reach(
     sizes: SizeModel,
     dense: Size,
     groups: list[Group],
-    granules: dict[str, int],
+    steps: dict[str, int],
     floors: dict[str, int],
     ratio: float,
     of: RatioOf,
 ) -> None:
     total = amount(dense, of)
     most = 1 - amount(smallest(sizes, groups, floors), of) / total
-    steps = [
-        sizes.saving(g.name, range(g.units % granules[g.name] or granules[g.name]), of)
+    savings = [
+        sizes.saving(g.name, range(g.units % steps[g.name] or steps[g.name]), of)
         for g in groups
-        if g.units > granules[g.name]
+        if g.units > floors[g.name]
     ]
-    least = min(steps, default=0) / total
+    least = min(savings, default=0) / total
     if ratio > most or ratio < least / 2:
         what = {"params": "parameters", "channels": "units", "macs": "MACs"}[of]
         raise PruneError(

@@ -1,0 +1,158 @@
+"""Measure, remove, solve again: the pruned network as a plan and its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.artifacts import (
+    PrunePlan,
+    read_value,
+    sha256_text,
+)
+from cswap_deploy.bundle import PLAN
+from cswap_deploy.errors import ArtifactError
+from cswap_deploy.stages.run import (
+    BUILD,
+    WEIGHTS,
+    BuildRecord,
+    Run,
+    calibration,
+    once,
+    tool_versions,
+)
+from cswap_deploy.store import compare_files, stage_key
+
+if TYPE_CHECKING:
+    pass
+
+
+_VERSION = 1
+"""Raised when this stage's code changes what it writes."""
+
+
+def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
+    """Score and remove; a folder with ``plan.json`` and ``pruned.safetensors``."""
+    from cswap_deploy.pruning.resume import RoundStore
+
+    config = run.config
+    run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
+    names = (
+        "ratio", "ratio_of", "round_to", "criterion", "scoring_samples", "rounds", "effect",
+        "intervention", "alpha", "min_effect", "refit", "seed",
+    )  # fmt: skip
+    key = run.keys["prune"] = stage_key(
+        "prune",
+        version=_VERSION,
+        inputs={
+            "weights": run.spec.weights_sha256,
+            "architecture": _architecture(run),
+            "preprocessing": run.spec.preprocessing.model_dump(mode="json"),
+            "calibration": run.samples.calibration.spec.sha256,
+        },
+        settings={name: getattr(config, name) for name in names},
+        tools=tool_versions("cswap-deploy", "torch", "timm", "torch-pruning", "scipy"),
+    )
+    folder = once(run, "prune", key, lambda out: _prune(run, key, out))
+    if run.stages["prune"] == "run":
+        RoundStore(run.store, key).forget(config.rounds)
+    plan = read_value(folder / PLAN, PrunePlan)
+    left = plan.pruned.params / plan.dense.params
+    run.progress.done(
+        f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters ({1 - left:.1%} removed)",
+        reused=run.stages["prune"] == "reused",
+    )
+    return folder, plan
+
+
+def take_pruned(run: Run, folder: Path) -> tuple[Path, PrunePlan]:
+    """The pruned network that an earlier build left in a folder, checked.
+
+    Raises:
+        ArtifactError: A file is missing or changed, or the model is not the one that was pruned.
+    """
+    record = read_record(folder)
+    wrong, _ = compare_files(folder, record.files)
+    if wrong:
+        raise ArtifactError(
+            f"{folder} is damaged: " + "; ".join(wrong),
+            fix="copy the folder again, or prune again",
+        )
+    if record.dense_weights_sha256 != run.spec.weights_sha256:
+        raise ArtifactError(
+            f"{folder} was pruned from other weights of {run.spec.name}: sha256 "
+            f"{record.dense_weights_sha256[:12]}…, these are {run.spec.weights_sha256[:12]}…",
+            fix="pass the same --checkpoint, or prune again",
+        )
+    run.keys["prune"], run.stages["prune"] = record.prune_key, "reused"
+    return folder, read_value(folder / PLAN, PrunePlan)
+
+
+def read_record(folder: Path) -> BuildRecord:
+    """What a folder says of the build that made it.
+
+    Raises:
+        ArtifactError: The folder holds no build, or its record is damaged.
+    """
+    if not (folder / BUILD).is_file():
+        raise ArtifactError(
+            f"{folder} holds no build: it has no {BUILD}",
+            fix="name a folder that `cswap-deploy prune -o` or `build -o` wrote",
+        )
+    return read_value(folder / BUILD, BuildRecord)
+
+
+def _prune(run: Run, key: str, out: Path) -> None:
+    from safetensors.torch import save_file
+
+    from cswap_deploy.causal.progressive import Settings
+    from cswap_deploy.pruning.plan import dense_plan, prepare, prune, scoring_images
+    from cswap_deploy.pruning.resume import RoundStore
+
+    config = run.config
+    images, labels = calibration(run)
+    if config.ratio == 0:
+        plan, module = dense_plan(run.loaded.module, images[:2], config.ratio_of), run.loaded.module
+    else:
+        run.progress.begin("tracing the network", 0)
+        prepared = prepare(
+            run.loaded.module, images=images, ratio=config.ratio, ratio_of=config.ratio_of,
+            round_to=config.round_to,
+        )  # fmt: skip
+        run.progress.end()
+        cswap = config.criterion == "cswap"
+        settings = Settings(
+            ratio=config.ratio,
+            ratio_of=config.ratio_of,
+            rounds=config.rounds if cswap else 1,
+            scoring_samples=min(scoring_images(config, prepared), len(images)),
+            effect=config.effect,
+            intervention=config.intervention,
+            alpha=config.alpha,
+            min_effect=config.min_effect,
+            refit=config.refit,
+            seed=config.seed,
+        )
+        rounds = RoundStore(run.store, key)
+        state = rounds.load(prepared.module, most=settings.rounds) if config.resume else None
+        if state is not None:
+            run.progress.note(f"going on after round {state.round} of an interrupted run")
+        result = prune(
+            prepared, images=images, labels=labels, settings=settings, criterion=config.criterion,
+            watcher=run.progress, state=state, checkpoint=rounds.save,
+        )  # fmt: skip
+        plan, module = result.plan, result.module
+    (out / PLAN).write_text(plan.model_dump_json(indent=1))
+    state_dict = {k: v.detach().contiguous() for k, v in module.state_dict().items()}
+    save_file(state_dict, out / WEIGHTS, metadata={"format": "pt"})
+
+
+def _architecture(run: Run) -> dict[str, Any]:
+    """What, beside the weights, decides what a network computes."""
+    spec = run.spec
+    if spec.source != "factory":
+        return {"name": spec.name, "arguments": spec.arguments}
+    from cswap_deploy.causal.partition import trace
+
+    # A user's forward can change while its weights stay; the graph shows it.
+    return {"graph": sha256_text(trace(run.loaded.module, calibration(run)[0][:2]).code)}
