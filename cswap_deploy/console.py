@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cswap_deploy.gate.budgets import BudgetVerdict
     from cswap_deploy.progress import Progress as Told
 
+_WIDE = 200
 _COLOURS = {"ok": "green", "warn": "yellow", "missing": "dim", "broken": "red"}
 
 
@@ -36,7 +37,9 @@ class Console:
         self.as_json, self.quiet = as_json, quiet
         # The file as it is now: exporters' chatter is kept off whatever sys.stderr is then.
         self.err = RichConsole(file=sys.stderr, quiet=quiet, highlight=False)
-        self.out = RichConsole(highlight=False)
+        # In a pipe nothing is cut: whoever reads it wants whole names and digests.
+        width = None if sys.stdout.isatty() else _WIDE
+        self.out = RichConsole(highlight=False, width=width)
 
     @contextmanager
     def progress(self) -> Iterator[Told]:
@@ -59,6 +62,8 @@ class Console:
             print(json.dumps(told))
             return
         grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
         for name, value in _flat(told):
             grid.add_row(f"[bold]{escape(name)}", escape(value))
         self.out.print(grid)
@@ -70,7 +75,7 @@ class Console:
             return
         table = Table(box=None, pad_edge=False)
         for column in rows[0]:
-            table.add_column(column.replace("_", " "))
+            table.add_column(column.replace("_", " "), overflow="fold")
         for row in rows:
             table.add_row(*(escape(_text(v)) for v in row.values()))
         self.out.print(table)
