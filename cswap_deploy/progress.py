@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class Progress(Protocol):
+class Phases(Protocol):
+    """Receives how far one long phase is."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A phase of many steps starts; ``total`` is 0 where they cannot be counted."""
+
+    def advance(self, steps: int) -> None:
+        """Some of them are done."""
+
+    def end(self) -> None:
+        """The phase is over."""
+
+
+class Progress(Phases, Protocol):
     """Receives what a build is doing."""
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -16,15 +29,6 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Something the user should know: a fallback, a choice made for them."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A phase of many steps starts."""
-
-    def advance(self, steps: int) -> None:
-        """Some of them are done."""
-
-    def end(self) -> None:
-        """The phase is over."""
 
 
 class Silent:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cswap_deploy.causal.effects import Effects, Intervention, Means, input_mean
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.significance import judge
 from cswap_deploy.causal.units import Consumer, Group
+from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.budget import SizeModel, amount
 
 _NEAR = 0.005
@@ -77,19 +78,6 @@ class State:
     not_refitted: tuple[str, ...] = ()
 
 
-class Watcher(Protocol):
-    """What is told of the loop's progress."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A phase starts; ``total`` steps lie ahead."""
-
-    def advance(self, steps: int) -> None:
-        """Some of them are done."""
-
-    def end(self) -> None:
-        """The phase is over."""
-
-
 def prune_progressively(
     graph: Graph,
     dense: Graph,
@@ -105,7 +93,7 @@ def prune_progressively(
     labels: Tensor,
     scores: Callable[[Group], np.ndarray] | None = None,
     state: State | None = None,
-    watcher: Watcher,
+    watcher: Phases,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
 ) -> State:
     """Remove units until the ratio is reached, in place.
@@ -224,7 +212,7 @@ def _measure(
     images: Tensor,
     labels: Tensor,
     means: Means | None,
-    watcher: Watcher,
+    watcher: Phases,
 ) -> int:
     """Measure the candidates and judge them together; returns how many."""
     count = sum(map(len, candidates.values()))
@@ -266,7 +254,7 @@ def _measure(
 class _Steps:
     """Turns (variants x images) into finished units."""
 
-    def __init__(self, watcher: Watcher, images: int) -> None:
+    def __init__(self, watcher: Phases, images: int) -> None:
         self.watcher, self.images, self.pending = watcher, images, 0
 
     def __call__(self, runs: int) -> None:
@@ -297,8 +285,8 @@ def _choose(
     """Mark bundles as removed, least disturbance per saving first, until the target is nearest.
 
     A bundle that goes far past the target waits while smaller ones from further down the order are
-    tried. Where none fits and ``fine`` is set, units of the waiting ones leave one by one: one
-    group then ends at an odd width, and the ratio is met.
+    tried. Where none fits and ``fine`` is set, units of the waiting ones leave one by one: a
+    group or two then end at odd widths, and the ratio is met.
     """
     gone: dict[str, list[int]] = {}
 
@@ -369,7 +357,7 @@ def _refit(
     groups: tuple[Group, ...],
     state: State,
     images: Tensor,
-    watcher: Watcher,
+    watcher: Phases,
 ) -> None:
     """Solve every consumer that has lost an input, in order of execution."""
     touched = [g for g in groups if state.removed.get(g.name)]

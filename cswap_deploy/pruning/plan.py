@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
 from cswap_deploy.causal.cost import affordable_images
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import Settings, State, Watcher, prune_progressively
+from cswap_deploy.causal.progressive import Settings, State, prune_progressively
 from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError
+from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.apply import delete_removed, exact_groups
 from cswap_deploy.pruning.budget import SizeModel, amount, smallest
 from cswap_deploy.pruning.criteria import get_criterion
@@ -138,7 +139,7 @@ def prune(
     labels: Tensor,
     settings: Settings,
     criterion: str,
-    watcher: Watcher,
+    watcher: Phases,
     state: State | None = None,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
 ) -> Pruned:

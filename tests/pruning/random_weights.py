@@ -5,18 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MATRIX = (
-    "resnet18",
-    "resnet50",
-    "mobilenetv2_100",
-    "efficientnet_lite0",
-    "convnext_atto",
-    "regnety_004",
-    "vgg11_bn",
-    "densenet121",
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-)
+from cswap_deploy.models.listing import TESTED
+
+MATRIX = TESTED
 """The models that must build."""
 
 

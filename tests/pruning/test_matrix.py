@@ -41,6 +41,7 @@ def fake_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MATRIX)
 def test_builds_end_to_end(name: str, fake_images: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
