@@ -36,7 +36,8 @@ demo: $(STAMP)
 		echo "  $(CURDIR)/demo-bundles/$$model/report.html"; done
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+		$(PYTEST_OPTIONS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
