@@ -37,6 +37,8 @@ _INK, _LINE = "#010203", "#040506"
 _MANY_UNITS = 2000
 """Above this many dots they are drawn as one picture, or the page would weigh megabytes."""
 _MANY_GROUPS = 24
+_ROOM = 84
+"""Characters that fit side by side above the bars."""
 
 
 def units_figure(plan: PrunePlan) -> str:
@@ -71,9 +73,9 @@ def units_figure(plan: PrunePlan) -> str:
                     width=0.8,
                 )
                 base = [b + s for b, s in zip(base, shares, strict=True)]
-        if len(plan.groups) <= _MANY_GROUPS:
-            for at, group in enumerate(plan.groups):
-                text = f"{len(group.kept)}/{group.units}"
+        texts = [f"{len(group.kept)}/{group.units}" for group in plan.groups]
+        if sum(map(len, texts)) <= _ROOM:
+            for at, text in enumerate(texts):
                 axes.annotate(text, (at, 101.5), ha="center", va="bottom", fontsize=8)
         axes.set_ylim(0, 110)
         axes.set_yticks(range(0, 101, 25))

@@ -213,7 +213,7 @@ def _removed(plan: PrunePlan, *, draw: bool) -> Section:
         f"{percent(plan.alpha)}. The last columns count kept / removed units.",
     )
     picture = figures.units_figure(plan) if draw and plan.groups else None
-    caption = "Units of each group from the input to the output; numbers are kept/all."
+    caption = "Units of each group from the input to the output; numbers (if any) are kept/all."
     return Section("What was removed", text, tuple(tables), _figure(picture, caption))
 
 
