@@ -73,6 +73,8 @@ class Run:
     keys: dict[str, str] = field(default_factory=dict)
     """Stage -> its key in the store."""
     fallbacks: list[str] = field(default_factory=list)
+    calibration: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Normalised once, when a stage first asks; see :func:`calibration`."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -113,9 +115,13 @@ def calibration(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 
     from cswap_deploy.data import normalised
 
-    images = normalised(run.samples.calibration, run.spec.preprocessing)
-    tensor = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-    return tensor, torch.from_numpy(run.samples.calibration.labels)
+    if run.calibration is None:
+        images = normalised(run.samples.calibration, run.spec.preprocessing)
+        run.calibration = (
+            torch.from_numpy(images).contiguous(memory_format=torch.channels_last),
+            torch.from_numpy(run.samples.calibration.labels),
+        )
+    return run.calibration
 
 
 def parity_images(run: Run) -> Floats:
