@@ -312,6 +312,8 @@ def _choose(
             waiting[group] = units
     for group, units in waiting.items() if fine else ():
         for unit in units:
+            if abs(left - target) <= near:
+                return gone
             if abs(left - sizes.saving(group, [unit], of) - target) < abs(left - target):
                 left = take(group, [unit])
     return gone
