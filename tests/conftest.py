@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disks import mounted
 
 HERE = Path(__file__).parent
 RTX = find_spec("tensorrt_rtx") is not None
@@ -169,21 +170,6 @@ def made(
 def store(made: Made, tmp_path: Path) -> Path:
     """A store of one's own that holds every stage of ``made``."""
     return shutil.copytree(made.store, tmp_path / "store")
-
-
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """A small file system of its own, or a skip that says why."""
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root, to mount a small file system")
-    line = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(folder)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from small_disks import mounted
 
 from cswap_deploy.errors import MissingDependencyError, UsageError
 from cswap_deploy.store import Store, _swap, atomic_folder, check_output, stage_key, write_atomic
@@ -36,21 +36,6 @@ def fail_in(block: AbstractContextManager[Path], failure: BaseException) -> None
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
-
-
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """A small file system of its own, or a skip that says why."""
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root, to mount a small file system")
-    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(folder)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

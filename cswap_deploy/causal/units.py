@@ -43,8 +43,7 @@ class Group:
     members: tuple[Slice, ...]
     """Every layer whose size changes, consumers included."""
     granule: int = 1
-    """Attention: query, key and value tensors of a head have tokens x granule elements."""
-    tokens: int = 0
+    """Attention: the dimension of a head; its query, key and value are (tokens, granule)."""
 
     @property
     def units(self) -> int:

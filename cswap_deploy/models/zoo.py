@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -112,13 +111,3 @@ def demo_vit() -> nn.Module:
 
 
 DEMOS = {"demo-resnet": demo_resnet, "demo-vit": demo_vit}
-
-
-def load_state(name: str) -> dict[str, Tensor]:
-    """The trained weights of a demo network."""
-    from safetensors.torch import load_file
-
-    return {
-        k: v.to(torch.float32) if v.is_floating_point() else v
-        for k, v in load_file(ZOO_DIR / f"{name}.safetensors").items()
-    }

@@ -10,7 +10,7 @@ from cswap_deploy.artifacts import (
     read_value,
     sha256_text,
 )
-from cswap_deploy.bundle import PLAN
+from cswap_deploy.bundle import PLAN, read_plan
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.stages.run import (
     BUILD,
@@ -56,7 +56,7 @@ def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     folder = once(run, "prune", key, lambda out: _prune(run, key, out))
     if run.stages["prune"] == "run":
         RoundStore(run.store, key).forget(config.rounds)
-    plan = read_value(folder / PLAN, PrunePlan)
+    plan = read_plan(folder)
     left = plan.pruned.params / plan.dense.params
     run.progress.done(
         f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters ({1 - left:.1%} removed)",
@@ -85,7 +85,7 @@ def take_pruned(run: Run, folder: Path) -> tuple[Path, PrunePlan]:
             fix="pass the same --checkpoint, or prune again",
         )
     run.keys["prune"], run.stages["prune"] = record.prune_key, "reused"
-    return folder, read_value(folder / PLAN, PrunePlan)
+    return folder, read_plan(folder)
 
 
 def read_record(folder: Path) -> BuildRecord:
