@@ -124,6 +124,8 @@ class UnitEffect(Value):
     unit: int
     true_class: float
     """Mean over images of (p_masked - p) / p."""
+    absolute: float = 0.0
+    """Mean over images of |p_masked - p| / p: effects of opposite signs do not cancel."""
     kl: float
     """Mean over images of KL(p || p_masked), nats."""
     low: float
@@ -132,6 +134,10 @@ class UnitEffect(Value):
     verdict: Verdict
     round: int
     """The round in which this was measured, from 1; 0 where it was not."""
+    serves: tuple[int, ...] = ()
+    """Classes that removing the unit significantly hurts, strongest first."""
+    harms: tuple[int, ...] = ()
+    """Classes that removing it significantly helps, strongest first."""
 
 
 class GroupPlan(Value):
@@ -165,6 +171,13 @@ class RoundLog(Value):
     """Units removed in this round."""
     params: int
     """Parameters left."""
+    order: str = "effect"
+    """Which order gave the set that was removed."""
+    kl: float | None = None
+    """That set's own effect once the network had taken over: mean KL divergence from the dense
+    network (nats), on calibration images that it was not solved on."""
+    ridge: float | None = None
+    """Of the layers solved again in this round."""
     seconds: float
 
 

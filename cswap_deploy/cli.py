@@ -115,6 +115,10 @@ def _build_command(until: Stage) -> Callable[..., None]:
         criterion: Annotated[
             str | None, typer.Option(help="cswap (default), or a baseline: magnitude, random.")
         ] = None,
+        method: Annotated[
+            str | None,
+            typer.Option(metavar="cswap|paper", help="The best measured (cswap), or as published."),
+        ] = None,
         rounds: Annotated[
             int | None, typer.Option(metavar="N", help="Steps of measuring and removing (4).")
         ] = None,
@@ -125,13 +129,18 @@ def _build_command(until: Stage) -> Callable[..., None]:
             str | None, typer.Option(metavar="kl|true-class", help="What ranks the units (kl).")
         ] = None,
         intervention: Annotated[
-            str | None, typer.Option(metavar="mean|zero", help="What a unit is set to (mean).")
+            str | None,
+            typer.Option(metavar="predicted|mean|zero", help="What a unit is set to (predicted)."),
+        ] = None,
+        select: Annotated[
+            str | None, typer.Option(metavar="set|unit", help="Whose effect decides (set).")
         ] = None,
         alpha: Annotated[
             float | None, typer.Option(help="False-discovery rate of the verdicts (0.05).")
         ] = None,
         refit: Annotated[
-            bool | None, typer.Option(help="Solve consumer layers again, in closed form (default).")
+            bool | None,
+            typer.Option(help="Solve the layers behind again, in closed form (default)."),
         ] = None,
         precision: Annotated[str | None, typer.Option(metavar="fp32")] = None,
         opset: Annotated[int | None, typer.Option(metavar="N", help="ONNX opset (18).")] = None,
@@ -269,6 +278,21 @@ def inspect(
         console.result(describe(checked.manifest) | {"unlisted_files": list(checked.extra)})
     else:
         console.result(describe_onnx(path).model_dump(mode="json"))
+
+
+@app.command()
+def explain(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, or any folder with a plan.json.")],
+    group: Annotated[str | None, typer.Argument(help="One group; without: all of them.")] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Units in each list.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Say why units went or stayed: verdicts, largest effects, the classes that a unit serves."""
+    from cswap_deploy.explain import explain as explained
+    from cswap_deploy.explain import read_explained
+
+    plan, manifest = read_explained(bundle)
+    _console(as_json=as_json).explanation(explained(plan, manifest, group=group, top=top))
 
 
 @app.command()

@@ -16,6 +16,15 @@ CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "cswap": {"intervention": "predicted", "effect": "kl", "select": "set", "refit": True},
+    "paper": {"intervention": "zero", "effect": "true-class", "select": "unit", "refit": False},
+}
+"""What ``--method`` stands for; each choice can be given by itself, and wins. ``paper`` is the
+method as published (arXiv:2510.18636), ``cswap`` the best that was measured
+(benchmarks/LOG.md)."""
+
+
 class BuildConfig(Value):
     """The settings of a build; every flag of ``cswap-deploy build`` is a field of the same name."""
 
@@ -49,15 +58,21 @@ class BuildConfig(Value):
     would cost more than ``causal.cost.BUDGET_MACS``."""
     rounds: int = Field(default=4, ge=1)
     """Steps in which the ratio is reached; effects are measured again in each."""
+    method: Literal["cswap", "paper"] = "cswap"
+    """Fills in what follows where it is not given; see ``METHODS``."""
     effect: Literal["kl", "true-class"] = "kl"
     """What ranks the units; both are measured, verdicts come from ``true-class``."""
-    intervention: Literal["zero", "mean"] = "mean"
+    intervention: Literal["zero", "mean", "predicted"] = "predicted"
+    """What a unit is set to while its effect is measured, and when it goes."""
+    select: Literal["set", "unit"] = "set"
+    """``unit``: what goes is what has the least effect by itself. ``set``: several orders propose
+    what goes, and the set with the least effect as a whole is taken."""
     alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
     """False-discovery rate of the verdicts."""
     min_effect: float = Field(default=0.01, ge=0.0)
     """Smallest |effect| on a class that counts as a verdict, as a fraction of the probability."""
     refit: bool = True
-    """Solve each pruned layer's consumer again, in closed form."""
+    """Solve every layer behind a removed unit again, in closed form."""
 
     # export, targets
     target: tuple[str, ...] = ("onnxruntime",)
@@ -79,6 +94,14 @@ class BuildConfig(Value):
     """Where finished stages are kept; the user's cache directory unless said."""
     resume: bool = True
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            preset = METHODS.get(str(given.get("method", "cswap")), {})
+            return preset | {name: v for name, v in given.items() if v is not None}
+        return given
 
     @field_validator("round_to", "scoring_samples")
     @classmethod

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cswap_deploy.explain import Explanation
     from cswap_deploy.gate.budgets import BudgetVerdict
     from cswap_deploy.progress import Progress as Told
 
@@ -129,6 +130,16 @@ class Console:
         if "targets" in told:
             self._line("[bold]report[/]", f"{told['bundle']}/report.html")
         print(told["bundle"])
+
+    def explanation(self, told: Explanation) -> None:
+        """What a plan says about its units, for ``explain``."""
+        if self.as_json:
+            print(json.dumps(told.plain()))
+            return
+        from cswap_deploy.report.terminal import explanation
+
+        for part in explanation(told, self.out.width):
+            self.out.print(part)
 
     def _line(self, name: str, text: str) -> None:
         self.err.print(name, escape(text), soft_wrap=True)

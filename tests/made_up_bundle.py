@@ -41,7 +41,7 @@ GROUPS = tuple(
 
 
 def effect(rng: random.Random, unit: int, importance: float) -> UnitEffect:
-    """A unit whose effects grow with its importance."""
+    """A unit whose effects grow with its importance; classes 0 to 9."""
     true_class = -0.4 * importance**2 + rng.gauss(0.004, 0.004)
     width = 0.006 + 0.1 * importance**2
     verdict = (
@@ -55,6 +55,8 @@ def effect(rng: random.Random, unit: int, importance: float) -> UnitEffect:
         high=true_class + width,
         verdict=verdict,  # type: ignore[arg-type]
         round=rng.randint(1, 4),
+        serves=((3 * unit) % 10, unit % 3) if verdict == "critical" else (),
+        harms=(unit % 10,) if verdict == "detrimental" else (),
     )
 
 
@@ -72,7 +74,13 @@ def made_up_plan() -> PrunePlan:
         )
     return PrunePlan(
         criterion="cswap",
-        settings={"effect": "kl", "intervention": "mean", "rounds": 4, "round_to": 1},
+        settings={
+            "effect": "kl",
+            "intervention": "mean",
+            "rounds": 4,
+            "scoring_samples": 128,
+            "min_effect": 0.01,
+        },
         ratio_requested=0.4,
         ratio_of="params",
         dense=DENSE,

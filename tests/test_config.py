@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cswap_deploy.artifacts import read_value
+from cswap_deploy.artifacts import PrunePlan, read_value
 from cswap_deploy.config import BuildConfig, load_config
 from cswap_deploy.errors import UsageError
 from cswap_deploy.stages import BuildRecord
@@ -117,3 +117,75 @@ def test_flags_win_over_the_file_in_a_real_run(
     assert abs(told["ratio_effective"]["channels"] - 0.25) <= 1 / told["dense"]["units"]
     record = read_value(tmp_path / "out" / "build.json", BuildRecord)
     assert record.settings["criterion"] == "random"
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+
+def test_the_method_is_ours_unless_said() -> None:
+    for config in (load_config(model="m"), load_config(model="m", method="cswap")):
+        assert config.method == "cswap"
+        assert chosen(config) == ("predicted", "kl", "set", True)
+    assert BuildConfig(model="m") == load_config(model="m", method="cswap")
+
+
+def test_paper_stands_for_what_was_published() -> None:
+    config = load_config(model="m", method="paper")
+    assert config.method == "paper"
+    assert chosen(config) == ("zero", "true-class", "unit", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"method": "paper", "refit": True}, ("zero", "true-class", "unit", True)),
+        ({"method": "paper", "intervention": "mean"}, ("mean", "true-class", "unit", False)),
+        ({"method": "paper", "select": "set"}, ("zero", "true-class", "set", False)),
+        ({"method": "paper", "effect": None}, ("zero", "true-class", "unit", False)),
+        ({"effect": "true-class"}, ("predicted", "true-class", "set", True)),
+        ({"method": "cswap", "refit": False}, ("predicted", "kl", "set", False)),
+    ],
+)
+def test_a_setting_of_its_own_wins_over_the_method(
+    settings: dict[str, Any], wanted: tuple[str, str, str, bool]
+) -> None:
+    assert chosen(load_config(model="m", **settings)) == wanted
+    assert chosen(BuildConfig(model="m", **settings)) == wanted
+
+
+def test_method_and_setting_may_come_from_different_places(tmp_path: Path) -> None:
+    file = toml(tmp_path / "c.toml", 'method = "paper"\nrefit = true\n')
+    assert chosen(load_config(file, model="m")) == ("zero", "true-class", "unit", True)
+    config = load_config(file, model="m", method="cswap", effect="true-class")
+    assert chosen(config) == ("predicted", "true-class", "set", True)
+
+
+def test_an_unknown_method_is_named(command: Command) -> None:
+    with pytest.raises(UsageError) as err:
+        load_config(model="m", method="taylor")
+    assert "--method: Input should be 'cswap' or 'paper' (got 'taylor')" in str(err.value)
+    done = command("build", "demo-resnet", "--method", "taylor")
+    assert done.code == 2
+    assert "taylor" in done.err
+
+
+def test_the_paper_s_method_in_a_real_run(
+    command: Command, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = command("prune", *flags, "--method", "paper", "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    record = read_value(tmp_path / "out" / "build.json", BuildRecord)
+    settings = record.settings
+    assert settings["method"] == "paper"
+    assert [settings[n] for n in ("intervention", "effect", "select", "refit")] == [
+        "zero", "true-class", "unit", False,
+    ]  # fmt: skip
+    plan = read_value(tmp_path / "out" / "plan.json", PrunePlan)
+    assert plan.refitted == ()
+    assert {(log.order, log.kl) for log in plan.rounds} == {("effect", None)}
+    assert plan.settings["intervention"] == "zero"
+    assert sum(log.measured for log in plan.rounds) > 0
+
+
+def chosen(config: BuildConfig) -> tuple[str, str, str, bool]:
+    return config.intervention, config.effect, config.select, config.refit

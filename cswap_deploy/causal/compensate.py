@@ -1,6 +1,6 @@
-"""What the rest of a layer takes over, in closed form: constants into biases, weights by ridge.
+"""What the rest of the network takes over when units are gone: every layer solved again by ridge.
 
-No gradient is computed and no training happens here.
+Closed form from forward passes: no gradient is computed and no training happens here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from cswap_deploy.causal.effects import Means
+from cswap_deploy.causal.branches import branch_of, to_layer
+from cswap_deploy.causal.interventions import set_offset
 from cswap_deploy.causal.partition import Env, Graph
-from cswap_deploy.causal.units import Consumer, Group, channel_dim, input_sum, mask_weight
+from cswap_deploy.causal.units import Consumer, channel_dim
 
 MAX_FEATURES = 8192
 """A consumer with more inputs (channels times kernel positions) is not solved again: its normal
@@ -33,22 +34,17 @@ class Refit:
     """Layers above ``MAX_FEATURES``."""
 
 
-def remove(graph: Graph, group: Group, unit: int, means: Means | None) -> None:
-    """Take one unit out, in place: mask it at its consumers, fold its mean into their biases.
+def solvable(graph: Graph) -> list[str]:
+    """Layers that :func:`refit` can solve, in order of execution.
 
-    Args:
-        graph: Over the module to change.
-        group: Where the unit is.
-        unit: Its index.
-        means: Of the consumers' inputs; ``None`` folds nothing (the zero intervention).
+    Those that run once. A depthwise convolution has one input for each output: it can neither take
+    over nor hand on.
     """
-    for entry in group.consumers:
-        layer: Consumer = graph.module.get_submodule(entry.layer)  # type: ignore[assignment]
-        index = torch.tensor(entry.indices[unit])
-        if means is not None and layer.bias is not None:
-            with torch.no_grad():
-                layer.bias += input_sum(layer, index, means[entry.layer][index])
-        mask_weight(layer, index)
+    return [
+        name
+        for name in graph.layers()
+        if len(graph.readers(name)) == 1 and not _depthwise(graph.module.get_submodule(name))
+    ]
 
 
 def refit(
@@ -60,38 +56,38 @@ def refit(
     ridge: float = 1e-3,
     tick: Callable[[int], None] | None = None,
 ) -> Refit:
-    """Solve consumers again so that they give the dense network's outputs from what is left.
+    """Solve layers again so that they give the dense network's outputs from what is left.
 
-    Both networks advance through the same images side by side. At each consumer, in order of
-    execution, with U the pruned network's own (centred) inputs at the kept positions, Y the dense
-    layer's (centred) outputs and W0 its weights for the kept inputs,
+    Both networks advance through the same images side by side. At each layer, in order of
+    execution, with U the pruned network's own (centred) inputs at the kept positions, Y the wanted
+    (centred) outputs and W0 the dense weights for the kept inputs,
 
         (U'U / n + lambda I) W = U'Y / n + lambda W0,    lambda = ridge * mean(diag(U'U / n))
 
-    and the bias makes the means agree. What an earlier layer lost is thus made up for later.
+    and the bias makes the means agree. What an earlier layer lost is thus made up for later. The
+    wanted output is the dense layer's; at the end of a residual branch, that plus what the stream
+    has lost so far, so that the sum is the dense network's again.
 
     Args:
         pruned: The network to change, in place.
         dense: The same graph on the network as it was.
-        kept: Consumer -> (k,) input positions that are left, ascending.
+        kept: Layer -> (k,) input positions that are left, ascending; see :func:`solvable`. A layer
+            that lost nothing itself is worth solving too: its inputs have changed.
         images: (N, C, H, W), the calibration set.
         ridge: Strength of the pull towards the dense weights.
-        tick: Called with 1 after each consumer.
+        tick: Called with 1 after each layer.
 
     Returns:
         Which layers were solved, which were skipped.
 
     Source:
         Channel reconstruction by least squares: He et al. 2017, "Channel Pruning for Accelerating
-        Very Deep Neural Networks" (arXiv:1707.06168), section 3.1, here with a ridge towards W0.
+        Very Deep Neural Networks" (arXiv:1707.06168), sections 3.1 and 3.3, here with a ridge
+        towards W0. Own inputs against the dense network's outputs: Zhang et al. 2015,
+        "Accelerating Very Deep Convolutional Networks" (arXiv:1505.06798), section 3.3.
     """
     solved, skipped = [], []
-    by_node = {
-        node: layer
-        for layer in kept
-        if len(pruned.readers(layer)) == 1
-        for node in pruned.readers(layer)
-    }
+    by_node = {pruned.readers(layer)[0]: layer for layer in kept}
     with torch.no_grad():
         for (node, env), (_, dense_env) in zip(
             pruned.step(images), dense.step(images), strict=True
@@ -99,7 +95,12 @@ def refit(
             layer = by_node.get(node)
             if layer is None:
                 continue
-            if _solve(pruned, dense, node, env, dense_env, layer, kept[layer], ridge):
+            target = dense.execute(node, dense_env)
+            branch = branch_of(node)
+            if branch is not None and branch.stream in env:
+                lost = dense.value(branch.stream, dense_env) - pruned.value(branch.stream, env)
+                target = target + to_layer(dense, branch, lost)
+            if _solve(pruned, dense, node, env, target, layer, kept[layer], ridge):
                 solved.append(layer)
             else:
                 skipped.append(layer)
@@ -113,7 +114,7 @@ def _solve(
     dense: Graph,
     node: fx.Node,
     env: Env,
-    dense_env: Env,
+    target: Tensor,
     name: str,
     kept: Tensor,
     ridge: float,
@@ -121,9 +122,9 @@ def _solve(
     layer: Consumer = pruned.module.get_submodule(name)  # type: ignore[assignment]
     before: Consumer = dense.module.get_submodule(name)  # type: ignore[assignment]
     x = pruned.value(node.args[0], env)  # type: ignore[arg-type]
-    target = dense.execute(node, dense_env)
     groups = layer.groups if isinstance(layer, torch.nn.Conv2d) else 1
     in_group, out_group = layer.weight.shape[1], layer.weight.shape[0] // groups
+    bias = torch.zeros(layer.weight.shape[0])
     for g in range(groups):
         mine = kept[(kept >= g * in_group) & (kept < (g + 1) * in_group)]
         local = mine - g * in_group
@@ -140,9 +141,13 @@ def _solve(
         weight = torch.cholesky_solve(cross + strength * prior.T, factor).T
         layer.weight[rows] = 0.0
         layer.weight[rows, local] = weight.view(-1, len(local), *layer.weight.shape[2:]).float()
-        if layer.bias is not None:
-            layer.bias[rows] = (mean_y - weight @ mean_u).float()
+        bias[rows] = (mean_y - weight @ mean_u).float()
+    set_offset(pruned, dense, name, bias)
     return True
+
+
+def _depthwise(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, torch.nn.Conv2d) and 1 < layer.groups == layer.out_channels
 
 
 def _moments(

@@ -1,13 +1,8 @@
 """The effect of each unit: intervene on it, run the rest of the network, compare the predictions.
 
-Two interventions, each with an exact physical counterpart:
+A consumer is linear in the unit, so its output under an intervention (``interventions``) is
 
-    zero   do(a_n := 0)       the paper's; deleting the unit
-    mean   do(a_n := E[a_n])  the constant is folded into the consumers' biases
-
-A consumer is linear in the unit, so its output under the intervention is
-
-    z - W_n * a_n + W_n * c        with c = 0 or E[a_n]
+    z - W_n * (a_n - A a) + W_n * c
 
 and only what follows the consumer has to run. A group with several consumers (residual streams,
 squeeze-and-excitation) is cut at the first and masked again at each later one.
@@ -17,22 +12,25 @@ Source: C-SWAP (arXiv:2510.18636).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from cswap_deploy.causal.interventions import (
+    Moments,
+    StandIn,
+    constant_output,
+    contribution,
+    mix,
+    stand_ins,
+)
 from cswap_deploy.causal.partition import Env, Graph, elements
-from cswap_deploy.causal.units import Consumer, Group, channel_dim, input_sum, select_input
+from cswap_deploy.causal.units import Consumer, Group, channel_dim
 from cswap_deploy.errors import StageError
-
-Intervention = Literal["zero", "mean"]
-Means = dict[str, Tensor]
-"""Consumer -> (I,) mean of each of its inputs over images and positions, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +83,6 @@ def kl_divergence(logits_masked: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
-def input_means(graph: Graph, layers: Sequence[str], images: Tensor, *, chunk: int) -> Means:
-    """Mean of every input channel of some layers, over images and positions.
-
-    Args:
-        graph: The network.
-        layers: Consumers.
-        images: (N, C, H, W).
-        chunk: Images per forward.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def observe(layer: str) -> Callable[[fx.Node, Env], None]:
-        dim = channel_dim(graph.module.get_submodule(layer))
-
-        def hook(node: fx.Node, env: Env) -> None:
-            x = graph.value(_input_of(node), env).movedim(dim, -1)
-            x = x.reshape(-1, x.shape[-1])
-            sums[layer] = sums.get(layer, 0.0) + x.sum(0, dtype=torch.float64)
-            counts[layer] = counts.get(layer, 0) + len(x)
-
-        return hook
-
-    hooks = {node: observe(layer) for layer in layers for node in graph.readers(layer)}
-    with torch.inference_mode():
-        for part in torch.split(images, chunk):
-            graph.run(part, observe=hooks)
-    return {layer: (sums[layer] / counts[layer]).float() for layer in sums}
-
-
 def measure_group(
     graph: Graph,
     group: Group,
@@ -122,7 +90,7 @@ def measure_group(
     *,
     images: Tensor,
     labels: Tensor,
-    means: Means | None,
+    moments: Mapping[str, Moments],
     variant_bytes: int = 32 << 20,
     tick: Callable[[int], None] | None = None,
 ) -> Effects:
@@ -134,7 +102,7 @@ def measure_group(
         units: Which of them, by index.
         images: (N, C, H, W) float32.
         labels: (N,) int64, the true classes.
-        means: Of the consumers' inputs, for the ``mean`` intervention; ``None`` for ``zero``.
+        moments: Of the consumers' inputs; empty for the zero intervention.
         variant_bytes: Variants are batched until the largest activation after the cut has this
             many bytes; larger does not run faster, and costs memory.
         tick: Called with the number of units finished, for progress.
@@ -146,7 +114,7 @@ def measure_group(
         StageError: A prediction is not finite; names the group.
     """
     consumers = [
-        (node, entry.layer, [torch.tensor(entry.indices[u]) for u in units])
+        (node, entry.layer, stand_ins(moments.get(entry.layer), [entry.indices[u] for u in units]))
         for entry in group.consumers
         for node in graph.readers(entry.layer)
     ]
@@ -171,13 +139,12 @@ def measure_group(
                     node: _Intervention(
                         graph,
                         layer,
-                        [indices[v] for v in chosen],
-                        means,
+                        [all_of[v] for v in chosen],
                         kept.get(node),
                         kept.get(_input_of(node)),
                         cut=_input_of(node) not in inside,
                     )
-                    for node, layer, indices in consumers
+                    for node, layer, all_of in consumers
                     if node in inside
                 }
                 masked = graph.run_suffix(
@@ -205,64 +172,47 @@ class _Intervention:
         self,
         graph: Graph,
         layer: str,
-        indices: list[Tensor],
-        means: Means | None,
+        stand_ins: list[StandIn],
         output: Tensor | None,
         input_: Tensor | None,
         *,
         cut: bool,
     ) -> None:
-        module = graph.module.get_submodule(layer)
-        self.graph, self.layer = graph, layer
-        self.module: Consumer = module  # type: ignore[assignment]
-        self.indices, self.output, self.input = indices, output, input_
+        self.graph, self.stand_ins = graph, stand_ins
+        self.layer: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
+        self.output, self.input = output, input_
         self.cut = cut
-        self.constants = None
-        if means is not None:
-            self.constants = [input_sum(self.module, i, means[layer][i]) for i in indices]
 
     def __call__(self, node: fx.Node, env: Env) -> Tensor:
-        out = self._subtract(node) if self.cut else self._mask(node, env)
-        if self.constants is not None:
-            dim = channel_dim(self.module)
-            shape = [1] * out.ndim
-            shape[dim] = -1
-            images = len(out) // len(self.indices)
-            for v, constant in enumerate(self.constants):
-                out[v * images : (v + 1) * images] += constant.view(shape)
+        out = self._subtract(node) if self.cut else self._replace(node, env)
+        shape = [1] * out.ndim
+        shape[channel_dim(self.layer)] = -1
+        for part, stand_in in zip(out.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
+            constant = constant_output(self.layer, stand_in)
+            if constant is not None:
+                part.add_(constant.view(shape))
         return out
 
     def _subtract(self, node: fx.Node) -> Tensor:
-        """(V * N, ...): z - W_n * a_n, from the cached input and output."""
+        """(V * N, ...): z - W_n * (a_n - A a), from the cached input and output."""
         assert self.output is not None
         assert self.input is not None
-        n = len(self.output)
-        out = self.output.repeat([len(self.indices)] + [1] * (self.output.ndim - 1))
+        out = self.output.repeat([len(self.stand_ins)] + [1] * (self.output.ndim - 1))
         if self.output.ndim == 4 and self.output.is_contiguous(memory_format=torch.channels_last):
             out = out.contiguous(memory_format=torch.channels_last)
-        for v, index in enumerate(self.indices):
-            out[v * n : (v + 1) * n] -= self._contribution(node, self.input, index)
+        for part, stand_in in zip(out.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
+            part.sub_(contribution(self.layer, node, self.input, stand_in))
         return out
 
-    def _contribution(self, node: fx.Node, x: Tensor, index: Tensor) -> Tensor:
-        """What the inputs at ``index`` add to the output: (N, ...)."""
-        layer = self.module
-        if isinstance(layer, torch.nn.Linear):
-            return F.linear(x[..., index], layer.weight[:, index])
-        weight = select_input(layer.weight, index, layer.groups)
-        # The node's own stride, padding and so on: what the layer does may differ from what its
-        # attributes say ("same" padding, for one).
-        settings = list(node.args[3:])
-        return F.conv2d(x[:, index], weight, None, *settings)  # type: ignore[arg-type]
-
-    def _mask(self, node: fx.Node, env: Env) -> Tensor:
-        """(V * N, ...): the consumer run on inputs of which each variant has its own zeroed."""
+    def _replace(self, node: fx.Node, env: Env) -> Tensor:
+        """(V * N, ...): the consumer run on inputs of which each variant has its own replaced."""
         source = _input_of(node)
         x: Tensor = self.graph.value(source, env).clone()
-        n = len(x) // len(self.indices)
-        by_channel = x.movedim(channel_dim(self.module), 1)
-        for v, index in enumerate(self.indices):
-            by_channel[v * n : (v + 1) * n, index] = 0.0
+        dim = channel_dim(self.layer)
+        for part, stand_in in zip(x.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
+            new = 0.0 if stand_in.weights is None else mix(stand_in.weights, part, dim)
+            rows = part.movedim(dim, 1)
+            rows[:, stand_in.index] = new if isinstance(new, float) else new.movedim(dim, 1)
         out: Tensor = self.graph.execute(node, {**env, source: x}, batch=len(x))
         return out
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from cswap_deploy.causal.branches import ancestors, batched, streams_first
 from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ExportError
 
@@ -55,6 +56,7 @@ class Graph:
             elif node.op == "call_function":
                 self._nodes.append(node)
                 self._targets[node] = _functional(node.target)
+        self._nodes = streams_first(self._nodes)
         self._sizes = {n for n in self._nodes if isinstance(n.meta.get("val"), torch.SymInt)}
         self._last_use = _last_uses(self._nodes)
         self._readers = self._find_readers()
@@ -69,6 +71,14 @@ class Graph:
         """The convolution or linear nodes that read a layer's weight itself."""
         return self._readers.get(layer, ())
 
+    def layers(self) -> list[str]:
+        """All convolutions and linear layers with a weight of their own, in order of execution."""
+        return self.order(self._readers)
+
+    def owner(self, node: fx.Node) -> nn.Module:
+        """The module whose parameter or buffer a placeholder is."""
+        return self.module.get_submodule(self._owners[node])
+
     def order(self, layers: Iterable[str]) -> list[str]:
         """Sort layers by when they first run."""
         position = {node: i for i, node in enumerate(self._nodes)}
@@ -80,7 +90,7 @@ class Graph:
         for node in self._nodes:
             if node not in dirty and any(a in dirty for a in node.all_input_nodes):
                 dirty.add(node)
-        useful = _ancestors(self._output)
+        useful = ancestors(self._output)
         nodes = tuple(n for n in self._nodes if n in dirty and n in useful)
         inputs = {a for n in nodes for a in n.all_input_nodes}
         cached = tuple(
@@ -164,7 +174,7 @@ class Graph:
             Logits (V * N, classes).
         """
         env: Env = {
-            node: _Repeated(value, variants) if _batched(node) else value
+            node: _Repeated(value, variants) if batched(node) else value
             for node, value in cached.items()
         }
         last = _last_uses(list(suffix.nodes))
@@ -213,6 +223,7 @@ class Graph:
 
     def _bind_inputs(self, program: ExportedProgram) -> None:
         """Connect placeholders to the module's live tensors, and the one user input."""
+        self._owners: dict[fx.Node, str] = {}
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.USER_INPUT:
@@ -223,6 +234,7 @@ class Graph:
                     self._bound[node] = partial(_same, constant)
                 else:
                     owner, _, name = spec.target.rpartition(".")
+                    self._owners[node] = owner
                     self._bound[node] = partial(getattr, self.module.get_submodule(owner), name)
             else:
                 self._bound[node] = partial(_same, program.constants[str(spec.target)])
@@ -332,25 +344,9 @@ def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return dead
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
-
-
 def elements(node: fx.Node) -> int:
     """Elements of a node's value for one image; 1 where it is no tensor."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim == 0:
         return 1
     return math.prod(s for s in value.shape[1:] if isinstance(s, int))
-
-
-def _batched(node: fx.Node) -> bool:
-    """Whether a value's first dimension is the batch."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)

@@ -11,6 +11,7 @@ the same outputs as deleting it. It is deleted once, at the end, by ``pruning.ap
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,21 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import RatioOf, RoundLog, Verdict
-from cswap_deploy.causal.compensate import refit, remove
-from cswap_deploy.causal.effects import Effects, Intervention, Means, input_means, measure_group
+from cswap_deploy.causal.effects import Effects, measure_group
+from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
 from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
 from cswap_deploy.causal.significance import judge
-from cswap_deploy.causal.units import Consumer, Group
+from cswap_deploy.causal.trials import FIRST_RIDGE, Trials, solve_behind, take_out
+from cswap_deploy.causal.units import Group
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.budget import SizeModel, amount
 
-_NEAR = 0.005
-"""How near a round comes to its target, as a fraction of it, before coarse bundles are searched
-for one that fits better."""
+_NARROW = 3
+"""After the first round this many times as many units are measured as are to be removed."""
+_LEAST_RIDGE, _MOST_RIDGE = 0.9e-4, 1.1
 
 
-_MOST_ELEMENTS = 1 << 29
-"""The refit holds some activations of all its images at once: at most 2 GiB each."""
+Order = Callable[[Group], np.ndarray]
+"""Group -> (units,) scores on the network as it stands; the lowest goes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,11 @@ class Settings:
     rounds: int = 4
     scoring_samples: int = 128
     effect: Literal["kl", "true-class"] = "kl"
-    intervention: Intervention = "mean"
+    intervention: Intervention = "predicted"
     alpha: float = 0.05
     min_effect: float = 0.01
     refit: bool = True
+    select: Literal["set", "unit"] = "set"
     seed: int = 0
 
 
@@ -59,11 +63,14 @@ class Measurement:
     """A unit's latest effect."""
 
     true_class: float
+    absolute: float
     kl: float
     low: float
     high: float
     verdict: Verdict
     round: int
+    serves: tuple[int, ...] = ()
+    harms: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -76,6 +83,8 @@ class State:
     rounds: list[RoundLog] = field(default_factory=list)
     refitted: tuple[str, ...] = ()
     not_refitted: tuple[str, ...] = ()
+    ridge: float = FIRST_RIDGE
+    """Of the last round's refit."""
 
 
 def prune_progressively(
@@ -85,13 +94,13 @@ def prune_progressively(
     sizes: SizeModel,
     *,
     settings: Settings,
-    granules: Mapping[str, int],
-    floors: Mapping[str, int],
+    limits: Limits,
     dense_amount: int,
     fine: bool = False,
     images: Tensor,
     labels: Tensor,
-    scores: Callable[[Group], np.ndarray] | None = None,
+    scores: Order | None = None,
+    rivals: Mapping[str, Order] | None = None,
     state: State | None = None,
     watcher: Phases,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
@@ -104,15 +113,16 @@ def prune_progressively(
         groups: What can be removed.
         sizes: Of the network before anything is removed.
         settings: How.
-        granules: Group -> kept units must be a multiple of this.
-        floors: Group -> units that must stay.
+        limits: Of each group.
         dense_amount: What the ratio is a fraction of (parameters, units or MACs).
         fine: In the last round let a group end between multiples of its granule where that
             meets the ratio.
         images: (N, C, H, W) float32, the calibration set. Every round measures on the next
             ``scoring_samples`` of them, balanced by class; all of them serve the refit.
         labels: (N,) int64.
-        scores: A baseline's ranking instead of measured effects.
+        scores: A baseline's order instead of measured effects.
+        rivals: Other orders to try beside the measured effects, where ``settings.select`` is
+            ``set``.
         state: Of an interrupted run, with the module's weights as they were then.
         watcher: Progress.
         checkpoint: Called after every round.
@@ -124,39 +134,58 @@ def prune_progressively(
     total = dense_amount
     for name, units in state.removed.items():
         sizes.remove(name, units)
-    order = balanced_order(labels.numpy())
+    order = torch.from_numpy(balanced_order(labels.numpy()))
     while state.round < settings.rounds:
         state.round += 1
         begun = time.perf_counter()
         target = total * (1 - settings.ratio * state.round / settings.rounds)
-        means = None
-        if settings.intervention == "mean":
-            means = input_means(graph, _consumers(groups), images, chunk=64)
+        moments = input_moments(
+            graph, _consumers(groups), images, intervention=settings.intervention, chunk=64
+        )
         measured = 0
         if scores is None:
-            rows = torch.from_numpy(_window(order, state.round, settings.scoring_samples))
-            candidates = _candidates(groups, state, settings, sizes, total)
+            rows = _window(order, state.round, settings.scoring_samples)
+            candidates = _candidates(groups, state, settings, sizes, target)
             measured = _measure(
-                graph, candidates, state, settings, images[rows], labels[rows], means, watcher
+                graph, candidates, state, settings, images[rows], labels[rows], moments, watcher
             )
             ranking = {g.name: _ranking(state, g, settings) for g in groups}
         else:
             ranking = {g.name: scores(g) for g in groups}
-        gone = _choose(
-            groups, sizes, state, ranking, granules, floors, target, settings.ratio_of,
-            fine=fine and state.round == settings.rounds,
-        )  # fmt: skip
-        for group in groups:
-            for unit in gone.get(group.name, ()):
-                remove(graph, group, unit, means)
+        sets: dict[str, dict[str, list[int]]] = {}
+        for name, order_ in _orders(
+            groups, state, settings, ranking, rivals or {}, baseline=scores is not None
+        ).items():
+            gone = choose(
+                groups, copy.deepcopy(sizes), copy.deepcopy(state.removed), order_, limits,
+                target=target, of=settings.ratio_of, fine=fine and state.round == settings.rounds,
+            )  # fmt: skip
+            if gone not in sets.values():
+                sets[name] = gone
+        trials = Trials(graph, dense, groups, state.removed, moments, images[order])
+        chosen, effect = _least(trials, sets, state, settings, watcher)
+        gone = sets[chosen]
         if settings.refit and gone:
-            _refit(graph, dense, groups, state, images, watcher)
+            state.ridge, effect = _best_ridge(trials, gone, state.ridge, effect, watcher)
+        take_out(graph, groups, gone, moments)
+        for name, units in gone.items():
+            sizes.remove(name, units)
+            state.removed.setdefault(name, []).extend(units)
+        if settings.refit and gone:
+            done = solve_behind(
+                graph, dense, groups, state.removed, images[order],
+                ridge=state.ridge, watcher=watcher,
+            )  # fmt: skip
+            state.refitted, state.not_refitted = done.layers, done.skipped
         state.rounds.append(
             RoundLog(
                 round=state.round,
                 measured=measured,
                 removed=sum(map(len, gone.values())),
                 params=sizes.size().params,
+                order=chosen,
+                kl=effect,
+                ridge=state.ridge if settings.refit else None,
                 seconds=round(time.perf_counter() - begun, 2),
             )
         )
@@ -174,26 +203,25 @@ def balanced_order(labels: np.ndarray) -> np.ndarray:
     return np.lexsort((labels, turn))
 
 
-def _window(order: np.ndarray, round_: int, size: int) -> np.ndarray:
+def _window(order: Tensor, round_: int, size: int) -> Tensor:
     """The images of a round: the next ones, so that a lucky effect is not believed twice."""
     start = (round_ - 1) * size
-    return np.take(order, np.arange(start, start + min(size, len(order))), mode="wrap")
+    return order[torch.arange(start, start + min(size, len(order))) % len(order)]
 
 
 def _candidates(
-    groups: tuple[Group, ...], state: State, settings: Settings, sizes: SizeModel, total: int
+    groups: tuple[Group, ...], state: State, settings: Settings, sizes: SizeModel, target: float
 ) -> dict[Group, list[int]]:
-    """Units worth measuring: all in the first round, then those that may still have to go.
+    """Units worth measuring: all in the first round, then those that may go in this one.
 
-    A unit that ranked behind twice what is still to be removed is left alone; its last effect
-    stands.
+    A unit that ranked far behind what this round removes is left alone; its last effect stands.
     """
-    alive = {g: _alive(state, g) for g in groups}
+    alive = {g: remaining(g, state.removed) for g in groups}
     if state.round == 1:
         return alive
     now = amount(sizes.size(), settings.ratio_of)
-    share = min(1.0, 2 * (1 - total * (1 - settings.ratio) / now))
-    if share <= 0:  # a coarse bundle went past the last target already
+    share = min(1.0, _NARROW * (1 - target / now))
+    if share <= 0:  # a coarse bundle went past this target already
         return {g: [] for g in groups}
     rank = {
         g: _ranking(state, g, settings) / sizes.saving(g.name, [0], settings.ratio_of)
@@ -211,7 +239,7 @@ def _measure(
     settings: Settings,
     images: Tensor,
     labels: Tensor,
-    means: Means | None,
+    moments: Mapping[str, Moments],
     watcher: Phases,
 ) -> int:
     """Measure the candidates and judge them together; returns how many."""
@@ -223,7 +251,7 @@ def _measure(
             steps = _Steps(watcher, len(images))
             found.append(
                 measure_group(
-                    graph, group, units, images=images, labels=labels, means=means, tick=steps
+                    graph, group, units, images=images, labels=labels, moments=moments, tick=steps
                 )
             )
     watcher.end()
@@ -238,14 +266,20 @@ def _measure(
     row = 0
     for effects in found:
         latest = state.measured.setdefault(effects.group, {})
-        for unit, divergence in zip(effects.units.tolist(), effects.kl.mean(1), strict=True):
+        sizes = np.abs(effects.true_class).mean(1)
+        for unit, size, divergence in zip(
+            effects.units.tolist(), sizes, effects.kl.mean(1), strict=True
+        ):
             latest[unit] = Measurement(
                 true_class=float(judgement.mean[row]),
+                absolute=float(size),
                 kl=float(divergence),
                 low=float(judgement.low[row]),
                 high=float(judgement.high[row]),
                 verdict=judgement.verdicts[row],
                 round=state.round,
+                serves=judgement.serves[row],
+                harms=judgement.harms[row],
             )
             row += 1
     return count
@@ -267,122 +301,76 @@ def _ranking(state: State, group: Group, settings: Settings) -> np.ndarray:
     latest = state.measured[group.name]
     if settings.effect == "kl":
         return np.array([latest[u].kl for u in range(group.units)])
-    return np.array([abs(latest[u].true_class) for u in range(group.units)])
+    return np.array([latest[u].absolute for u in range(group.units)])
 
 
-def _choose(
+def _orders(
     groups: tuple[Group, ...],
-    sizes: SizeModel,
     state: State,
-    ranking: Mapping[str, np.ndarray],
-    granules: Mapping[str, int],
-    floors: Mapping[str, int],
-    target: float,
-    of: RatioOf,
+    settings: Settings,
+    scores: Mapping[str, np.ndarray],
+    rivals: Mapping[str, Order],
     *,
-    fine: bool,
-) -> dict[str, list[int]]:
-    """Mark bundles as removed, least disturbance per saving first, until the target is nearest.
-
-    A bundle that goes far past the target waits while smaller ones from further down the order are
-    tried. Where none fits and ``fine`` is set, units of the waiting ones leave one by one: a
-    group or two then end at odd widths, and the ratio is met.
-    """
-    gone: dict[str, list[int]] = {}
-
-    def take(group: str, units: list[int]) -> int:
-        sizes.remove(group, units)
-        gone.setdefault(group, []).extend(units)
-        state.removed.setdefault(group, []).extend(units)
-        return amount(sizes.size(), of)
-
-    near = _NEAR * target
-    left = amount(sizes.size(), of)
-    waiting: dict[str, list[int]] = {}
-    for group, units in _bundles(groups, sizes, state, ranking, granules, floors, of):
-        if left <= target + (near if waiting else 0):
-            break
-        if group in waiting:
-            continue
-        over = target - (left - sizes.saving(group, units, of))
-        nearest = not fine and not waiting and over <= left - target
-        if over <= near or nearest:
-            left = take(group, units)
-        else:
-            waiting[group] = units
-    for group, units in waiting.items() if fine else ():
-        for unit in units:
-            if abs(left - target) <= near:
-                return gone
-            if abs(left - sizes.saving(group, [unit], of) - target) < abs(left - target):
-                left = take(group, [unit])
-    return gone
+    baseline: bool,
+) -> dict[str, Ranking]:
+    """The orders a round tries: each by itself, and evenly over all groups."""
+    found = {"effect": Ranking(scores)}
+    if settings.select == "unit" or baseline:
+        return found
+    places = [even(groups, state.removed, scores)]
+    found["effect, even"] = places[0]
+    for name, order in rivals.items():
+        values = {g.name: order(g) for g in groups}
+        places.append(even(groups, state.removed, values))
+        found |= {name: Ranking(values), f"{name}, even": places[-1]}
+    together = {g.name: np.mean([p.scores[g.name] for p in places], 0) for g in groups}
+    found["together, even"] = even(groups, state.removed, together)
+    return found
 
 
-def _bundles(
-    groups: tuple[Group, ...],
-    sizes: SizeModel,
+def _least(
+    trials: Trials,
+    sets: Mapping[str, dict[str, list[int]]],
     state: State,
-    ranking: Mapping[str, np.ndarray],
-    granules: Mapping[str, int],
-    floors: Mapping[str, int],
-    of: RatioOf,
-) -> list[tuple[str, list[int]]]:
-    """What can go together, in order. A bundle leaves its group at a multiple of its granule."""
-    entries = []
-    for position, group in enumerate(groups):
-        alive = _alive(state, group)
-        scores = ranking[group.name]
-        queue = sorted(alive, key=lambda u: (scores[u], u))
-        granule = granules[group.name]
-        size = len(alive) % granule or granule
-        at = 0
-        while len(alive) - at - size >= floors[group.name]:
-            units = queue[at : at + size]
-            worth = sizes.saving(group.name, units, of)
-            cost = float(sum(scores[u] for u in units)) / max(worth, 1)
-            entries.append((cost, position, at, group.name, units))
-            at, size = at + size, granule
-    # Within a group a later bundle never precedes an earlier one, whatever the rounding of costs.
-    highest: dict[int, float] = {}
-    ordered = []
-    for cost, position, at, name, units in entries:
-        highest[position] = max(cost, highest.get(position, cost))
-        ordered.append((highest[position], position, at, name, units))
-    ordered.sort(key=lambda e: e[:3])
-    return [(name, units) for *_, name, units in ordered]
-
-
-def _refit(
-    graph: Graph,
-    dense: Graph,
-    groups: tuple[Group, ...],
-    state: State,
-    images: Tensor,
+    settings: Settings,
     watcher: Phases,
-) -> None:
-    """Solve every consumer that has lost an input, in order of execution."""
-    touched = [g for g in groups if state.removed.get(g.name)]
-    lost: dict[str, set[int]] = {}
-    for group in touched:
-        for entry in group.consumers:
-            gone = {i for u in state.removed[group.name] for i in entry.indices[u]}
-            lost.setdefault(entry.layer, set()).update(gone)
-    kept = {}
-    for name in graph.order(lost):
-        layer: Consumer = graph.module.get_submodule(name)  # type: ignore[assignment]
-        inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-        kept[name] = torch.tensor([i for i in range(inputs) if i not in lost[name]])
-    watcher.begin(f"solving {len(kept)} layer{'s' if len(kept) > 1 else ''} again", len(kept))
-    images = images[: max(1, _MOST_ELEMENTS // graph.largest())]
-    done = refit(graph, dense, kept, images, tick=watcher.advance)
+) -> tuple[str, float | None]:
+    """The set with the least effect of its own, and that effect where it was measured."""
+    if len(sets) == 1 or not trials.possible:
+        return next(iter(sets)), None
+    watcher.begin(f"trying {len(sets)} sets", len(sets))
+    found = {}
+    for name, gone in sets.items():
+        found[name] = trials.effect(gone, ridge=state.ridge if settings.refit else None)
+        watcher.advance(1)
     watcher.end()
-    state.refitted, state.not_refitted = done.layers, done.skipped
+    best = min(found, key=lambda name: found[name])
+    return best, found[best]
 
 
-def _alive(state: State, group: Group) -> list[int]:
-    gone = set(state.removed.get(group.name, ()))
-    return [u for u in range(group.units) if u not in gone]
+def _best_ridge(
+    trials: Trials,
+    gone: Mapping[str, list[int]],
+    ridge: float,
+    effect: float | None,
+    watcher: Phases,
+) -> tuple[float, float | None]:
+    """The ridge, of the last and its neighbours, that leaves a set the least effect.
+
+    With few images for many weights a layer follows its images too closely; how many are few
+    depends on the network, so it is measured.
+    """
+    if not trials.possible:
+        return ridge, effect
+    found = {} if effect is None else {ridge: effect}
+    wanted = {ridge, *(r for r in (ridge / 10, ridge * 10) if _LEAST_RIDGE <= r <= _MOST_RIDGE)}
+    watcher.begin("choosing the ridge", len(wanted - found.keys()))
+    for strength in sorted(wanted - found.keys()):
+        found[strength] = trials.effect(gone, ridge=strength)
+        watcher.advance(1)
+    watcher.end()
+    best = min(found, key=lambda strength: found[strength])
+    return best, found[best]
 
 
 def _consumers(groups: tuple[Group, ...]) -> list[str]:

@@ -3,15 +3,20 @@
 For every unit and class the effects of that class's images are tested against zero (Wilcoxon's
 signed-rank test; each image is its own pair, with and without the unit), and so are those of all
 images together, the global causal effect. Effects have long tails, a few images carry most of them,
-so a test on ranks sees what a t-test does not (benchmarks/LOG.md). All tests of a measurement are
-corrected together (Benjamini and Hochberg 1995). A unit is
+so a test on ranks sees what a t-test does not (benchmarks/LOG.md). Images that the unit does not
+touch (effect exactly 0) say nothing and are left out. Up to ``EXACT`` images that do react the
+distribution of the ranks is the exact one: the normal approximation is over-confident below seven
+images (p = 0.11 instead of 0.25 when all of three agree) and blunt above (0.0022 instead of 0.0005
+when all of twelve do), which the correction for thousands of tests does not forgive. All tests of a
+measurement are corrected together (Benjamini and Hochberg 1995). A unit is
 
     critical      if removing it significantly hurts at least one class, or all on average,
     detrimental   if it hurts none, and removing it significantly helps at least one, or all,
     neutral       otherwise.
 
-An effect below ``min_effect`` never counts, however certain it is. The paper fixes neither test
-nor correction; this is our reading.
+An effect below ``min_effect`` never counts, however certain it is. A unit *serves* the classes
+that its removal hurts and *harms* those that it helps, by the same rule. The paper fixes neither
+test nor correction; this is our reading.
 
 Source: C-SWAP (arXiv:2510.18636); Wilcoxon, "Individual Comparisons by Ranking Methods", Biometrics
 Bulletin 1 (1945); Benjamini & Hochberg, "Controlling the False Discovery Rate",
@@ -28,6 +33,8 @@ from cswap_deploy.artifacts import Verdict
 
 MIN_IMAGES = 3
 """A class with fewer images is tested together with the other small ones."""
+EXACT = 50
+"""Images that react, up to which p-values are exact; the normal approximation is good beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,12 @@ class Judgement:
     high: np.ndarray
     p_values: np.ndarray
     """(U, classes + 1) after correction; the last column is of all images together."""
+    serves: tuple[tuple[int, ...], ...]
+    """Of each unit: the classes that removing it significantly hurts, strongest first. Small
+    classes that were tested together cannot be named, and neither can all images together: a
+    critical unit may serve no class by name."""
+    harms: tuple[tuple[int, ...], ...]
+    """The same for the classes that removing it significantly helps."""
 
 
 def judge(effects: np.ndarray, labels: np.ndarray, *, alpha: float, min_effect: float) -> Judgement:
@@ -66,7 +79,18 @@ def judge(effects: np.ndarray, labels: np.ndarray, *, alpha: float, min_effect: 
     ]
     mean = effects.mean(1)
     half = _half_width(effects)
-    return Judgement(tuple(verdicts), mean, mean - half, mean + half, corrected)
+    # the last column, all images, is no class
+    classes = np.array([_class_of(labels[rows]) for rows in samples[:-1]])
+    of_classes = np.where(real[:, :-1] & (classes >= 0), means[:, :-1], 0.0)
+    return Judgement(
+        verdicts=tuple(verdicts),
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        p_values=corrected,
+        serves=_strongest_first(np.minimum(of_classes, 0.0), classes),
+        harms=_strongest_first(np.maximum(of_classes, 0.0), classes),
+    )
 
 
 def class_samples(labels: np.ndarray) -> list[np.ndarray]:
@@ -91,18 +115,38 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def _p_values(sample: np.ndarray) -> np.ndarray:
-    """Two-sided signed-rank test against zero, normal approximation; (U, n) -> (U,).
+def _class_of(labels: np.ndarray) -> int:
+    """The class of a sample; -1 where it mixes several."""
+    return int(labels[0]) if (labels == labels[0]).all() else -1
 
-    Zeros count half on each side, so a unit that changes nothing has p = 1.
+
+def _strongest_first(means: np.ndarray, classes: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Classes with an effect other than zero, for each unit; (U, C), (C,) -> U tuples."""
+    order = np.argsort(-np.abs(means), axis=1, kind="stable")
+    count = (means != 0).sum(1)
+    return tuple(
+        tuple(classes[row[:n]].tolist()) for row, n in zip(order, count.tolist(), strict=True)
+    )
+
+
+def _p_values(sample: np.ndarray) -> np.ndarray:
+    """Two-sided signed-rank test against zero, without the zeros; (U, n) -> (U,).
+
+    Exact where at most ``EXACT`` entries are left. Equal entries, which float64 effects hardly
+    have but for zeros, share a rank; the rank sum is then rounded towards the null. A unit that
+    changes nothing has p = 1.
     """
     from scipy.stats import wilcoxon
 
-    if sample.shape[1] < 2:
-        return np.ones(len(sample))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = wilcoxon(sample, axis=1, method="asymptotic", zero_method="zsplit").pvalue
-    return np.where(np.isnan(p) | (sample == 0).all(1), 1.0, p)
+    reacting = (sample != 0).sum(1)
+    p = np.ones(len(sample))
+    for method, rows in (
+        ("exact", (reacting > 0) & (reacting <= EXACT)),
+        ("asymptotic", reacting > EXACT),
+    ):
+        if rows.any():
+            p[rows] = wilcoxon(sample[rows], axis=1, method=method, zero_method="wilcox").pvalue
+    return p
 
 
 def _half_width(sample: np.ndarray) -> np.ndarray:

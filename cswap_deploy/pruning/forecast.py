@@ -65,7 +65,7 @@ def _macs_per_second(prepared: Prepared, images: torch.Tensor, labels: Any) -> f
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]
         begun = time.perf_counter()
         measure_group(
-            graph, group, units, images=images, labels=torch.from_numpy(labels), means=None
+            graph, group, units, images=images, labels=torch.from_numpy(labels), moments={}
         )
         seconds += time.perf_counter() - begun
         macs += graph.macs(graph.suffix(readers).nodes) * len(units) * len(images)

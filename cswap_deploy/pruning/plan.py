@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
+from cswap_deploy.causal.compensate import solvable
 from cswap_deploy.causal.cost import affordable_images
+from cswap_deploy.causal.interventions import needs_bias
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import Settings, State, prune_progressively
+from cswap_deploy.causal.progressive import Order, Settings, State, prune_progressively
+from cswap_deploy.causal.selection import Limits
 from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError
@@ -28,6 +31,11 @@ _ALIGNED = 8
 kernels (measured, benchmarks/LOG.md) as on tensor cores."""
 _TINY = 32
 """``--round-to auto`` leaves smaller groups alone: a step of 8 would be over a quarter of them."""
+
+
+_RIVALS = ("magnitude",)
+"""Orders that propose sets beside the measured effects; they cost nothing to compute, and data did
+not choose them, so their sets do not owe anything to the calibration images."""
 
 
 @dataclass(slots=True)
@@ -46,8 +54,7 @@ class Prepared:
     sizes: SizeModel
     dense_size: Size
     """Of the network as the user gave it."""
-    granules: dict[str, int]
-    floors: dict[str, int]
+    limits: Limits
     fine: bool
     """Whether a last group may end at an odd width, to meet the ratio."""
     example: Tensor
@@ -77,9 +84,13 @@ def prepare(
     structure = find_groups(module, example)
     groups, inexact = exact_groups(module, torch.randn_like(example), structure.groups)
     base = copy.deepcopy(module)
-    consumers = sorted({c.layer for g in groups for c in g.consumers})
-    biased = [n for n in consumers if give_bias(base.get_submodule(n))]  # type: ignore[arg-type]
     dense = trace(base, example)
+    changed = {c.layer for g in groups for c in g.consumers} | set(solvable(dense))
+    biased = [n for n in dense.layers() if n in changed and needs_bias(dense, n)]
+    for name in biased:
+        give_bias(base.get_submodule(name))  # type: ignore[arg-type]
+    if biased:
+        dense = trace(base, example)
     hidden = {
         g.name: "its weights are not read directly by a convolution or linear layer"
         for g in groups
@@ -110,8 +121,7 @@ def prepare(
         biased=tuple(biased),
         sizes=sizes,
         dense_size=dense_size,
-        granules=granules,
-        floors=floors,
+        limits=Limits(granules, floors),
         fine=fine,
         example=example,
     )
@@ -122,6 +132,58 @@ def scoring_images(config: BuildConfig, prepared: Prepared) -> int:
     if config.scoring_samples != "auto":
         return config.scoring_samples
     return affordable_images(prepared.graph, prepared.groups, rounds=config.rounds)
+
+
+def remove_progressively(
+    prepared: Prepared,
+    *,
+    images: Tensor,
+    labels: Tensor,
+    settings: Settings,
+    criterion: str = "cswap",
+    scores: Order | None = None,
+    watcher: Phases,
+    state: State | None = None,
+    checkpoint: Callable[[State, nn.Module], None] | None = None,
+) -> State:
+    """The loop on a prepared network: units end up masked in ``prepared.module``, not deleted.
+
+    Args:
+        prepared: By :func:`prepare`; changed.
+        images: (N, C, H, W) float32, the calibration set.
+        labels: (N,) int64, true classes.
+        settings: How to measure and remove.
+        criterion: ``cswap``, or the name of a baseline ranking.
+        scores: An order of one's own instead of the criterion's.
+        watcher: Progress.
+        state: Of an interrupted run; ``prepared.module`` must hold its weights.
+        checkpoint: Called after every round.
+    """
+    rng = np.random.default_rng(settings.seed)
+
+    def order(name: str) -> Order:
+        rank = get_criterion(name)
+        return lambda group: rank(prepared.module, group, rng)
+
+    if scores is None and criterion != "cswap":
+        scores = order(criterion)
+    return prune_progressively(
+        prepared.graph,
+        prepared.dense,
+        prepared.groups,
+        prepared.sizes,
+        settings=settings,
+        limits=prepared.limits,
+        fine=prepared.fine,
+        dense_amount=amount(prepared.dense_size, settings.ratio_of),
+        images=images,
+        labels=labels,
+        scores=scores,
+        rivals={name: order(name) for name in _RIVALS},
+        state=state,
+        watcher=watcher,
+        checkpoint=checkpoint,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,30 +224,10 @@ def prune(
         PruneError: Nothing was removed, or deleting changed the outputs.
         StageError: A prediction was not finite.
     """
-    scores = None
-    if criterion != "cswap":
-        rank, rng = get_criterion(criterion), np.random.default_rng(settings.seed)
-
-        def scores(group: Group) -> np.ndarray:
-            return rank(prepared.graph.module, group, rng)
-
-    state = prune_progressively(
-        prepared.graph,
-        prepared.dense,
-        prepared.groups,
-        prepared.sizes,
-        settings=settings,
-        granules=prepared.granules,
-        floors=prepared.floors,
-        fine=prepared.fine,
-        dense_amount=amount(prepared.dense_size, settings.ratio_of),
-        images=images,
-        labels=labels,
-        scores=scores,
-        state=state,
-        watcher=watcher,
-        checkpoint=checkpoint,
-    )
+    state = remove_progressively(
+        prepared, images=images, labels=labels, settings=settings, criterion=criterion,
+        watcher=watcher, state=state, checkpoint=checkpoint,
+    )  # fmt: skip
     module = delete_removed(
         prepared.module, prepared.example, state.removed, prepared.groups, images[:8]
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,34 +14,31 @@ from cswap_deploy.artifacts import (
     Latency,
     Manifest,
     PrunePlan,
-    UnitEffect,
 )
+from cswap_deploy.explain import cut, ranked_by, split_costs, verdict_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VERDICT_COLOURS = {
-    "critical": "#2b7fb8",
-    "neutral": "#93a1ad",
-    "detrimental": "#d9822b",
-    "not measured": "#c9b8dd",
-}
+VERDICT_COLOURS = {"critical": "#8a63c9", "neutral": "#93a1ad", "detrimental": "#d9a02b"}
 KEPT_COLOUR = "#2b7fb8"
 REMOVED_COLOUR = "#d9543f"
 DENSE_COLOUR = "#93a1ad"
 PRUNED_COLOUR = "#2b7fb8"
 # Stand-ins that become CSS colours, so that text and lines follow the page's light or dark theme.
 _INK, _LINE = "#010203", "#040506"
-_MANY_UNITS = 2000
-"""Above this many dots they are drawn as one picture, or the page would weigh megabytes."""
-_MANY_GROUPS = 24
-_ROOM = 84
+_GROUPS_IN_A_ROW = 18
+_SLOT = 0.88
+"""Width of a group where the next one is 1 further right."""
+_MOST_BARS = 48
+"""A group with more units is drawn by this many of them, evenly chosen."""
+_ROOM = 96
 """Characters that fit side by side above the bars."""
 
 
 def units_figure(plan: PrunePlan) -> str:
-    """Units kept and removed per group over depth, coloured by the verdict on them.
+    """Units kept and removed per group over depth, for a plan without effects.
 
     Args:
         plan: With at least one group.
@@ -50,84 +46,71 @@ def units_figure(plan: PrunePlan) -> str:
     Returns:
         An ``<svg>`` element.
     """
+    rows = _in_rows(plan.groups)
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        base = [0.0] * len(plan.groups)
-        for kept in (True, False):
-            for verdict, colour in VERDICT_COLOURS.items():
-                shares = [
-                    verdict_counts(g, kept=kept)[verdict] / g.units * 100 for g in plan.groups
-                ]
-                if not any(shares):
-                    continue
-                axes.bar(
-                    range(len(shares)),
-                    shares,
-                    bottom=base,
-                    color=colour if kept else _faint(colour),
-                    hatch=None if kept else "////",
-                    edgecolor=_LINE if kept else colour,
-                    linewidth=0.4,
-                    label=f"{'kept' if kept else 'removed'}, {verdict}",
-                    width=0.8,
-                )
-                base = [b + s for b, s in zip(base, shares, strict=True)]
-        texts = [f"{len(group.kept)}/{group.units}" for group in plan.groups]
-        if sum(map(len, texts)) <= _ROOM:
-            for at, text in enumerate(texts):
-                axes.annotate(text, (at, 101.5), ha="center", va="bottom", fontsize=8)
-        axes.set_ylim(0, 110)
-        axes.set_yticks(range(0, 101, 25))
-        axes.set_ylabel("units of the group, %")
-        _depth_axis(axes, plan.groups)
-        figure.legend(loc="outside upper center", ncols=3)
+        panels = figure.subplots(len(rows), squeeze=False)[:, 0]
+        for axes, groups in zip(panels, rows, strict=True):
+            kept = [100 * len(g.kept) / g.units for g in groups]
+            gone = [100 - share for share in kept]
+            at = range(len(groups))
+            axes.bar(at, kept, color=KEPT_COLOUR, width=_SLOT, label="kept")
+            axes.bar(at, gone, bottom=kept, color=REMOVED_COLOUR, width=_SLOT, label="removed")
+            _kept_counts(axes, groups)
+            axes.set_ylim(0, 100)
+            axes.set_yticks(range(0, 101, 25))
+            axes.set_ylabel("units, %")
+            _depth_axis(axes, groups, len(rows[0]))
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
-    return _svg(draw, height=4.0, name="units", title="Units kept and removed in each group")
+    height = 0.5 + 2.2 * len(rows)
+    return _svg(draw, height=height, name="units", title="Units kept and removed in each group")
 
 
 def effects_figure(plan: PrunePlan) -> str:
-    """Measured effect of every unit per group, kept and removed apart: both measures.
+    """Every measured unit's effect against the cut, per group over depth; verdicts below.
 
-    Units that were not measured (round 0) are left out.
+    In each group the removed units stand left and the kept ones right, each from the smallest
+    effect to the largest, so that the width of a colour is its share of the units. Units that were
+    not measured (round 0) are left out.
 
     Args:
-        plan: With at least one measured unit; see ``has_effects``.
+        plan: With at least one measured unit; see ``explain.has_effects``.
 
     Returns:
         An ``<svg>`` element.
     """
+    by = ranked_by(plan)
+    rows = _in_rows(plan.groups)
+    costs = {g.name: split_costs(g, by) for g in plan.groups}
+    positive = sorted(c for parts in costs.values() for part in parts for c in part if c > 0)
+    # a whole power of ten, or its label lands on that of zero
+    smallest = positive[len(positive) // 20] if positive else 1.0
+    smallest = 10.0 ** max(math.floor(math.log10(smallest)), -9)
+    largest = 2 * positive[-1] if positive else 10.0
 
     def draw(figure: Figure) -> None:
-        above, below = figure.subplots(2, sharex=True)
-        _strip(above, plan, lambda effect: effect.kl)
-        above.grid(visible=False, axis="x")
-        above.set_ylabel("KL divergence, nats")
-        measured = [e.kl for g in plan.groups for e in g.effects if e.round > 0]
-        positive = sorted(value for value in measured if value > 0)
-        if positive:
-            # a whole power of ten, or its label lands on that of zero
-            smallest = 10.0 ** max(math.floor(math.log10(positive[len(positive) // 20])), -9)
+        panels = figure.subplots(
+            2 * len(rows), squeeze=False, gridspec_kw={"height_ratios": [1.0, 0.09] * len(rows)}
+        )[:, 0]
+        for above, below, groups in zip(panels[::2], panels[1::2], rows, strict=True):
             above.set_yscale("symlog", linthresh=smallest)
-            above.set_ylim(-smallest / 3, 2 * positive[-1])
+            above.set_ylim(-smallest / 3, largest)
             above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _strip(below, plan, lambda effect: 100 * effect.true_class)
-        below.axhline(0, color=_INK, linewidth=0.8)
-        below.set_yscale("symlog", linthresh=1.0)
-        low, high = below.dataLim.intervaly
-        below.set_ylim(min(1.5 * low, -1.0), max(1.5 * high, 1.0))
-        below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        below.set_ylabel("true-class effect, %")
-        _depth_axis(below, plan.groups)
-        handles, labels = above.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+            above.set_ylabel("KL divergence, nats" if by == "kl" else "|true-class effect|")
+            for at, group in enumerate(groups):
+                _skyline(above, at, costs[group.name], floor=-smallest / 3)
+            _kept_counts(above, groups)
+            above.set_xlim(-0.6, len(rows[0]) - 0.4)
+            above.grid(visible=False, axis="x")
+            above.tick_params(axis="x", bottom=False, labelbottom=False)
+            above.spines["bottom"].set_visible(False)
+            _verdict_strip(below, groups)
+            _depth_axis(below, groups, len(rows[0]))
+        _effects_legend(figure)
 
-    return _svg(draw, height=5.2, name="effects", title="Measured effect of each unit")
-
-
-def has_effects(plan: PrunePlan) -> bool:
-    """Whether any unit was measured; a baseline criterion measures none."""
-    return any(effect.round > 0 for group in plan.groups for effect in group.effects)
+    height = 0.7 + 2.7 * len(rows)
+    return _svg(draw, height=height, name="effects", title="Effect of each unit against the cut")
 
 
 def latency_figure(manifest: Manifest) -> str | None:
@@ -209,37 +192,77 @@ def scored(manifest: Manifest) -> list[tuple[str, AccuracyChange]]:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def verdict_counts(group: GroupPlan, *, kept: bool) -> Counter[str]:
-    """How many of a group's kept (or removed) units have each verdict."""
-    verdicts = {effect.unit: effect.verdict for effect in group.effects if effect.round > 0}
-    staying = set(group.kept)
-    chosen = (unit for unit in range(group.units) if (unit in staying) is kept)
-    return Counter(verdicts.get(unit, "not measured") for unit in chosen)
+def _in_rows(groups: tuple[GroupPlan, ...]) -> list[tuple[GroupPlan, ...]]:
+    """Groups in order of depth, in as few rows of about equal length as leave room for names."""
+    width = math.ceil(len(groups) / math.ceil(len(groups) / _GROUPS_IN_A_ROW))
+    return [groups[at : at + width] for at in range(0, len(groups), width)]
 
 
-def _strip(axes: Axes, plan: PrunePlan, measure: Callable[[UnitEffect], float]) -> None:
-    """One dot per unit: kept ones left of the group's tick, removed ones right of it."""
-    many = sum(len(group.effects) for group in plan.groups) > _MANY_UNITS
-    for kept, colour in ((True, KEPT_COLOUR), (False, REMOVED_COLOUR)):
-        xs: list[float] = []
-        ys: list[float] = []
-        for at, group in enumerate(plan.groups):
-            staying = set(group.kept)
-            for effect in group.effects:
-                if effect.round > 0 and (effect.unit in staying) is kept:
-                    spread = (effect.unit * 0.618034) % 1.0  # even, and the same every time
-                    xs.append(at + (-0.38 if kept else 0.06) + 0.32 * spread)
-                    ys.append(measure(effect))
-        axes.scatter(
-            xs,
-            ys,
-            s=9,
-            color=colour,
-            alpha=0.7,
-            linewidths=0,
-            label="kept" if kept else "removed",
-            rasterized=many,
-        )
+def _skyline(
+    axes: Axes, at: int, costs: tuple[tuple[float, ...], tuple[float, ...]], *, floor: float
+) -> None:
+    """One group's units as bars: the removed, then the kept, each ascending; a line at the cut."""
+    removed, kept = costs
+    total = len(removed) + len(kept)
+    if not total:
+        return
+    start = at - _SLOT / 2
+    for values, colour in ((removed, REMOVED_COLOUR), (kept, KEPT_COLOUR)):
+        if values:
+            end = start + _SLOT * len(values) / total
+            bars = min(len(values), _MOST_BARS)
+            heights = [values[int((i + 0.5) * len(values) / bars)] for i in range(bars)]
+            edges = [start + (end - start) * i / bars for i in range(bars + 1)]
+            axes.stairs(heights, edges, baseline=floor, fill=True, color=colour, linewidth=0)
+            start = end
+    level = cut(removed, kept)
+    if level is not None:
+        axes.hlines(level, at - 0.48, at + 0.48, colors=_INK, linewidth=1.2)
+
+
+def _verdict_strip(axes: Axes, groups: tuple[GroupPlan, ...]) -> None:
+    """How many units have each verdict, below the removed and the kept ones of the picture."""
+    for at, group in enumerate(groups):
+        start = at - _SLOT / 2
+        counts = [verdict_counts(group, kept=kept) for kept in (False, True)]
+        total = sum(c[v] for c in counts for v in VERDICT_COLOURS)
+        for count in counts:
+            for verdict in reversed(VERDICT_COLOURS):  # as above: what matters most at the right
+                share = _SLOT * count[verdict] / max(total, 1)
+                if share:
+                    colour = VERDICT_COLOURS[verdict]
+                    axes.barh(0, share, left=start, height=1.0, color=colour, linewidth=0)
+                start += share
+            if count is counts[0] and at - _SLOT / 2 < start < at + _SLOT / 2 - 1e-9:
+                axes.vlines(start, -0.5, 0.5, colors=_INK, linewidth=1.2)
+    axes.set_ylim(-0.5, 0.5)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def _effects_legend(figure: Figure) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colours = {"removed": REMOVED_COLOUR, "kept": KEPT_COLOUR}
+    handles: list[Patch | Line2D] = [Patch(color=c, label=n) for n, c in colours.items()]
+    handles.append(Line2D([], [], color=_INK, linewidth=1.2, label="the cut"))
+    handles += [Patch(color=c, label=f"{n} (strip below)") for n, c in VERDICT_COLOURS.items()]
+    # columns fill first: what the bars show is the upper line, what the strips show the lower one
+    order = [handles[i] for i in (0, 3, 1, 4, 2, 5)]
+    figure.legend(handles=order, loc="outside upper center", ncols=3)
+
+
+def _kept_counts(axes: Axes, groups: tuple[GroupPlan, ...]) -> None:
+    """Kept and all units above each group, where there is room for every one."""
+    texts = [f"{len(group.kept)}/{group.units}" for group in groups]
+    if max(map(len, texts)) * len(texts) <= _ROOM:
+        for at, text in enumerate(texts):
+            axes.annotate(
+                text, (at, 1.02), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                fontsize=7,
+            )  # fmt: skip
 
 
 def _distributions(axes: Axes, shown: list[tuple[str, Latency, str]]) -> None:
@@ -259,19 +282,11 @@ def _distributions(axes: Axes, shown: list[tuple[str, Latency, str]]) -> None:
     axes.set_xlabel(f"milliseconds per call, batch {batch}; dots are medians{note}")
 
 
-def _depth_axis(axes: Axes, groups: tuple[GroupPlan, ...]) -> None:
-    axes.set_xlim(-0.6, len(groups) - 0.4)
+def _depth_axis(axes: Axes, groups: tuple[GroupPlan, ...], width: int) -> None:
+    axes.set_xlim(-0.6, width - 0.4)
     axes.grid(visible=False, axis="x")
-    if len(groups) <= _MANY_GROUPS:
-        axes.set_xticks(range(len(groups)), [g.name for g in groups], rotation=40, ha="right")
-        axes.tick_params(axis="x", labelsize=8)
-    else:
-        axes.set_xlabel("group, from the input to the output (names in the table)")
-
-
-def _faint(colour: str) -> str:
-    """The colour at a quarter of its strength, as hex with alpha."""
-    return f"{colour}40"
+    axes.set_xticks(range(len(groups)), [g.name for g in groups], rotation=40, ha="right")
+    axes.tick_params(axis="x", labelsize=8, length=2)
 
 
 def _svg(draw: Callable[[Figure], None], *, height: float, name: str, title: str) -> str:

@@ -19,12 +19,24 @@ from cswap_deploy.artifacts import (
     TargetResult,
 )
 from cswap_deploy.bundle import tensor_text
+from cswap_deploy.explain import VERDICTS, Explanation, Unit, explain
 from cswap_deploy.gate.budgets import BudgetVerdict
 from cswap_deploy.report import figures
-from cswap_deploy.report.words import ms, percent, points, size, some, top1
+from cswap_deploy.report.words import (
+    effect_interval,
+    ms,
+    nats,
+    percent,
+    points,
+    size,
+    some,
+    top1,
+)
 
 _FOLD_ABOVE = 30
 """Rows that a table shows without being opened."""
+_UNITS = 10
+"""Units in each list of the largest effects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +85,13 @@ def sections(
     Returns:
         Sections in reading order; those that would be empty are left out.
     """
+    told = explain(plan, manifest, top=_UNITS)
     made = (
         _budgets(verdicts),
         _accuracy(manifest, draw=draw),
         _targets(manifest, draw=draw),
-        _removed(plan, draw=draw),
-        _effects(plan, draw=draw),
+        _removed(told, plan, draw=draw),
+        _effects(told, plan, draw=draw),
         _progress(plan),
         _parity(manifest),
         _data(manifest),
@@ -187,56 +200,88 @@ def _latency_rows(result: TargetResult) -> list[tuple[str, ...]]:
     ]
 
 
-def _removed(plan: PrunePlan, *, draw: bool) -> Section:
+def _removed(told: Explanation, plan: PrunePlan, *, draw: bool) -> Section:
+    counted = [v for v in VERDICTS if v in figures.VERDICT_COLOURS or _verdicts(told)[v]]
+    head = ["group", "kind", "units", "kept", "kept, %"]
     rows = []
-    for group in plan.groups:
-        kept = figures.verdict_counts(group, kept=True)
-        gone = figures.verdict_counts(group, kept=False)
-        rows.append(
-            (
-                group.name,
-                group.kind,
-                f"{group.units:,}",
-                f"{len(group.kept):,}",
-                percent(len(group.kept) / group.units if group.units else 0.0),
-                *(f"{kept[v]:,} / {gone[v]:,}" for v in figures.VERDICT_COLOURS),
-            )
-        )
-    head = ("group", "kind", "units", "kept", "kept, %", *figures.VERDICT_COLOURS)
-    tables = [Table(head, tuple(rows), 2)] if rows else []
+    for group in told.groups:
+        row = [
+            group.name,
+            group.kind,
+            f"{group.units:,}",
+            f"{group.kept:,}",
+            percent(group.kept / group.units if group.units else 0.0),
+        ]
+        if told.ranked_by is not None:
+            row += [f"{group.kept_verdicts[v]:,} / {group.removed_verdicts[v]:,}" for v in counted]
+            row.append(_effect(group.largest) if group.largest is not None else "-")
+        rows.append(tuple(row))
+    if told.ranked_by is not None:
+        head += [*counted, "largest effect, 95 %"]
+    tables = [Table(tuple(head), tuple(rows), 2)] if rows else []
     if plan.excluded:
         tables.append(Table(("left as it is", "why"), tuple(sorted(plan.excluded.items())), 2))
-    text = (
-        f"Criterion {plan.criterion}. Each group is the units of one coupled set of layers. A unit "
-        f"is critical where its removal lowers the true class's probability, detrimental where it "
-        f"raises it, neutral where neither is shown, at a false-discovery rate of "
-        f"{percent(plan.alpha)}. The last columns count kept / removed units.",
-    )
+    text = [
+        f"Criterion {plan.criterion}. Each group is the units of one coupled set of layers, from "
+        "the input to the output."
+    ]
+    if told.ranked_by is not None:
+        text.append("The columns of verdicts count kept / removed units.")
+        return Section("What was removed", (" ".join(text),), tuple(tables))
     picture = figures.units_figure(plan) if draw and plan.groups else None
-    caption = "Units of each group from the input to the output; numbers (if any) are kept/all."
-    return Section("What was removed", text, tuple(tables), _figure(picture, caption))
+    caption = "Units of each group; numbers (if any) are kept/all."
+    return Section(
+        "What was removed", (*text, *told.reading), tuple(tables), _figure(picture, caption)
+    )
 
 
-def _effects(plan: PrunePlan, *, draw: bool) -> Section | None:
-    if not figures.has_effects(plan):
+def _effects(told: Explanation, plan: PrunePlan, *, draw: bool) -> Section | None:
+    if told.ranked_by is None:
         return None
-    counts: Counter[str] = Counter()
-    for group in plan.groups:
-        counts += figures.verdict_counts(group, kept=True)
-        counts += figures.verdict_counts(group, kept=False)
-    shares = ", ".join(f"{counts[v]:,} {v}" for v in figures.VERDICT_COLOURS if counts[v])
-    text = (
-        f"Verdicts on all {sum(counts.values()):,} units: {shares}. Each unit is shown as it was "
-        "last measured; the network had shrunk in between, so kept and removed units may overlap.",
-    )
-    if not draw:
-        return Section("Measured effects", text)
+    counts = _verdicts(told)
+    shares = ", ".join(f"{counts[v]:,} {v}" for v in VERDICTS if counts[v])
+    text = (*told.reading, f"Verdicts on all {sum(counts.values()):,} units: {shares}.")
+    tables = [
+        _units_table(title, units)
+        for title, units in (
+            ("largest effects", told.largest),
+            ("detrimental", told.detrimental),
+            ("removed at the largest cost", told.removed_at_largest_cost),
+        )
+        if units
+    ]
     caption = (
-        "Effect of an intervention on each unit. Above: how far the network's output moves (KL "
-        "divergence). Below: relative change of the true class's probability; below zero the unit "
-        "helps. Both axes are logarithmic away from zero."
+        "Each group's units from the input to the output, the removed ones left and the kept ones "
+        "right, each from the smallest effect to the largest. The line is the cut: as many units "
+        "lie below it as were removed. The strip under a group counts the verdicts on its removed "
+        "units and, right of the mark, on its kept ones. The axis is logarithmic away from zero."
     )
-    return Section("Measured effects", text, (), _figure(figures.effects_figure(plan), caption))
+    picture = figures.effects_figure(plan) if draw else None
+    return Section("Measured effects", text, tuple(tables), _figure(picture, caption))
+
+
+def _verdicts(told: Explanation) -> Counter[str]:
+    """How many units of the network have each verdict."""
+    counts: Counter[str] = Counter()
+    for group in told.groups:
+        counts.update(group.kept_verdicts)
+        counts.update(group.removed_verdicts)
+    return counts
+
+
+def _units_table(title: str, units: tuple[Unit, ...]) -> Table:
+    columns: dict[str, list[str]] = {
+        title: [u.group for u in units],
+        "unit": [str(u.unit) for u in units],
+        "": ["kept" if u.kept else "removed" for u in units],
+        "verdict": [str(u.verdict) for u in units],
+        "serves": [some(tuple(c.name for c in u.serves), 3) for u in units],
+        "harms": [some(tuple(c.name for c in u.harms), 3) for u in units],
+        "effect, 95 %": [_effect(u) for u in units],
+        "KL, nats": [nats(u.kl) for u in units],
+    }
+    told = {head: cells for head, cells in columns.items() if any(cells)}
+    return Table(tuple(told), tuple(zip(*told.values(), strict=True)), len(told) - 2)
 
 
 def _progress(plan: PrunePlan) -> Section | None:
@@ -372,6 +417,10 @@ def _files(manifest: Manifest) -> Section | None:
 
 def _interval(accuracy: Accuracy) -> str:
     return f"{top1(accuracy)} ({100 * accuracy.low:.2f} to {100 * accuracy.high:.2f})"
+
+
+def _effect(unit: Unit) -> str:
+    return effect_interval(unit.true_class, unit.low, unit.high)
 
 
 def _figure(svg: str | None, caption: str) -> tuple[Figure, ...]:

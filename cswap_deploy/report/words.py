@@ -32,6 +32,24 @@ def change_text(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before else "not known"
 
 
+def effect(share: float) -> str:
+    """An effect as a signed percentage with two or three digits, without the sign of percent."""
+    percents = 100 * share
+    decimals = 0 if abs(percents) >= 9.95 else 1 if abs(percents) >= 0.995 else 2
+    text = f"{percents:+.{decimals}f}".replace("-", "−")
+    return text if text.strip("+−0.") else "0"
+
+
+def effect_interval(share: float, low: float, high: float) -> str:
+    """An effect with its interval: −45 % (−52 to −38)."""
+    return f"{effect(share)} % ({effect(low)} to {effect(high)})"
+
+
+def nats(value: float) -> str:
+    """A KL divergence with two digits."""
+    return "0" if value == 0 else f"{value:.0f}" if value >= 9.95 else f"{value:#.2g}"
+
+
 def ms(value: float) -> str:
     """Milliseconds with three significant digits."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3

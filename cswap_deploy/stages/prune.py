@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cswap_deploy.artifacts import (
     PrunePlan,
@@ -23,11 +23,7 @@ from cswap_deploy.stages.run import (
 )
 from cswap_deploy.store import compare_files, stage_key
 
-if TYPE_CHECKING:
-    pass
-
-
-_VERSION = 1
+_VERSION = 2
 """Raised when this stage's code changes what it writes."""
 
 
@@ -39,7 +35,7 @@ def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
     names = (
         "ratio", "ratio_of", "round_to", "criterion", "scoring_samples", "rounds", "effect",
-        "intervention", "alpha", "min_effect", "refit", "seed",
+        "intervention", "select", "alpha", "min_effect", "refit", "seed",
     )  # fmt: skip
     key = run.keys["prune"] = stage_key(
         "prune",
@@ -128,6 +124,7 @@ def _prune(run: Run, key: str, out: Path) -> None:
             scoring_samples=min(scoring_images(config, prepared), len(images)),
             effect=config.effect,
             intervention=config.intervention,
+            select=config.select,
             alpha=config.alpha,
             min_effect=config.min_effect,
             refit=config.refit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from small_networks import lively, pictures, small_cnn, small_vit
 from torch import Tensor, nn
 
 from cswap_deploy.causal import compensate
-from cswap_deploy.causal.compensate import refit, remove
-from cswap_deploy.causal.effects import input_means
+from cswap_deploy.causal.compensate import refit
+from cswap_deploy.causal.interventions import Moments, fold, input_moments, stand_ins
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.units import Group, Slice, give_bias, input_sum, mask_weight
 from cswap_deploy.pruning.groups import find_groups
@@ -76,6 +77,20 @@ def logits(module: nn.Module, images: Tensor = IMAGES) -> Tensor:
         return module(images)
 
 
+def means(graph: Graph, layers: list[str]) -> dict[str, Moments]:
+    return input_moments(graph, layers, IMAGES, intervention="mean", chunk=5)
+
+
+def remove(
+    graph: Graph, group: Group, unit: int, moments: Mapping[str, Moments] | None = None
+) -> None:
+    """One unit; nothing takes its place where there are no moments."""
+    for entry in group.consumers:
+        found = moments[entry.layer] if moments is not None else None
+        (stand_in,) = stand_ins(found, [entry.indices[unit]])
+        fold(graph, entry.layer, stand_in)
+
+
 # --- mean folding --------------------------------------------------------------------------------
 
 
@@ -88,13 +103,14 @@ def test_mean_of_a_constant_unit_folds_exactly(reader: Any) -> None:
     module.units.bias.data[list(gone)] = 0.7
     graph = trace(module, IMAGES[:2])
     before = logits(module)
-    means = input_means(graph, [module.consumer_name], IMAGES, chunk=5)
-    assert means[module.consumer_name][list(gone)].tolist() == pytest.approx([0.7] * len(gone))
+    moments = means(graph, [module.consumer_name])
+    found = moments[module.consumer_name].mean[list(gone)]
+    assert found.tolist() == pytest.approx([0.7] * len(gone))
 
     without = copy.deepcopy(module)
-    remove(graph.on(without), group, 1, None)
+    remove(graph.on(without), group, 1)
     assert (logits(without) - before).abs().max() > 0.1, "the unit mattered"
-    remove(graph, group, 1, means)
+    remove(graph, group, 1, moments)
     torch.testing.assert_close(logits(module), before, rtol=1e-5, atol=1e-5)
     # The unit is really gone: what it carries no longer counts.
     module.units.bias.data[list(gone)] = 50.0
@@ -105,7 +121,7 @@ def test_mean_of_a_varying_unit_keeps_the_mean_output() -> None:
     module = pair(CONSUMERS["1x1"]())
     graph = trace(module, IMAGES[:2])
     before = logits(module).view(12, 4, -1).mean((0, 2))
-    remove(graph, grouping(module), 2, input_means(graph, ["reader"], IMAGES, chunk=5))
+    remove(graph, grouping(module), 2, means(graph, ["reader"]))
     torch.testing.assert_close(logits(module).view(12, 4, -1).mean((0, 2)), before)
 
 
@@ -162,7 +178,7 @@ def test_refit_solves_the_normal_equations(reader: Any) -> None:
     group = grouping(dense)
     gone = group.consumers[0].indices[1]
     kept = torch.tensor([i for i in range(6) if i not in gone])
-    remove(graph.on(masked), group, 1, None)
+    remove(graph.on(masked), group, 1)
     done = refit(graph.on(masked), graph, {dense.consumer_name: kept}, IMAGES, ridge=0.02)
     assert done.layers == (dense.consumer_name,)
     weight, bias = _by_hand(dense, kept.tolist(), ridge=0.02)
@@ -236,7 +252,7 @@ def test_refit_recovers_a_duplicate(reader: Any) -> None:
         parameter.data[list(gone)] = parameter.data[list(twin)]
     graph = trace(copy.deepcopy(module), IMAGES[:2])
     dense = logits(module)
-    remove(graph.on(module), group, 1, None)
+    remove(graph.on(module), group, 1)
     assert (logits(module) - dense).abs().max() > 0.1
     kept = torch.tensor([i for i in range(6) if i not in gone])
     refit(graph.on(module), graph, {module.consumer_name: kept}, IMAGES, ridge=1e-7)
@@ -259,7 +275,7 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     graph = trace(dense, images[:2])
     masked = copy.deepcopy(dense)
     for unit in (0, 3, 5):
-        remove(graph.on(masked), groups["expand.0"], unit, None)
+        remove(graph.on(masked), groups["expand.0"], unit)
     before = (logits(masked, images) - logits(dense, images)).square().mean()
     alive = torch.tensor([i for i in range(12) if i not in (0, 3, 5)])
     everything = {"squeeze": alive, "project.0": alive, "classifier": torch.arange(10)}
@@ -268,7 +284,7 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     after = (logits(masked, images) - logits(dense, images)).square().mean()
     only = copy.deepcopy(dense)
     for unit in (0, 3, 5):
-        remove(graph.on(only), groups["expand.0"], unit, None)
+        remove(graph.on(only), groups["expand.0"], unit)
     refit(graph.on(only), graph, {k: everything[k] for k in ("squeeze", "project.0")}, images)
     without_last = (logits(only, images) - logits(dense, images)).square().mean()
     assert after < without_last < before
@@ -286,7 +302,10 @@ def test_no_gradient_anywhere(make: Any) -> None:
     graph = dense.on(module)
     wanted = {n: p.requires_grad for n, p in module.named_parameters()}
     names = [c.layer for c in group.consumers]
-    remove(graph, group, 0, input_means(graph, names, images, chunk=4))
+    remove(
+        graph, group, 0,
+        input_moments(graph, names, images, intervention="predicted", chunk=4),
+    )  # fmt: skip
     kept = {
         c.layer: torch.tensor([i for u in c.indices[1:] for i in u]).sort().values
         for c in group.consumers
@@ -321,6 +340,6 @@ def test_sampled_positions_still_recover_a_duplicate(monkeypatch: pytest.MonkeyP
     module.units.bias.data[1] = module.units.bias.data[0]
     graph = trace(copy.deepcopy(module), IMAGES[:2])
     dense = logits(module)
-    remove(graph.on(module), grouping(module), 1, None)
+    remove(graph.on(module), grouping(module), 1)
     refit(graph.on(module), graph, {"reader": torch.tensor([0, 2, 3, 4, 5])}, IMAGES, ridge=1e-7)
     torch.testing.assert_close(logits(module), dense, rtol=0, atol=1e-4)

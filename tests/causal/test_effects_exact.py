@@ -11,12 +11,8 @@ import torch
 from small_networks import pictures, slow_effect, slow_means, small_cnn, small_vit
 from torch import nn
 
-from cswap_deploy.causal.effects import (
-    input_means,
-    kl_divergence,
-    measure_group,
-    relative_effect,
-)
+from cswap_deploy.causal.effects import kl_divergence, measure_group, relative_effect
+from cswap_deploy.causal.interventions import Intervention, input_moments
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.units import Group
 from cswap_deploy.errors import StageError
@@ -66,19 +62,19 @@ def test_small_networks_hold_every_kind_of_unit(networks) -> None:
 @pytest.mark.parametrize("intervention", ["zero", "mean"])
 @pytest.mark.parametrize(("make", "name"), EVERY_GROUP, ids=lambda v: getattr(v, "__name__", v))
 def test_effect_of_every_unit_equals_a_whole_masked_forward(
-    networks, make, name: str, intervention: str
+    networks, make, name: str, intervention: Intervention
 ) -> None:
     module, graph, groups = networks[make]
     group = groups[name]
     layers = sorted({c.layer for c in group.consumers})
-    means = slow = None
+    moments = input_moments(graph, layers, IMAGES, intervention=intervention, chunk=4)
+    slow = None
     if intervention == "mean":
-        means = input_means(graph, layers, IMAGES, chunk=4)
         slow = slow_means(module, set(layers), IMAGES)
         for layer in layers:
-            torch.testing.assert_close(means[layer], slow[layer], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(moments[layer].mean, slow[layer], rtol=1e-5, atol=1e-6)
     found = measure_group(
-        graph, group, range(group.units), images=IMAGES, labels=LABELS, means=means
+        graph, group, range(group.units), images=IMAGES, labels=LABELS, moments=moments
     )
     expected = [slow_effect(module, group, u, IMAGES, LABELS, slow) for u in range(group.units)]
     true_class = torch.stack([e[0] for e in expected]).numpy()
@@ -94,11 +90,12 @@ def test_effect_of_every_unit_equals_a_whole_masked_forward(
 def test_chunks_of_images_and_variants_change_nothing(networks, make, name: str) -> None:
     _, graph, groups = networks[make]
     group = groups[name]
-    means = input_means(graph, [c.layer for c in group.consumers], IMAGES, chunk=64)
+    layers = [c.layer for c in group.consumers]
+    moments = input_moments(graph, layers, IMAGES, intervention="predicted", chunk=64)
     ticks: dict[int, list[int]] = {1: [], 40_000: [], 1 << 30: []}
     found = {
         size: measure_group(
-            graph, group, range(group.units), images=IMAGES, labels=LABELS, means=means,
+            graph, group, range(group.units), images=IMAGES, labels=LABELS, moments=moments,
             variant_bytes=size, tick=ticks[size].append,
         )
         for size in ticks
@@ -119,7 +116,7 @@ def test_effects_follow_the_order_of_the_units_asked_for(networks) -> None:
 
     def effects(units: list[int]) -> np.ndarray:
         return measure_group(
-            graph, group, units, images=IMAGES, labels=LABELS, means=None
+            graph, group, units, images=IMAGES, labels=LABELS, moments={}
         ).true_class
 
     np.testing.assert_allclose(effects([5, 0]), effects(list(range(8)))[[5, 0]], atol=1e-6)
@@ -132,7 +129,7 @@ def test_effects_are_measured_on_the_weights_as_they_are_now(networks) -> None:
     group = networks[small_cnn][2]["squeeze"]
     module.get_submodule("excite").weight.data[:, 2] = 0.0
     found = measure_group(
-        graph, group, range(4), images=IMAGES, labels=LABELS, means=None
+        graph, group, range(4), images=IMAGES, labels=LABELS, moments={}
     ).true_class
     assert np.abs(found[2]).max() < 1e-6
     assert np.abs(found[[0, 1, 3]]).max(1).min() > 1e-4
@@ -142,7 +139,7 @@ def test_measuring_leaves_the_network_alone(networks) -> None:
     module, graph, groups = networks[small_cnn]
     before = {k: v.clone() for k, v in module.state_dict().items()}
     for group in groups.values():
-        measure_group(graph, group, [0, 1], images=IMAGES, labels=LABELS, means=None)
+        measure_group(graph, group, [0, 1], images=IMAGES, labels=LABELS, moments={})
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
     assert torch.is_grad_enabled()
@@ -167,5 +164,5 @@ def test_prediction_that_is_not_finite_names_the_group(networks) -> None:
     module.get_submodule("classifier").bias.data[0] = float("nan")
     with pytest.raises(StageError, match=r"not finite while the units of squeeze are measured"):
         measure_group(
-            graph, networks[small_cnn][2]["squeeze"], [0], images=IMAGES, labels=LABELS, means=None
+            graph, networks[small_cnn][2]["squeeze"], [0], images=IMAGES, labels=LABELS, moments={}
         )

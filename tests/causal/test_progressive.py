@@ -51,6 +51,13 @@ def logits(module: nn.Module, images: Tensor = IMAGES) -> Tensor:
         return module(images)
 
 
+def half_a_bundle(prepared: Prepared, size: int = 1) -> float:
+    """How far from its target a round may end: what is taken lands nearer than what is not."""
+    groups = [g for g in prepared.groups if g.units > size]
+    most = max(prepared.sizes.saving(g.name, range(size), "params") for g in groups)
+    return most / prepared.dense_size.params / 2 + 1e-9
+
+
 def without_times(plan: PrunePlan) -> dict[str, Any]:
     found = plan.model_dump(mode="json")
     for log in found["rounds"]:
@@ -84,8 +91,10 @@ def test_ratio_is_reached_within_a_bundle(make: Any, ratio: float, of: Any) -> N
 def test_any_number_of_rounds_reaches_the_ratio(rounds: int) -> None:
     """With 25 rounds a round is smaller than most units: some remove nothing, none goes too far."""
     settings = replace(SETTINGS, rounds=rounds, scoring_samples=5, refit=False)
-    result = run(small_cnn(), settings)
-    assert result.plan.effective("params") == pytest.approx(0.4, abs=0.02)
+    prepared = ready(small_cnn(), settings)
+    near = half_a_bundle(prepared)
+    result = run(small_cnn(), settings, prepared=prepared)
+    assert result.plan.effective("params") == pytest.approx(0.4, abs=near)
     logs = result.plan.rounds
     assert [log.round for log in logs] == list(range(1, rounds + 1))
     assert sum(log.removed for log in logs) == sum(
@@ -109,20 +118,25 @@ def test_bundle_that_overshoots_the_last_target_early_ends_the_measuring() -> No
 
 
 def test_rounds_take_equal_shares() -> None:
-    result = run(small_cnn(), replace(SETTINGS, rounds=4))
+    settings = replace(SETTINGS, rounds=4)
+    prepared = ready(small_cnn(), settings)
+    near = half_a_bundle(prepared)
+    result = run(small_cnn(), settings, prepared=prepared)
     dense = result.plan.dense.params
     for log in result.plan.rounds:
-        assert 1 - log.params / dense == pytest.approx(0.1 * log.round, abs=0.02)
+        assert 1 - log.params / dense == pytest.approx(0.1 * log.round, abs=near)
 
 
 @pytest.mark.parametrize("round_to", [2, 4])
 def test_kept_units_are_multiples(round_to: int) -> None:
-    result = run(small_cnn(), round_to=round_to)
+    prepared = ready(small_cnn(), SETTINGS, round_to)
+    near = half_a_bundle(prepared, round_to)
+    result = run(small_cnn(), prepared=prepared)
     shrunk = [g for g in result.plan.groups if len(g.kept) < g.units]
     assert len(shrunk) >= 2
     for group in shrunk:
         assert len(group.kept) % round_to == 0, group.name
-    assert result.plan.effective("params") == pytest.approx(0.4, abs=0.06)
+    assert result.plan.effective("params") == pytest.approx(0.4, abs=near)
 
 
 def test_whole_heads_leave_and_round_to_is_for_channels() -> None:
@@ -164,7 +178,7 @@ def test_useless_units_go_first() -> None:
 def test_recorded_effects_are_the_slow_ones() -> None:
     """What the plan says of a unit is what the obvious computation says, in the first round."""
     module = small_cnn()
-    settings = replace(SETTINGS, rounds=1)
+    settings = replace(SETTINGS, rounds=1, intervention="mean")
     prepared = ready(module, settings)
     groups = {g.name: g for g in prepared.groups}
     plan = run(module, settings, prepared=prepared).plan

@@ -14,34 +14,89 @@ from cswap_deploy.causal.partition import trace
 from cswap_deploy.causal.significance import class_samples, false_discovery, judge
 from cswap_deploy.pruning.groups import find_groups
 
+
+def scipy_p(sample: np.ndarray, method: str) -> float:
+    """SciPy's own p-value of one sample without zeros."""
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(sample, method=method).pvalue)
+
+
 # --- the statistics, by hand ---------------------------------------------------------------------
 
 
 def test_p_value_of_a_signed_rank_test_by_hand() -> None:
     """Effects -.1 .2 .3 .4 .5 .6: the negative ones' ranks add up to 1.
 
-    Under no effect that sum has mean n (n + 1) / 4 = 10.5 and variance n (n + 1) (2n + 1) / 24 =
-    22.75, so z = (1 - 10.5) / sqrt(22.75) = -1.99173, and p = erfc(1.99173 / sqrt 2) = .0464.
+    Of the 2^6 ways to give six ranks a sign, two have a negative sum of at most 1 (none, and rank
+    1 alone), and two a positive one: p = 4 / 64 = .0625. The normal approximation says .0464.
     """
-    by_hand = math.erfc((10.5 - 1) / math.sqrt(22.75) / math.sqrt(2))
-    assert by_hand == pytest.approx(0.0464, abs=1e-5)
     effects = np.array([[0.3, -0.1, 0.2, 0.6, 0.5, 0.4]])
-    found = judge(effects, np.zeros(6, int), alpha=0.05, min_effect=0.0)
+    found = judge(effects, np.zeros(6, int), alpha=0.0625, min_effect=0.0)
     # One class: its images are all images, and the two equal tests correct each other to the same.
-    np.testing.assert_allclose(found.p_values, [[by_hand, by_hand]], atol=1e-12)
+    assert found.p_values.tolist() == [[0.0625, 0.0625]]
     assert found.verdicts == ("detrimental",)
-    found = judge(effects, np.zeros(6, int), alpha=0.04, min_effect=0.0)
+    found = judge(effects, np.zeros(6, int), alpha=0.05, min_effect=0.0)
     assert found.verdicts == ("neutral",)
-    found = judge(-effects, np.zeros(6, int), alpha=0.05, min_effect=0.0)
-    np.testing.assert_allclose(found.p_values, [[by_hand, by_hand]], atol=1e-12)
+    found = judge(-effects, np.zeros(6, int), alpha=0.0625, min_effect=0.0)
+    assert found.p_values.tolist() == [[0.0625, 0.0625]]
     assert found.verdicts == ("critical",)
 
 
-def test_image_that_does_not_react_counts_half_on_each_side() -> None:
-    """Effects 0 .1 .2 .3: the zero's rank 1 is split, .5 against 9.5; mean 5, variance 7.5."""
-    by_hand = math.erfc((5 - 0.5) / math.sqrt(7.5) / math.sqrt(2))
+@pytest.mark.parametrize("images", [3, 5, 6, 12, 50])
+def test_small_samples_that_agree_have_the_exact_p_value(images: int) -> None:
+    """All of one sign: two of 2^n ways."""
+    effects = 0.1 + 0.01 * np.arange(images)[None]
+    found = judge(effects, np.zeros(images, int), alpha=0.05, min_effect=0.0)
+    assert found.p_values[0, 0] == 2.0 ** (1 - images)
+
+
+def test_three_images_that_agree_are_no_evidence_and_twelve_are_much() -> None:
+    """What the normal approximation gets wrong on either side: .109 for .25, .0022 for .0005."""
+
+    def normal(n: int) -> float:
+        mean, variance = n * (n + 1) / 4, n * (n + 1) * (2 * n + 1) / 24
+        return math.erfc(mean / math.sqrt(variance) / math.sqrt(2))
+
+    for images, truth in ((3, 0.25), (12, 2 / 4096)):
+        effects = 0.1 + 0.01 * np.arange(images)[None]
+        found = judge(effects, np.zeros(images, int), alpha=0.05, min_effect=0.0)
+        assert found.p_values[0, 0] == pytest.approx(truth, rel=1e-12)
+        assert (normal(images) < truth) is (images == 3)
+
+
+def test_image_that_does_not_react_is_left_out() -> None:
+    """Effects 0 .1 .2 .3: three images that agree, 2 / 2^3."""
     found = judge(np.array([[0.1, 0.0, 0.3, 0.2]]), np.zeros(4, int), alpha=0.05, min_effect=0.0)
-    assert found.p_values[0, 0] == pytest.approx(by_hand, abs=1e-12)
+    assert found.p_values[0, 0] == 0.25
+
+
+def test_p_values_are_scipys_one_unit_at_a_time() -> None:
+    """Units with no, some and many zeros, judged together, as each alone with its zeros dropped."""
+    rng = np.random.default_rng(0)
+    effects = rng.standard_t(2, (40, 30)) + 0.3
+    for unit in range(40):
+        effects[unit, rng.permutation(30)[: unit % 29]] = 0.0
+    labels = np.repeat([0, 1], [12, 18])
+    found = judge(effects, labels, alpha=0.05, min_effect=0.0)
+    alone = np.ones((40, 3))
+    for unit, row in enumerate(effects):
+        for column, rows in enumerate((labels == 0, labels == 1, labels >= 0)):
+            reacting = row[rows][row[rows] != 0]
+            if len(reacting):
+                alone[unit, column] = scipy_p(reacting, "exact")
+    np.testing.assert_allclose(found.p_values, false_discovery(alone), atol=1e-12)
+
+
+def test_large_samples_use_the_normal_approximation() -> None:
+    rng = np.random.default_rng(0)
+    effects = rng.standard_normal((5, 80)) + 0.1
+    effects[4, 20:] = 0.0  # sixty react in the others, twenty here: exact again
+    found = judge(effects, np.zeros(80, int), alpha=0.05, min_effect=0.0)
+    alone = [scipy_p(row, "asymptotic") for row in effects[:4]]
+    alone.append(scipy_p(effects[4, :20], "exact"))
+    corrected = false_discovery(np.repeat(alone, 2).reshape(5, 2))
+    np.testing.assert_allclose(found.p_values, corrected, atol=1e-12)
 
 
 def test_one_extreme_image_does_not_decide() -> None:
@@ -77,9 +132,9 @@ def test_benjamini_hochberg_takes_the_smaller_of_what_follows() -> None:
 
 
 def test_all_units_and_classes_are_corrected_together() -> None:
-    """The p of .0464 counts at 5 % alone; among nine units that show nothing it does not."""
+    """A p of 2 / 2^6 = .03 counts at 5 % alone; among nine units that show nothing it does not."""
     labels = np.zeros(6, int)
-    one = np.array([0.3, -0.1, 0.2, 0.6, 0.5, 0.4])
+    one = np.array([0.3, 0.1, 0.2, 0.6, 0.5, 0.4])
     alone = judge(one[None], labels, alpha=0.05, min_effect=0.0)
     assert alone.verdicts == ("detrimental",)
     nothing = np.array([0.1, -0.2, 0.3, 0.4, -0.5, -0.6]) * np.arange(1, 10)[:, None]
@@ -90,12 +145,15 @@ def test_all_units_and_classes_are_corrected_together() -> None:
 
 
 def test_all_images_together_are_one_more_sample() -> None:
-    """Four classes of three images: too few to be sure in any class, sure over all twelve."""
+    """Four classes of three images: too few to be sure in any class, sure over all twelve.
+
+    p = 2 / 2^3 in each class and 2 / 2^12 over all, times five tests.
+    """
     effects = 0.2 + 0.01 * np.arange(12)[None]
     found = judge(effects, np.repeat(np.arange(4), 3), alpha=0.05, min_effect=0.01)
-    assert (found.p_values[0, :4] > 0.05).all()
-    assert found.p_values[0, 4] < 0.05
+    assert found.p_values[0].tolist() == [0.25, 0.25, 0.25, 0.25, 5 * 2.0**-11]
     assert found.verdicts == ("detrimental",)
+    assert found.harms == ((),), "no single class is sure"
 
 
 # --- the rules -----------------------------------------------------------------------------------
@@ -164,6 +222,37 @@ def test_only_small_classes_are_one_sample() -> None:
     assert [r.tolist() for r in class_samples(np.array([4, 9]))] == [[0, 1]]
 
 
+# --- which classes a unit serves -----------------------------------------------------------------
+
+
+def test_served_and_harmed_classes_strongest_first() -> None:
+    """Unit 0 serves 9 more than 3 and harms 4; unit 1 is certain on 5 but below ``min_effect``."""
+    effects = np.stack(
+        [
+            np.concatenate([_sample(m) for m in (-0.1, 0.2, 0.0, -0.3)]),
+            np.concatenate([_sample(m) for m in (0.0, 0.0, -0.008, 0.0)]),
+        ]
+    )
+    labels = np.repeat([3, 4, 5, 9], 12)
+    found = judge(effects, labels, alpha=0.05, min_effect=0.01)
+    assert found.serves == ((9, 3), ())
+    assert found.harms == ((4,), ())
+    assert found.verdicts == ("critical", "neutral")
+    found = judge(effects, labels, alpha=0.05, min_effect=0.005)
+    assert found.serves == ((9, 3), (5,))
+
+
+def test_classes_that_were_tested_together_are_not_named() -> None:
+    """Twelve images of class 0, and one of each of twelve others: only class 0 has a name."""
+    labels = np.concatenate([np.zeros(12, int), np.arange(1, 13)])
+    effects = np.concatenate([_sample(0.0), _sample(-0.3)])[None]
+    found = judge(effects, labels, alpha=0.05, min_effect=0.01)
+    assert found.verdicts == ("critical",)
+    assert found.serves == ((),)
+    found = judge(effects[:, ::-1], labels, alpha=0.05, min_effect=0.01)
+    assert found.serves == ((0,),)
+
+
 # --- planted units -------------------------------------------------------------------------------
 
 CRITICAL, USELESS, HARMFUL, TINY = range(4)
@@ -207,7 +296,7 @@ def planted() -> tuple[Effects, np.ndarray]:
     module = Planted().eval()
     (group,) = find_groups(module, images[:2]).groups
     found = measure_group(
-        trace(module, images[:2]), group, range(4), images=images, labels=labels, means=None
+        trace(module, images[:2]), group, range(4), images=images, labels=labels, moments={}
     )
     return found, labels.numpy()
 
@@ -229,6 +318,15 @@ def test_planted_units_get_their_verdicts(planted: tuple[Effects, np.ndarray]) -
     effects, labels = planted
     found = judge(effects.true_class, labels, alpha=0.05, min_effect=0.01)
     assert found.verdicts == ("critical", "neutral", "detrimental", "neutral")
+
+
+def test_planted_units_serve_and_harm_the_classes_they_were_made_for(
+    planted: tuple[Effects, np.ndarray],
+) -> None:
+    effects, labels = planted
+    found = judge(effects.true_class, labels, alpha=0.05, min_effect=0.01)
+    assert found.serves == ((1,), (), (), ())
+    assert found.harms == ((), (), (0,), ())
 
 
 def test_tiny_effect_is_certain_but_too_small(planted: tuple[Effects, np.ndarray]) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cswap_deploy.artifacts import GroupPlan, PrunePlan
-from cswap_deploy.causal.compensate import remove
-from cswap_deploy.causal.effects import input_means
+from cswap_deploy.causal.interventions import fold, input_moments, stand_ins
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.pruning.apply import apply_plan, delete_removed
@@ -80,16 +79,26 @@ def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
 
 
 def remove_at_random(prepared: Prepared) -> dict[str, list[int]]:
-    """Mask about 40 % of every group's units, their means folded; returns which."""
+    """Mask about 40 % of every group's units, the others taking over; returns which."""
     rng = np.random.default_rng(4)
     consumers = sorted({c.layer for g in prepared.groups for c in g.consumers})
-    means = input_means(prepared.graph, consumers, IMAGES, chunk=8)
+    # Eight images have fewer tokens than a transformer has channels: all could be predicted.
+    joint = all(g.kind == "channels" for g in prepared.groups)
+    moments = input_moments(
+        prepared.graph, consumers, IMAGES, intervention="predicted" if joint else "mean", chunk=8
+    )
     removed = {}
+    gone: dict[str, set[int]] = {}
     for group in prepared.groups:
         count = min(group.units - 1, max(1, round(0.4 * group.units)))
         removed[group.name] = sorted(rng.choice(group.units, count, replace=False).tolist())
-        for unit in removed[group.name]:
-            remove(prepared.graph, group, unit, means)
+        for entry in group.consumers:
+            index = {i for u in removed[group.name] for i in entry.indices[u]}
+            gone.setdefault(entry.layer, set()).update(index)
+    # Several groups may meet in one layer: what goes there goes together.
+    for layer, lost in gone.items():
+        (stand_in,) = stand_ins(moments[layer], [sorted(lost)])
+        fold(prepared.graph, layer, stand_in)
     return removed
 
 

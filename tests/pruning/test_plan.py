@@ -206,7 +206,7 @@ def test_auto_rounding_spares_small_groups() -> None:
         nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 31, 3), nn.ReLU(), nn.Conv2d(31, 36, 3),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(36, 4),
     ).eval()  # fmt: skip
-    assert ready(module, round_to="auto").granules == {"0": 8, "2": 1, "4": 1}
+    assert ready(module, round_to="auto").limits.granules == {"0": 8, "2": 1, "4": 1}
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])

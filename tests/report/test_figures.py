@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from xml.etree import ElementTree
 
@@ -23,14 +24,26 @@ def texts(svg: str) -> list[str]:
     return [" ".join("".join(e.itertext()).split()) for e in root.iter("text")]
 
 
+def without_effects(plan: PrunePlan) -> PrunePlan:
+    groups = tuple(g.model_copy(update={"effects": ()}) for g in plan.groups)
+    return plan.model_copy(update={"criterion": "magnitude", "groups": groups})
+
+
+def fills(svg: str, colour: str) -> int:
+    """Shapes of a colour."""
+    return len(re.findall(f'<path d="[^"]+"[^>]*style="fill: {colour}', svg))
+
+
 def test_each_group_says_how_many_units_were_kept() -> None:
     plan = made_up_plan()
-    words = texts(figures.units_figure(plan))
-    for group in plan.groups:
-        assert group.name in words
-        assert f"{len(group.kept)}/{group.units}" in words
-    assert {"kept, critical", "removed, neutral", "removed, detrimental"} <= set(words)
-    assert "kept, not measured" not in words
+    for words in (
+        texts(figures.effects_figure(plan)),
+        texts(figures.units_figure(without_effects(plan))),
+    ):
+        for group in plan.groups:
+            assert group.name in words
+            assert f"{len(group.kept)}/{group.units}" in words
+        assert {"kept", "removed"} <= set(words)
 
 
 def test_the_figures_are_the_same_each_time() -> None:
@@ -41,37 +54,81 @@ def test_the_figures_are_the_same_each_time() -> None:
     assert figures.accuracy_figure(manifest) == figures.accuracy_figure(manifest)
 
 
-def test_one_dot_per_measured_unit() -> None:
+def test_the_picture_shows_what_was_removed_the_cut_and_the_verdicts() -> None:
     plan = made_up_plan()
-    dots = len(re.findall("<use ", figures.effects_figure(plan)))
+    svg = figures.effects_figure(plan)
+    words = texts(svg)
+    assert "KL divergence, nats" in words
+    assert {"the cut", "critical (strip below)", "detrimental (strip below)"} <= set(words)
+    groups = len(plan.groups)
+    # one skyline for each group, and one patch in the legend
+    assert fills(svg, figures.KEPT_COLOUR) == groups + 1
+    assert fills(svg, figures.REMOVED_COLOUR) == groups + 1
+    # a strip has at most one piece for each verdict on either side
+    for verdict, colour in figures.VERDICT_COLOURS.items():
+        pieces = sum(
+            figures.verdict_counts(g, kept=kept)[verdict] > 0
+            for g in plan.groups
+            for kept in (False, True)
+        )
+        assert fills(svg, colour) == pieces + 1
+    by_class = plan.model_copy(update={"settings": {"effect": "true-class"}})
+    assert "|true-class effect|" in texts(figures.effects_figure(by_class))
+
+
+def test_a_bar_for_each_unit_by_height() -> None:
+    """Two units removed, two kept: the polygon of each has two steps, the cut lies between."""
+    rng = random.Random(0)
+    effects = tuple(
+        effect(rng, unit, 0.5).model_copy(update={"kl": kl})
+        for unit, kl in enumerate((0.4, 0.001, 0.1, 0.01))
+    )
+    group = GroupPlan(name="g", kind="channels", units=4, kept=(0, 2), effects=effects)
+    svg = figures.effects_figure(made_up_plan().model_copy(update={"groups": (group,)}))
+
+    def heights(colour: str) -> list[float]:
+        found = re.findall(rf'<path d="([^"]+)"[^>]*style="fill: {colour}', svg)
+        ys = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", found[0])]
+        return sorted(set(ys))  # of the page, which counts from the top
+
+    kept, removed = heights(figures.KEPT_COLOUR), heights(figures.REMOVED_COLOUR)
+    assert len(kept) == len(removed) == 3, "two units and the floor"
+    assert kept[2] == removed[2], "one floor"
+    [line] = re.findall(
+        r'<path d="M [\d.]+ ([\d.]+) \nL [\d.]+ \1 \n"[^>]*style="fill: none; stroke: currentColor',
+        svg,
+    )
+    assert kept[1] < float(line) < removed[0]
+
+
+def test_units_that_were_not_measured_are_left_out() -> None:
+    plan = made_up_plan()
     unmeasured = tuple(
         group.model_copy(
             update={"effects": tuple(e.model_copy(update={"round": 0}) for e in group.effects)}
         )
         for group in plan.groups[:1]
     )
-    fewer = plan.model_copy(update={"groups": unmeasured + plan.groups[1:]})
-    assert dots - len(re.findall("<use ", figures.effects_figure(fewer))) == 2 * 16
-    none = plan.model_copy(update={"groups": unmeasured})
-    assert figures.has_effects(plan)
-    assert not figures.has_effects(none)
-    assert "kept, not measured" in texts(figures.units_figure(none))
+    svg = figures.effects_figure(plan.model_copy(update={"groups": unmeasured + plan.groups[1:]}))
+    assert fills(svg, figures.KEPT_COLOUR) == len(plan.groups)
+    assert plan.groups[0].name in texts(svg)
 
 
-def test_thousands_of_units_stay_a_small_picture() -> None:
-    import random
-
+@pytest.mark.parametrize(("count", "panels"), [(4, 1), (18, 1), (20, 2), (54, 3)])
+def test_every_group_has_its_name_however_many_there_are(count: int, panels: int) -> None:
     rng = random.Random(0)
     effects = tuple(effect(rng, unit, rng.random()) for unit in range(300))
     groups = tuple(
         GroupPlan(name=f"g{i}", kind="channels", units=300, kept=tuple(range(150)), effects=effects)
-        for i in range(30)
+        for i in range(count)
     )
-    plan: PrunePlan = made_up_plan().model_copy(update={"groups": groups})
-    svg = figures.effects_figure(plan)
-    assert "data:image/png;base64" in svg
-    assert len(svg) < 1_000_000
-    assert "group, from the input to the output (names in the table)" in texts(svg)
+    plan = made_up_plan().model_copy(update={"groups": groups})
+    for svg in (figures.effects_figure(plan), figures.units_figure(without_effects(plan))):
+        words = texts(svg)
+        assert {g.name for g in groups} <= set(words)
+        assert len(svg) < 10_000 * count + 100_000
+    assert words.count("units, %") == panels
+    assert ("150/300" in words) is (count in (4, 20)), "no numbers that would overlap"
 
 
 def test_latency_says_what_lies_outside() -> None:
@@ -91,5 +148,5 @@ def test_accuracy_is_shown_where_it_was_measured() -> None:
 def test_a_name_with_dollars_is_text_and_not_a_formula() -> None:
     plan = made_up_plan()
     group = plan.groups[0].model_copy(update={"name": "a$b_c$<d>"})
-    words = texts(figures.units_figure(plan.model_copy(update={"groups": (group,)})))
+    words = texts(figures.effects_figure(plan.model_copy(update={"groups": (group,)})))
     assert "a$b_c$<d>" in words

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from made_up_bundle import accuracy_change, made_up_manifest, made_up_plan, made_up_targets
 
-from cswap_deploy.artifacts import Manifest, Size
+from cswap_deploy.artifacts import Manifest, PrunePlan, Size
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.gate.budgets import Budgets, check_budgets
 from cswap_deploy.report import headline, words
@@ -101,10 +101,67 @@ def test_the_group_table_adds_up() -> None:
     assert [row[0] for row in rows] == [group.name for group in plan.groups]
     assert sum(int(row[1]) for row in rows) == plan.dense.units
     assert sum(int(row[2]) for row in rows) == plan.pruned.units
-    for _, units, kept, counts in rows:
-        pairs = [cell.split(" / ") for cell in counts.split(" | ")]
+    for _, units, kept, cells in rows:
+        *counts, largest = cells.split(" | ")
+        assert re.fullmatch(r"[−+][\d.]+ % \([−+][\d.]+ to [−+][\d.]+\)", largest)
+        pairs = [cell.split(" / ") for cell in counts]
+        assert len(pairs) == 3, "critical, neutral, detrimental"
         assert sum(int(stays) for stays, _ in pairs) == int(kept)
         assert sum(int(goes) for _, goes in pairs) == int(units) - int(kept)
+
+
+def test_effects_are_told_with_interval_verdict_and_classes() -> None:
+    plan, manifest = made_up_plan(), made_up_manifest()
+    measured = [(g, e) for g in plan.groups for e in g.effects]
+    group, most = max(measured, key=lambda pair: abs(pair[1].true_class))
+    for text in both(manifest):
+        assert (
+            "An effect is the relative change of the true class's probability when a unit is set "
+            "to its mean (128 images, 95 % interval): below zero the unit helps the prediction, "
+            "above zero it harms it." in text
+        )
+        assert "Verdicts describe (false-discovery rate 5 %, effects of 1 % or more)" in text
+        assert (
+            "The removal itself goes by the KL divergence (how far the whole output moves) for "
+            "each parameter saved, smallest first." in text
+        )
+        counts = [
+            f"{sum(e.verdict == v for _, e in measured)} {v}"
+            for v in ("critical", "neutral", "detrimental")
+        ]
+        assert f"Verdicts on all 336 units: {', '.join(counts)}." in text
+    markdown = render_markdown(manifest, plan)
+    interval = words.effect_interval(most.true_class, most.low, most.high)
+    state = "kept" if most.unit in group.kept else "removed"
+    [row] = re.findall(rf"^\| {group.name} \| {most.unit} \| {state} .*$", markdown, re.MULTILINE)
+    names = ("T-shirt/top", "Trouser", *(f"class {i}" for i in range(2, 10)))
+    serves = ", ".join(names[c] for c in most.serves)
+    assert row.startswith(f"| {group.name} | {most.unit} | {state} | critical | {serves} |")
+    assert f"| {interval} | {words.nats(most.kl)} |" in row
+    head = markdown.index("| largest effects | unit |")
+    assert head < markdown.index(row) < markdown.index("| detrimental | unit |")
+    assert "| removed at the largest cost | unit |" in markdown
+
+
+def test_a_plan_without_effects_says_so() -> None:
+    plan = made_up_plan()
+    groups = tuple(g.model_copy(update={"effects": ()}) for g in plan.groups)
+    plan = plan.model_copy(update={"criterion": "magnitude", "groups": groups})
+    markdown = render_markdown(made_up_manifest(), plan)
+    assert "The criterion magnitude ranks the units without measuring them" in markdown
+    assert "## Measured effects" not in markdown
+    assert "| group | kind | units | kept | kept, % |\n" in markdown
+    html = render_html(made_up_manifest(), plan)
+    assert "Units kept and removed in each group</title>" in html
+
+
+def test_a_plan_of_an_older_version_names_no_classes() -> None:
+    plan = made_up_plan().model_dump(mode="json")
+    for group in plan["groups"]:
+        for effect in group["effects"]:
+            del effect["serves"], effect["harms"]
+    markdown = render_markdown(made_up_manifest(), PrunePlan.model_validate(plan))
+    assert "| largest effects | unit |  | verdict | effect, 95 % | KL, nats |" in markdown
 
 
 def test_the_page_stands_alone(html: str) -> None:
@@ -116,8 +173,13 @@ def test_the_page_stands_alone(html: str) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
     assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(page.ids)
-    assert len(re.findall("<svg ", html)) == 4
+    assert len(re.findall("<svg ", html)) == 3
     assert "prefers-color-scheme: dark" in html
+    for svg in re.findall("<svg .*?</svg>", html, flags=re.DOTALL):
+        assert "currentColor" in svg, "text and lines follow the theme"
+        assert "#010203" not in svg
+        assert "#040506" not in svg
+        assert "#000000" not in svg
 
 
 def test_the_same_values_give_the_same_bytes(html: str) -> None:
@@ -238,3 +300,22 @@ def test_counts_are_short(value: int, text: str) -> None:
 )
 def test_sizes_are_in_binary_units(value: int, text: str) -> None:
     assert words.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-0.4567, "−46"), (-0.0996, "−10"), (0.0123, "+1.2"), (-0.0012, "−0.12"), (-1e-6, "0")],
+)
+def test_effects_are_signed_percentages(value: float, text: str) -> None:
+    assert words.effect(value) == text
+
+
+def test_an_effect_with_its_interval() -> None:
+    assert words.effect_interval(-0.153, -0.206, -0.0999) == "−15 % (−21 to −10)"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.1, "0.10"), (0.00047, "0.00047"), (1.0, "1.0"), (12.4, "12")]
+)
+def test_divergences_have_two_digits(value: float, text: str) -> None:
+    assert words.nats(value) == text

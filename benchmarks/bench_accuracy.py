@@ -1,0 +1,379 @@
+"""Accuracy kept without training: this package's presets against eleven other rankings.
+
+    python benchmarks/bench_accuracy.py --model resnet56 --seeds 5
+    python benchmarks/bench_accuracy.py --model demo-vit --methods cswap obs --ratios 0.4
+    python benchmarks/bench_accuracy.py --plot       # figures and tables from what was measured
+    python benchmarks/bench_accuracy.py --quick      # a minute, keeps nothing
+
+Every method removes the same units of the same network, sees the same calibration images (drawn by
+the seed from the training side) and is scored on the same test images, which it never saw. Peers
+rank all units once, together; the presets measure again in rounds. Each is scored twice: natively
+(what is removed becomes zero, nothing makes up for it) and with the package's closed-form refit.
+No weight is changed by a gradient. Where the ratio counts parameters, peers rank in two ways:
+plainly, and per parameter saved; the table takes the better one.
+
+Results go to ``benchmarks/results/accuracy/<model>.json``, a row as soon as it is measured. A row
+that is there with the same settings and the same code is not measured again. Real networks and
+images are read from the folder that ``CSWAP_DATA`` names. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accuracy_figure
+import numpy as np
+import peers
+import torch
+from accuracy_models import MODELS, ROOT, Model, file_of, load
+from accuracy_results import Result, code_digest, read_results, write_result
+from torch import Tensor, nn
+
+from cswap_deploy.causal.effects import kl_divergence
+from cswap_deploy.causal.progressive import Settings
+from cswap_deploy.causal.units import Group
+from cswap_deploy.config import load_config
+from cswap_deploy.console import Console
+from cswap_deploy.data import normalised
+from cswap_deploy.data.load import load_samples
+from cswap_deploy.data.sets import ImageSet
+from cswap_deploy.errors import MissingDependencyError
+from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.models.load import LoadedModel
+from cswap_deploy.progress import Phases, Progress, Silent
+from cswap_deploy.pruning.budget import amount
+from cswap_deploy.pruning.plan import Prepared, prepare, remove_progressively, scoring_images
+
+RESULTS = ROOT / "benchmarks/results/accuracy"
+FIGURES = ROOT / ".github"
+PRESETS = ("cswap", "paper")
+METHODS = (*PRESETS, *peers.PEERS)
+NEAR = 0.02
+"""A result counts only if the ratio was met this closely."""
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    models: tuple[str, ...] = ("resnet56",)
+    methods: tuple[str, ...] = METHODS
+    refits: tuple[bool, ...] = (False, True)
+    seeds: tuple[int, ...] = (0,)
+    ratios: tuple[float, ...] | None = None
+    """The model's own unless said."""
+    calibration: int | None = None
+    """Images; the model's own unless said."""
+    results: Path = RESULTS
+    fresh: bool = False
+
+
+QUICK = Config(
+    models=("demo-resnet",), methods=("cswap", "random", "magnitude-l2", "obs"), ratios=(0.4,),
+    refits=(True,), calibration=64,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure."""
+
+    model: str
+    method: str
+    refit: bool
+    cost_aware: bool
+    """Whether effects count per parameter saved."""
+    ratio: float
+    seed: int
+
+    def __str__(self) -> str:
+        how = " per parameter" * (self.cost_aware and self.method not in PRESETS)
+        refit = " + refit" * self.refit
+        return f"{self.model} {self.method}{how}{refit} {self.ratio:.0%} seed {self.seed}"
+
+
+class Draw:
+    """The images of one seed, and what the dense network says about them."""
+
+    def __init__(self, loaded: LoadedModel, model: Model, calibration: int, seed: int) -> None:
+        samples = load_samples(
+            data=file_of(model.data), validation_data=file_of(model.validation_data),
+            model=loaded.spec, calibration_samples=calibration,
+            validation_samples=model.validation, seed=seed,
+        )  # fmt: skip
+        self.loaded, self.seed = loaded, seed
+        self.images, self.labels = self._tensors(samples.calibration)
+        self.test_images, self.test_labels = self._tensors(samples.validation)
+        self.scores: dict[str, peers.Scores] = {}
+        self.seconds: dict[str, float] = {}
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """(N, classes) logits of the dense network on the test images."""
+        return logits(self.loaded.module, self.test_images)
+
+    def score(self, prepared: Prepared, method: str) -> peers.Scores:
+        """A peer's scores; computed once for all ratios."""
+        if method not in self.scores:
+            begun = time.perf_counter()
+            rng = np.random.default_rng(self.seed)
+            self.scores[method] = peers.PEERS[method](prepared, self.images, self.labels, rng)
+            self.seconds[method] = time.perf_counter() - begun
+        return self.scores[method]
+
+    def _tensors(self, images: ImageSet) -> tuple[Tensor, Tensor]:
+        values = torch.from_numpy(normalised(images, self.loaded.spec.preprocessing))
+        return (
+            values.contiguous(memory_format=torch.channels_last),
+            torch.from_numpy(images.labels),
+        )
+
+
+def main() -> None:
+    config, shown = _arguments()
+    if shown is not None:
+        figures = accuracy_figure.publish(config.results, FIGURES, value=shown)
+        print(json.dumps({"figures": figures}))
+        return
+    with Console(as_json=False, quiet=False).progress() as progress:
+        measured = [r for name in config.models for r in measure_model(name, config, progress)]
+    print(json.dumps({"cores": os.cpu_count(), "results": [asdict(r) for r in measured]}))
+
+
+def measure_model(name: str, config: Config, progress: Progress) -> Iterator[Result]:
+    """Measure what is missing; yields every result asked for, old or new."""
+    model = MODELS[name]
+    path = config.results / f"{name}.json"
+    digests = {m: code_digest(peer=m not in PRESETS) for m in config.methods}
+    known = {} if config.fresh else read_results(path)
+    calibration = config.calibration or model.calibration
+    cases = list(_cases(name, model, config))
+    loaded: LoadedModel | None = None
+    prepared: Prepared | None = None
+    draw: Draw | None = None
+    refused: set[str] = set()
+    for at, case in enumerate(cases, 1):
+        if case.method in refused:
+            continue
+        old = known.get((*_key(case, model), calibration))
+        progress.stage(f"[{at}/{len(cases)}]", str(case))
+        if old is not None and old.code == digests[case.method]:
+            progress.done(_words(old), reused=True)
+            yield old
+            continue
+        if loaded is None:
+            loaded = load(model)
+        if draw is None or draw.seed != case.seed:
+            draw = Draw(loaded, model, calibration, case.seed)
+        if prepared is None:
+            prepared = prepare(
+                loaded.module, images=draw.images, ratio=min(c.ratio for c in cases),
+                ratio_of=model.ratio_of, round_to=model.round_to,
+            )  # fmt: skip
+        try:
+            result = measure(case, model, prepared, draw, digests[case.method], progress)
+        except (peers.NotApplicableError, MissingDependencyError) as err:
+            progress.note(f"{case.method} left out: {err}")
+            refused.add(case.method)
+            continue
+        if abs(result.removed - case.ratio) > NEAR:
+            progress.note(
+                f"left out: {result.removed:.1%} removed where {case.ratio:.0%} was asked"
+            )
+            continue
+        write_result(path, result)
+        progress.done(_words(result), reused=False)
+        yield result
+
+
+def measure(
+    case: Case, model: Model, prepared: Prepared, draw: Draw, code: str, progress: Progress
+) -> Result:
+    """Prune a copy of the network as one case says, and score it."""
+    scores = None
+    if case.method not in PRESETS:
+        scores = ranking(draw.score(prepared, case.method), case, model, prepared)
+    begun = time.perf_counter()
+    pruned, removed = prune_copy(
+        prepared,
+        settings(case, model, prepared, len(draw.images)),
+        images=draw.images,
+        labels=draw.labels,
+        scores=scores,
+        watcher=progress if scores is None else Silent(),
+    )
+    seconds = time.perf_counter() - begun + draw.seconds.get(case.method, 0.0)
+    after = logits(pruned, draw.test_images)
+    change = accuracy_change(
+        draw.dense.argmax(1).numpy(), after.argmax(1).numpy(), draw.test_labels.numpy()
+    )
+    divergence = kl_divergence(after.double()[None], draw.dense.double())
+    return Result(
+        model=case.model,
+        method=case.method,
+        refit=case.refit,
+        cost_aware=case.cost_aware,
+        ratio=case.ratio,
+        ratio_of=model.ratio_of,
+        removed=round(removed, 4),
+        seed=case.seed,
+        calibration=len(draw.images),
+        top1=round(change.pruned.top1, 6),
+        top1_dense=round(change.dense.top1, 6),
+        agreement=round(change.agreement, 6),
+        kl=round(float(divergence.mean()), 6),
+        images=len(draw.test_labels),
+        seconds=round(seconds, 2),
+        code=code,
+        torch=torch.__version__,
+    )
+
+
+def prune_copy(
+    prepared: Prepared,
+    settings: Settings,
+    *,
+    images: Tensor,
+    labels: Tensor,
+    scores: peers.Scores | None,
+    watcher: Phases,
+) -> tuple[nn.Module, float]:
+    """Prune as the command does, on a copy: preparing takes seconds and is done once.
+
+    Returns:
+        The masked network (the deleted one gives the same outputs), and the fraction removed.
+    """
+    module = copy.deepcopy(prepared.module)
+    copied = replace(
+        prepared,
+        module=module,
+        graph=prepared.dense.on(module),
+        sizes=copy.deepcopy(prepared.sizes),
+    )
+
+    def ranking(group: Group) -> np.ndarray:
+        assert scores is not None
+        return scores[group.name]
+
+    remove_progressively(
+        copied,
+        images=images,
+        labels=labels,
+        settings=settings,
+        scores=None if scores is None else ranking,
+        watcher=watcher,
+    )
+    total = amount(prepared.dense_size, settings.ratio_of)
+    return module, 1 - amount(copied.sizes.size(), settings.ratio_of) / total
+
+
+def logits(module: nn.Module, images: Tensor) -> Tensor:
+    """(N, classes) float32."""
+    with torch.inference_mode():
+        return torch.cat([module(part) for part in torch.split(images, BATCH)])
+
+
+def settings(case: Case, model: Model, prepared: Prepared, images: int) -> Settings:
+    """What the command would use for a preset; one round and no effects for a peer."""
+    settings = Settings(ratio=case.ratio, ratio_of=model.ratio_of, refit=case.refit, seed=case.seed)
+    if case.method not in PRESETS:
+        # Natively a peer's units become zero; with the refit they are removed as the package does.
+        return replace(settings, rounds=1, intervention="mean" if case.refit else "zero")
+    config = load_config(
+        model=model.name, ratio=case.ratio, ratio_of=model.ratio_of, method=case.method
+    )
+    return replace(
+        settings,
+        rounds=config.rounds,
+        scoring_samples=min(scoring_images(config, prepared), images),
+        effect=config.effect,
+        intervention=config.intervention,
+        select=config.select,
+    )
+
+
+def ranking(scores: peers.Scores, case: Case, model: Model, prepared: Prepared) -> peers.Scores:
+    """The loop divides every score by what it saves; a plain ranking undoes that beforehand."""
+    if model.ratio_of == "channels" or case.cost_aware:
+        return scores
+    plain = peers.per_position(scores, prepared.groups)
+    return {
+        name: values * prepared.sizes.saving(name, [0], model.ratio_of)
+        for name, values in plain.items()
+    }
+
+
+def _cases(name: str, model: Model, config: Config) -> Iterator[Case]:
+    """Seed by seed, method by method; every method's plain ranking before the cost-aware one."""
+    for seed in config.seeds:
+        for method in config.methods:
+            if model.ratio_of == "channels":
+                ways: tuple[bool, ...] = (False,)
+            else:
+                ways = (True,) if method in PRESETS else (False, True)
+            for refit in config.refits:
+                same = method in peers.WEIGHTS_ONLY and not refit and model.one_test_set
+                if same and seed != config.seeds[0]:
+                    continue  # nothing depends on the seed
+                for cost_aware in ways:
+                    for ratio in config.ratios or model.ratios:
+                        yield Case(name, method, refit, cost_aware, ratio, seed)
+
+
+def _key(case: Case, model: Model) -> tuple[Any, ...]:
+    return (case.method, case.refit, case.cost_aware, case.ratio, model.ratio_of, case.seed)
+
+
+def _words(result: Result) -> str:
+    return (
+        f"top-1 {result.top1:.3f} of {result.top1_dense:.3f}, agreement {result.agreement:.3f}, "
+        f"KL {result.kl:.3f}, {result.seconds:.1f} s"
+    )
+
+
+def _arguments() -> tuple[Config, accuracy_figure.Value | None]:
+    """What to measure; or, with ``--plot``, what the tables show."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=MODELS, default=list(Config.models), metavar="NAME",
+        help=f"{', '.join(MODELS)}")  # fmt: skip
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+        help=f"{', '.join(METHODS)}")  # fmt: skip
+    add("--refit", choices=("yes", "no", "both"), default="both")
+    add("--seeds", type=int, default=1, metavar="N", help="calibration sets")
+    add("--ratios", type=float, nargs="+", metavar="R", help="the model's own unless said")
+    add("--calibration", type=int, metavar="N", help="images; 512 unless said")
+    add("--results", type=Path, default=RESULTS, metavar="DIR")
+    add("--fresh", action="store_true", help="measure again what is there")
+    add("--plot", action="store_true", help="only draw what is there, and print the tables")
+    add("--table", choices=("top1", "agreement"), default="top1", help="what --plot's tables show")
+    add("--quick", action="store_true", help="a short run on demo-resnet, nothing kept")
+    args = parser.parse_args()
+    if args.quick:
+        return replace(QUICK, results=Path(tempfile.mkdtemp())), None
+    config = Config(
+        models=tuple(args.model),
+        methods=tuple(args.methods),
+        refits={"yes": (True,), "no": (False,), "both": (False, True)}[args.refit],
+        seeds=tuple(range(args.seeds)),
+        ratios=tuple(args.ratios) if args.ratios else None,
+        calibration=args.calibration,
+        results=args.results,
+        fresh=args.fresh,
+    )
+    return config, args.table if args.plot else None
+
+
+if __name__ == "__main__":
+    main()

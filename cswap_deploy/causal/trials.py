@@ -1,0 +1,145 @@
+"""Sets of units on trial: taken out of a copy, made up for, and judged on other images.
+
+Effects of single units do not add up: what one unit carries another can take over, but not when
+both go. And a set looks better than it is on the images that it was solved on. So the effect of a
+set is that of the whole intervention, after the network has taken over what it can, on calibration
+images that took no part in the solving.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cswap_deploy.causal.compensate import Refit, refit, solvable
+from cswap_deploy.causal.effects import kl_divergence
+from cswap_deploy.causal.interventions import Moments, fold, stand_ins
+from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.units import Consumer, Group
+from cswap_deploy.progress import Phases, Silent
+
+FIRST_RIDGE = 1e-2
+"""Where the search for the ridge begins; each round may move it tenfold."""
+_ENOUGH = 512
+"""Images that a set on trial is solved on, where there are more."""
+_MOST_ELEMENTS = 1 << 29
+"""The refit holds some activations of all its images at once: at most 2 GiB each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """What a round's sets are tried on."""
+
+    graph: Graph
+    """The network as it stands; never changed."""
+    dense: Graph
+    groups: tuple[Group, ...]
+    removed: Mapping[str, list[int]]
+    """What is gone already."""
+    moments: Mapping[str, Moments]
+    images: Tensor
+    """(N, C, H, W), every prefix balanced by class."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether there are images enough to solve on some and judge on others."""
+        return len(self.images) >= 4
+
+    def effect(self, gone: Mapping[str, Sequence[int]], *, ridge: float | None) -> float:
+        """Mean KL divergence from the dense network, nats, once a set is gone.
+
+        Args:
+            gone: Group -> units on trial.
+            ridge: Of the layers solved again; ``None`` solves nothing.
+        """
+        count = len(self.images)
+        few = max(count // 4, min(count // 2, _ENOUGH))
+        trial = self.graph.on(copy.deepcopy(self.graph.module))
+        take_out(trial, self.groups, gone, self.moments)
+        if ridge is not None:
+            removed = {
+                g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())] for g in self.groups
+            }
+            solve_behind(
+                trial, self.dense, self.groups, removed, self.images[:few],
+                ridge=ridge, watcher=Silent(),
+            )  # fmt: skip
+        return _divergence(self.dense, trial, self.images[few:])
+
+
+def _divergence(dense: Graph, trial: Graph, images: Tensor) -> float:
+    """Mean KL divergence of a network's predictions from the dense network's, nats."""
+    total = 0.0
+    with torch.inference_mode():
+        for part in torch.split(images, 64):
+            wanted, found = dense.run(part)[0].double(), trial.run(part)[0].double()
+            total += float(kl_divergence(found[None], wanted).sum())
+    return total / len(images)
+
+
+def take_out(
+    graph: Graph,
+    groups: tuple[Group, ...],
+    gone: Mapping[str, Sequence[int]],
+    moments: Mapping[str, Moments],
+) -> None:
+    """Remove units, in place: their stand-ins become part of the weights that read them."""
+    for layer, index in _inputs(groups, gone).items():
+        (stand_in,) = stand_ins(moments.get(layer), [sorted(index)])
+        fold(graph, layer, stand_in)
+
+
+def solve_behind(
+    graph: Graph,
+    dense: Graph,
+    groups: tuple[Group, ...],
+    removed: Mapping[str, Sequence[int]],
+    images: Tensor,
+    *,
+    ridge: float,
+    watcher: Phases,
+) -> Refit:
+    """Solve every layer from the first that has lost an input on, in place, in order of execution.
+
+    Args:
+        graph: Over the network to change.
+        dense: The same graph on the network as it was.
+        groups: All of them.
+        removed: Group -> every unit that is gone.
+        images: (N, C, H, W); as many as fit are used.
+        ridge: See :func:`compensate.refit`.
+        watcher: Progress.
+    """
+    lost = _inputs(groups, removed)
+    kept = {}
+    for name in _behind(graph, lost):
+        layer: Consumer = graph.module.get_submodule(name)  # type: ignore[assignment]
+        inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+        gone = lost.get(name, set())
+        kept[name] = torch.tensor([i for i in range(inputs) if i not in gone])
+    watcher.begin(f"solving {len(kept)} layer{'s' if len(kept) > 1 else ''} again", len(kept))
+    images = images[: max(1, _MOST_ELEMENTS // graph.largest())]
+    done = refit(graph, dense, kept, images, ridge=ridge, tick=watcher.advance)
+    watcher.end()
+    return done
+
+
+def _inputs(groups: tuple[Group, ...], units: Mapping[str, Sequence[int]]) -> dict[str, set[int]]:
+    """Layer -> the inputs that some units are to it."""
+    found: dict[str, set[int]] = {}
+    for group in groups:
+        for entry in group.consumers:
+            index = {i for u in units.get(group.name, ()) for i in entry.indices[u]}
+            if index:
+                found.setdefault(entry.layer, set()).update(index)
+    return found
+
+
+def _behind(graph: Graph, lost: Iterable[str]) -> list[str]:
+    """Layers that can be solved and whose inputs are not the dense network's any more."""
+    changed = set(graph.suffix(n for layer in lost for n in graph.readers(layer)).nodes)
+    return [name for name in solvable(graph) if graph.readers(name)[0] in changed]

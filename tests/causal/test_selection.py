@@ -1,0 +1,302 @@
+"""Which set of units goes: orders, limits, and the set whose own effect is least."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import pictures, small_cnn, small_vit
+from torch import nn
+
+from cswap_deploy.causal import progressive
+from cswap_deploy.causal.progressive import Settings
+from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
+from cswap_deploy.causal.trials import Trials
+from cswap_deploy.config import BuildConfig
+from cswap_deploy.progress import Silent
+from cswap_deploy.pruning.budget import amount
+from cswap_deploy.pruning.plan import Prepared, Pruned, prepare, prune
+
+IMAGES, LABELS = pictures(40)
+SETTINGS = Settings(ratio=0.4, rounds=2, scoring_samples=10)
+
+
+def ready(module: nn.Module, settings: Settings = SETTINGS) -> Prepared:
+    return prepare(
+        module, images=IMAGES, ratio=settings.ratio, ratio_of=settings.ratio_of, round_to=1
+    )
+
+
+def run(settings: Settings = SETTINGS, criterion: str = "cswap", make: Any = small_cnn) -> Pruned:
+    return prune(
+        ready(make(), settings), images=IMAGES, labels=LABELS, settings=settings,
+        criterion=criterion, watcher=Silent(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The effect of everything that was tried."""
+    found: list[float] = []
+    real = Trials.effect
+
+    def spy(self: Trials, gone: Any, *, ridge: float | None) -> float:
+        found.append(real(self, gone, ridge=ridge))
+        return found[-1]
+
+    monkeypatch.setattr(Trials, "effect", spy)
+    return found
+
+
+# --- orders --------------------------------------------------------------------------------------
+
+
+def test_even_takes_the_same_fraction_of_each_group() -> None:
+    """However different the scores of the groups are."""
+    prepared = ready(small_cnn())
+    rng = np.random.default_rng(0)
+    scores = {g.name: 10.0**i * rng.random(g.units) for i, g in enumerate(prepared.groups)}
+    limits = Limits(dict.fromkeys(scores, 1), dict.fromkeys(scores, 1))
+    total = sum(g.units for g in prepared.groups)
+
+    def fractions(ranking: Ranking, removed: dict[str, list[int]]) -> list[float]:
+        sizes = copy.deepcopy(prepared.sizes)
+        choose(
+            prepared.groups, sizes, removed, ranking, limits,
+            target=total / 2, of="channels", fine=False,
+        )  # fmt: skip
+        return [len(removed.get(g.name, [])) / g.units for g in prepared.groups]
+
+    removed: dict[str, list[int]] = {}
+    assert fractions(even(prepared.groups, {}, scores), removed) == pytest.approx(
+        [0.5] * len(prepared.groups), abs=1 / 8 + 1e-9
+    )
+    for group in prepared.groups:
+        lowest = np.argsort(scores[group.name])[: len(removed[group.name])]
+        assert sorted(removed[group.name]) == sorted(lowest.tolist())
+    assert max(fractions(Ranking(scores), {})) > 0.7, "by scores alone it is not even"
+
+
+def test_even_counts_what_is_gone_already() -> None:
+    prepared = ready(small_cnn())
+    group = next(g for g in prepared.groups if g.units == 12)
+    scores = {g.name: np.arange(g.units, dtype=float) for g in prepared.groups}
+    ranking = even(prepared.groups, {group.name: [0, 1, 2]}, scores)
+    assert not ranking.per_saving
+    assert ranking.scores[group.name][3:].tolist() == pytest.approx(
+        [(3 + i + 0.5) / 12 for i in range(9)]
+    )
+
+
+@pytest.mark.parametrize("of", ["params", "channels", "macs"])
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("make", [small_cnn, small_vit])
+def test_choose_leaves_sizes_and_removed_consistent(make: Any, fine: bool, of: Any) -> None:
+    prepared = ready(make())
+    rng = np.random.default_rng(1)
+    ranking = Ranking({g.name: rng.random(g.units) for g in prepared.groups})
+    limits = Limits({g.name: 2 for g in prepared.groups}, {g.name: 1 for g in prepared.groups})
+    first = prepared.groups[0].name
+    removed = {first: [1]}
+    sizes = copy.deepcopy(prepared.sizes)
+    sizes.remove(first, [1])
+    begun = amount(sizes.size(), of)
+    gone = choose(
+        prepared.groups, sizes, removed, ranking, limits, target=0.6 * begun, of=of, fine=fine
+    )
+    assert gone
+    again = copy.deepcopy(prepared.sizes)
+    for group in prepared.groups:
+        mine = removed.get(group.name, [])
+        assert len(mine) == len(set(mine)), "nothing goes twice"
+        assert mine == ([1] if group.name == first else []) + gone.get(group.name, [])
+        left = remaining(group, removed)
+        assert sorted([*left, *mine]) == list(range(group.units))
+        assert len(left) >= 1
+        if group.name in gone and not fine:
+            assert len(left) % 2 == 0
+        again.remove(group.name, mine)
+    assert again.size() == sizes.size()
+    assert amount(sizes.size(), of) == pytest.approx(0.6 * begun, abs=0.13 * begun)
+
+
+# --- sets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [small_cnn, small_vit])
+def test_set_with_the_least_effect_as_a_whole_is_taken(make: Any, tried: list[float]) -> None:
+    """Without refit the pruned network is the trial itself: its divergence is known afterwards."""
+    settings = replace(SETTINGS, rounds=1, refit=False, ratio=0.3)
+    result = run(settings, make=make)
+    (log,) = result.plan.rounds
+    assert len(tried) >= 2, "nothing was compared"
+    assert log.kl == min(tried)
+    assert log.kl < max(tried)
+    unseen = IMAGES[20:]
+    with torch.no_grad():
+        p = F.log_softmax(make()(unseen).double(), 1)
+        q = F.log_softmax(result.module(unseen).double(), 1)
+    by_hand = F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+    assert log.kl == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
+
+
+def test_every_round_takes_the_least_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tried: list[float]
+) -> None:
+    rounds: list[dict[str, float]] = []
+    real = progressive._least
+
+    def spy(*arguments: Any) -> tuple[str, float | None]:
+        sets, begun = arguments[1], len(tried)
+        chosen = real(*arguments)
+        rounds.append(dict(zip(sets, tried[begun:], strict=len(sets) > 1)))
+        return chosen
+
+    monkeypatch.setattr(progressive, "_least", spy)
+    logs = run(replace(SETTINGS, rounds=3)).plan.rounds
+    assert len(rounds) == len(logs) == 3
+    assert max(map(len, rounds)) >= 3
+    for log, found in zip(logs, rounds, strict=True):
+        if not found:
+            assert log.order == "effect", "all orders proposed the same set"
+            continue
+        assert found.keys() <= {
+            "effect", "effect, even", "magnitude", "magnitude, even", "together, even",
+        }  # fmt: skip
+        order, effect = min(found.items(), key=lambda f: f[1])
+        assert log.order == order
+        assert log.kl is not None
+        assert log.kl <= effect, "another ridge may have brought it nearer still"
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-l1", "random"])
+def test_baselines_never_try_rivals(criterion: str, tried: list[float]) -> None:
+    logs = run(replace(SETTINGS, refit=False), criterion=criterion).plan.rounds
+    assert tried == []
+    assert {(log.order, log.kl, log.measured) for log in logs} == {("effect", None, 0)}
+
+
+def test_by_unit_nothing_is_tried_and_the_same_is_measured(tried: list[float]) -> None:
+    by_unit = run(replace(SETTINGS, rounds=1, select="unit", refit=False)).plan
+    assert tried == []
+    assert [(log.order, log.kl) for log in by_unit.rounds] == [("effect", None)]
+    by_set = run(replace(SETTINGS, rounds=1, refit=False)).plan
+    assert tried
+    assert [g.effects for g in by_unit.groups] == [g.effects for g in by_set.groups]
+    # What goes is what has the least effect for what it saves.
+    assert sum(g.units - len(g.kept) for g in by_unit.groups) == by_unit.rounds[0].removed
+
+
+# --- the method as published ---------------------------------------------------------------------
+
+
+def test_paper_adds_no_compensation_to_any_weight() -> None:
+    """What is left is what was there, number for number."""
+    config = BuildConfig(model="m", method="paper")
+    settings = replace(
+        SETTINGS, intervention=config.intervention, effect=config.effect, select=config.select,
+        refit=config.refit,
+    )  # fmt: skip
+    dense = small_cnn()
+    result = run(settings)
+    assert result.plan.effective("params") == pytest.approx(0.4, abs=0.07)
+    assert result.plan.refitted == ()
+    assert result.plan.biased == ()
+    groups = {g.name: g for g in ready(small_cnn()).groups}
+    gone: dict[tuple[str, str], set[int]] = {}
+    for plan in result.plan.groups:
+        for member in groups[plan.name].members:
+            lost = {i for u, at in enumerate(member.indices) if u not in plan.kept for i in at}
+            gone.setdefault((member.layer, member.side), set()).update(lost)
+    compared = 0
+    for name, layer in dense.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            continue
+        now: Any = result.module.get_submodule(name)
+        rows = torch.tensor(
+            [i for i in range(len(layer.weight)) if i not in gone.get((name, "out"), ())]
+        )
+        for key, value in layer.state_dict().items():
+            if value.ndim == 0:
+                continue
+            wanted = value[rows]
+            width = value.shape[1] if value.ndim > 1 else 0
+            lost = {i % width for i in gone.get((name, "in"), ())} if width > 1 else set()
+            if lost:
+                wanted = wanted[:, [i for i in range(width) if i not in lost]]
+            assert torch.equal(now.state_dict()[key], wanted), f"{name}.{key}"
+            compared += wanted.shape != value.shape
+    assert compared > 5, "nothing shrank"
+
+
+# --- no training ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a gradient, or takes a step of an optimiser, fails."""
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("a gradient was asked for")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    monkeypatch.setattr(torch.autograd, "backward", fail)
+    monkeypatch.setattr(torch.autograd, "grad", fail)
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            monkeypatch.setattr(kind, "step", fail)
+
+
+@pytest.mark.usefixtures("no_gradients")
+@pytest.mark.parametrize("make", [small_cnn, small_vit])
+def test_whole_pruning_without_a_gradient(make: Any) -> None:
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(AssertionError, match="a gradient was asked for"):
+        module(IMAGES[:2]).sum().backward()
+    with pytest.raises(AssertionError, match="a gradient was asked for"):
+        torch.optim.SGD(module.parameters(), lr=1.0).step()
+    prepared = ready(module)
+    result = prune(
+        prepared, images=IMAGES, labels=LABELS, settings=SETTINGS, criterion="cswap",
+        watcher=Silent(),
+    )  # fmt: skip
+    assert result.plan.refitted
+    assert result.plan.pruned.params < result.plan.dense.params
+    for side in (module, prepared.dense.module, prepared.module, result.module):
+        assert all(p.grad is None and p.grad_fn is None for p in side.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+# --- the ridge -----------------------------------------------------------------------------------
+
+
+def test_ridge_is_the_best_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round looks one step to both sides of the last ridge, and says what it took."""
+    rounds: list[dict[float | None, float]] = []
+    effect, choose_ridge = Trials.effect, progressive._best_ridge
+
+    def spy(self: Trials, gone: Any, *, ridge: float | None) -> float:
+        found = effect(self, gone, ridge=ridge)
+        if rounds:
+            rounds[-1][ridge] = found
+        return found
+
+    def begin(trials: Trials, gone: Any, ridge: float, known: float | None, watcher: Any) -> Any:
+        rounds.append({} if known is None else {ridge: known})
+        found = choose_ridge(trials, gone, ridge, known, watcher)
+        tried = rounds[-1]
+        assert {round(r / ridge, 6) for r in tried if r} == {0.1, 1.0, 10.0}
+        assert found == min(tried.items(), key=lambda f: f[1])
+        return found
+
+    monkeypatch.setattr(Trials, "effect", spy)
+    monkeypatch.setattr(progressive, "_best_ridge", begin)
+    logs = run(replace(SETTINGS, rounds=2)).plan.rounds
+    assert len(rounds) == len(logs) == 2
+    assert all(log.ridge is not None for log in logs)
