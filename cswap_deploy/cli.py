@@ -93,7 +93,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
         ] = None,
         validation_data: ValidationData = None,
         calibration_samples: Annotated[
-            int | None, typer.Option(metavar="N", help="Images to prune on (512).")
+            int | None, typer.Option(metavar="N", help="Images to prune on (1024).")
         ] = None,
         validation_samples: Annotated[
             int | None, typer.Option(metavar="N", help="Images to test on (2000).")

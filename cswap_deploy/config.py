@@ -42,8 +42,9 @@ class BuildConfig(Value):
     validation_data: str | None = None
     class_map: Path | None = None
     """JSON object: folder or label name -> class index of the model."""
-    calibration_samples: int = Field(default=512, ge=1)
-    """Images for the closed-form refit; the effects use the first ``scoring_samples`` of them."""
+    calibration_samples: int = Field(default=1024, ge=1)
+    """Images to measure on (``scoring_samples`` of them in each round), to solve layers on, and to
+    judge sets of units on."""
     validation_samples: int = Field(default=2000, ge=1)
     allow_overlap: bool = False
     """Let an image be in both sets; the report says so."""

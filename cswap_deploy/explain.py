@@ -266,6 +266,12 @@ def reading(plan: PrunePlan) -> tuple[str, ...]:
         "kl": "the KL divergence (how far the whole output moves)",
         "true-class": "the mean size of the effect on the true class",
     }[ranked_by(plan)]
+    tried = (
+        " That order proposed one of the sets that each round tried; the set that went is the one "
+        "whose own effect, once the other layers had taken over, was least."
+        if settings.get("select") == "set"
+        else ""
+    )
     return (
         "An effect is the relative change of the true class's probability when a unit is "
         f"{_SET_TO.get(str(settings.get('intervention')), 'taken away')} ({images}95 % interval): "
@@ -274,7 +280,7 @@ def reading(plan: PrunePlan) -> tuple[str, ...]:
         f"Verdicts describe (false-discovery rate {100 * plan.alpha:g} %{at_least}): removing a "
         "critical unit hurts some class, one that it serves, or all on average; removing a "
         "detrimental one only helps; a neutral one shows neither. The removal itself goes by "
-        f"{ranking}{_PER[plan.ratio_of]}, smallest first.",
+        f"{ranking}{_PER[plan.ratio_of]}, smallest first.{tried}",
     )
 
 

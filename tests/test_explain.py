@@ -34,7 +34,8 @@ def bundle(tmp_path: Path) -> Path:
 def unit(index: int, kl: float, true_class: float, verdict: Verdict, **more: Any) -> UnitEffect:
     low, high = true_class - 0.01, true_class + 0.01
     return UnitEffect(
-        unit=index, true_class=true_class, kl=kl, low=low, high=high, verdict=verdict,
+        unit=index, true_class=true_class, absolute=abs(true_class), kl=kl, low=low, high=high,
+        verdict=verdict,
         **({"round": 1} | more),
     )  # fmt: skip
 
@@ -104,7 +105,7 @@ def test_the_order_of_removal_may_be_by_the_effect_on_the_true_class() -> None:
     assert told.ranked_by == "true-class"
     assert told.groups[0].costs == ((0.001, 0.02), (0.05, 0.3))
     assert [u.unit for u in told.removed_at_largest_cost] == [1, 3]
-    assert "goes by the size of the effect on the true class" in told.reading[1]
+    assert "goes by the mean size of the effect on the true class" in told.reading[1]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ scoring-samples = 2
 calibration-samples = 24
 validation-samples = 40
 latency-runs = 10
+select = "unit"
 """
 """What CSWAP_CONFIG points to, so that two cores measure 11,000 units in a minute."""
 

@@ -29,6 +29,9 @@ ARGUMENTS = {
 }
 
 
+TRIES_SETS = ("mobilenetv2_100", "vit_tiny_patch16_224")
+
+
 @pytest.fixture(scope="module")
 def fake_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noise, one colour cast for each of ten classes."""
@@ -63,6 +66,8 @@ def test_builds_end_to_end(name: str, fake_images: Path, tmp_path: Path) -> None
         input_size=SIZE,
         rounds=1,
         scoring_samples=1,
+        # Trying sets solves every layer many times over: two of ten show that it works.
+        select="set" if name in TRIES_SETS else "unit",
         calibration_samples=8,
         validation_samples=8,
         latency_runs=10,
