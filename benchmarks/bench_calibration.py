@@ -86,10 +86,10 @@ def measure(config: Config, watcher: Phases) -> Result:
         model=loaded.spec, calibration_samples=wanted, validation_samples=model.validation, seed=0,
     )  # fmt: skip
     images, labels = (
-        torch.from_numpy(normalised(samples.calibration.images, loaded.spec.preprocessing)),
+        torch.from_numpy(normalised(samples.calibration, loaded.spec.preprocessing)),
         torch.from_numpy(samples.calibration.labels),
     )
-    tests = torch.from_numpy(normalised(samples.validation.images, loaded.spec.preprocessing))
+    tests = torch.from_numpy(normalised(samples.validation, loaded.spec.preprocessing))
     truth = torch.from_numpy(samples.validation.labels)
     order = torch.from_numpy(balanced_order(labels.numpy()))
     dense = logits(loaded.module, tests)
