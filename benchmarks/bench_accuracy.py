@@ -20,7 +20,6 @@ images are read from the folder that ``CSWAP_DATA`` names. The last line is one 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import tempfile
@@ -52,7 +51,7 @@ from cswap_deploy.measure.accuracy import accuracy_change
 from cswap_deploy.models.load import LoadedModel
 from cswap_deploy.progress import Phases, Progress, Silent
 from cswap_deploy.pruning.budget import amount
-from cswap_deploy.pruning.plan import Prepared, prepare, remove_progressively, scoring_images
+from cswap_deploy.pruning.plan import Prepared, loop_settings, prepare, remove_progressively
 
 RESULTS = ROOT / "benchmarks/results/accuracy"
 FIGURES = ROOT / ".github"
@@ -252,13 +251,7 @@ def prune_copy(
     Returns:
         The masked network (the deleted one gives the same outputs), and the fraction removed.
     """
-    module = copy.deepcopy(prepared.module)
-    copied = replace(
-        prepared,
-        module=module,
-        graph=prepared.dense.on(module),
-        sizes=copy.deepcopy(prepared.sizes),
-    )
+    copied = prepared.copy()
 
     def ranking(group: Group) -> np.ndarray:
         assert scores is not None
@@ -273,7 +266,7 @@ def prune_copy(
         watcher=watcher,
     )
     total = amount(prepared.dense_size, settings.ratio_of)
-    return module, 1 - amount(copied.sizes.size(), settings.ratio_of) / total
+    return copied.module, 1 - amount(copied.sizes.size(), settings.ratio_of) / total
 
 
 def logits(module: nn.Module, images: Tensor) -> Tensor:
@@ -284,21 +277,17 @@ def logits(module: nn.Module, images: Tensor) -> Tensor:
 
 def settings(case: Case, model: Model, prepared: Prepared, images: int) -> Settings:
     """What the command would use for a preset; one round and no effects for a peer."""
-    settings = Settings(ratio=case.ratio, ratio_of=model.ratio_of, refit=case.refit, seed=case.seed)
     if case.method not in PRESETS:
         # Natively a peer's units become zero; with the refit they are removed as the package does.
-        return replace(settings, rounds=1, intervention="mean" if case.refit else "zero")
+        return Settings(
+            ratio=case.ratio, ratio_of=model.ratio_of, refit=case.refit, seed=case.seed,
+            rounds=1, intervention="mean" if case.refit else "zero",
+        )  # fmt: skip
     config = load_config(
-        model=model.name, ratio=case.ratio, ratio_of=model.ratio_of, method=case.method
-    )
-    return replace(
-        settings,
-        rounds=config.rounds,
-        scoring_samples=min(scoring_images(config, prepared), images),
-        effect=config.effect,
-        intervention=config.intervention,
-        select=config.select,
-    )
+        model=model.name, ratio=case.ratio, ratio_of=model.ratio_of, method=case.method,
+        refit=case.refit, seed=case.seed,
+    )  # fmt: skip
+    return loop_settings(config, prepared, images)
 
 
 def ranking(scores: peers.Scores, case: Case, model: Model, prepared: Prepared) -> peers.Scores:

@@ -11,9 +11,8 @@ last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -22,13 +21,13 @@ from bench_accuracy import RESULTS, logits
 from torch import Tensor
 
 from cswap_deploy.causal.effects import kl_divergence
-from cswap_deploy.causal.progressive import Settings, State, balanced_order
+from cswap_deploy.causal.progressive import State, balanced_order
 from cswap_deploy.config import load_config
 from cswap_deploy.console import Console
 from cswap_deploy.data import normalised
 from cswap_deploy.data.load import load_samples
 from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.plan import Prepared, prepare, remove_progressively, scoring_images
+from cswap_deploy.pruning.plan import Prepared, loop_settings, prepare, remove_progressively
 
 FIGURE = ROOT / ".github" / "calibration.svg"
 
@@ -161,20 +160,12 @@ def _prune(
     watcher: Phases,
 ) -> tuple[torch.nn.Module, State]:
     chosen = load_config(model=model.name, ratio=config.ratio, ratio_of=model.ratio_of)
-    settings = Settings(
-        ratio=chosen.ratio, ratio_of=chosen.ratio_of, rounds=chosen.rounds, effect=chosen.effect,
-        intervention=chosen.intervention, select=chosen.select, refit=chosen.refit,
-        scoring_samples=min(scoring_images(chosen, prepared), len(images)),
-    )  # fmt: skip
-    module = copy.deepcopy(prepared.module)
-    copied = replace(
-        prepared, module=module, graph=prepared.dense.on(module),
-        sizes=copy.deepcopy(prepared.sizes),
-    )  # fmt: skip
+    copied = prepared.copy()
     state = remove_progressively(
-        copied, images=images, labels=labels, settings=settings, watcher=watcher
-    )
-    return module, state
+        copied, images=images, labels=labels, watcher=watcher,
+        settings=loop_settings(chosen, prepared, len(images)),
+    )  # fmt: skip
+    return copied.module, state
 
 
 def _overlap(first: State, second: State) -> tuple[int, int]:

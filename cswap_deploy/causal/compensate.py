@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from cswap_deploy.causal.branches import branch_of, to_layer
 from cswap_deploy.causal.interventions import set_offset
 from cswap_deploy.causal.partition import Env, Graph
-from cswap_deploy.causal.units import Consumer, channel_dim
+from cswap_deploy.causal.units import Consumer, channel_dim, depthwise
 
 MAX_FEATURES = 8192
 """A consumer with more inputs (channels times kernel positions) is not solved again: its normal
@@ -43,7 +43,7 @@ def solvable(graph: Graph) -> list[str]:
     return [
         name
         for name in graph.layers()
-        if len(graph.readers(name)) == 1 and not _depthwise(graph.module.get_submodule(name))
+        if len(graph.readers(name)) == 1 and not depthwise(graph.module.get_submodule(name))
     ]
 
 
@@ -144,10 +144,6 @@ def _solve(
         bias[rows] = (mean_y - weight @ mean_u).float()
     set_offset(pruned, dense, name, bias)
     return True
-
-
-def _depthwise(layer: torch.nn.Module) -> bool:
-    return isinstance(layer, torch.nn.Conv2d) and 1 < layer.groups == layer.out_channels
 
 
 def _moments(

@@ -135,6 +135,7 @@ def prune_progressively(
     for name, units in state.removed.items():
         sizes.remove(name, units)
     order = torch.from_numpy(balanced_order(labels.numpy()))
+    trials = Trials(graph, dense, groups, state.removed, images[order])
     while state.round < settings.rounds:
         state.round += 1
         begun = time.perf_counter()
@@ -162,18 +163,17 @@ def prune_progressively(
             )  # fmt: skip
             if gone not in sets.values():
                 sets[name] = gone
-        trials = Trials(graph, dense, groups, state.removed, moments, images[order])
-        chosen, effect = _least(trials, sets, state, settings, watcher)
+        chosen, effect = _least(trials, sets, moments, state, settings, watcher)
         gone = sets[chosen]
         if settings.refit and gone:
-            state.ridge, effect = _best_ridge(trials, gone, state.ridge, effect, watcher)
+            state.ridge, effect = _best_ridge(trials, gone, moments, state.ridge, effect, watcher)
         take_out(graph, groups, gone, moments)
         for name, units in gone.items():
             sizes.remove(name, units)
             state.removed.setdefault(name, []).extend(units)
         if settings.refit and gone:
             done = solve_behind(
-                graph, dense, groups, state.removed, images[order],
+                graph, dense, groups, state.removed, trials.images,
                 ridge=state.ridge, watcher=watcher,
             )  # fmt: skip
             state.refitted, state.not_refitted = done.layers, done.skipped
@@ -331,6 +331,7 @@ def _orders(
 def _least(
     trials: Trials,
     sets: Mapping[str, dict[str, list[int]]],
+    moments: Mapping[str, Moments],
     state: State,
     settings: Settings,
     watcher: Phases,
@@ -341,7 +342,7 @@ def _least(
     watcher.begin(f"trying {len(sets)} sets", len(sets))
     found = {}
     for name, gone in sets.items():
-        found[name] = trials.effect(gone, ridge=state.ridge if settings.refit else None)
+        found[name] = trials.effect(gone, moments, ridge=state.ridge if settings.refit else None)
         watcher.advance(1)
     watcher.end()
     best = min(found, key=lambda name: found[name])
@@ -351,6 +352,7 @@ def _least(
 def _best_ridge(
     trials: Trials,
     gone: Mapping[str, list[int]],
+    moments: Mapping[str, Moments],
     ridge: float,
     effect: float | None,
     watcher: Phases,
@@ -366,7 +368,7 @@ def _best_ridge(
     wanted = {ridge, *(r for r in (ridge / 10, ridge * 10) if _LEAST_RIDGE <= r <= _MOST_RIDGE)}
     watcher.begin("choosing the ridge", len(wanted - found.keys()))
     for strength in sorted(wanted - found.keys()):
-        found[strength] = trials.effect(gone, ridge=strength)
+        found[strength] = trials.effect(gone, moments, ridge=strength)
         watcher.advance(1)
     watcher.end()
     best = min(found, key=lambda strength: found[strength])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +27,22 @@ FIRST_RIDGE = 1e-2
 """Where the search for the ridge begins; each round may move it tenfold."""
 _ENOUGH = 512
 """Images that a set on trial is solved on, where there are more."""
+_CHUNK = 64
+"""Images of one forward while judging."""
 _MOST_ELEMENTS = 1 << 29
 """The refit holds some activations of all its images at once: at most 2 GiB each."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trials:
-    """What a round's sets are tried on."""
+    """What sets are tried on, in every round of a run."""
 
     graph: Graph
-    """The network as it stands; never changed."""
+    """The network as it stands; no trial changes it."""
     dense: Graph
     groups: tuple[Group, ...]
     removed: Mapping[str, list[int]]
-    """What is gone already."""
-    moments: Mapping[str, Moments]
+    """What is gone already; the loop's own record."""
     images: Tensor
     """(N, C, H, W), every prefix balanced by class."""
 
@@ -49,36 +51,50 @@ class Trials:
         """Whether there are images enough to solve on some and judge on others."""
         return len(self.images) >= 4
 
-    def effect(self, gone: Mapping[str, Sequence[int]], *, ridge: float | None) -> float:
+    def effect(
+        self,
+        gone: Mapping[str, Sequence[int]],
+        moments: Mapping[str, Moments],
+        *,
+        ridge: float | None,
+    ) -> float:
         """Mean KL divergence from the dense network, nats, once a set is gone.
 
         Args:
             gone: Group -> units on trial.
+            moments: Of the consumers' inputs, for what takes the units' place.
             ridge: Of the layers solved again; ``None`` solves nothing.
         """
-        count = len(self.images)
-        few = max(count // 4, min(count // 2, _ENOUGH))
         trial = self.graph.on(copy.deepcopy(self.graph.module))
-        take_out(trial, self.groups, gone, self.moments)
+        take_out(trial, self.groups, gone, moments)
         if ridge is not None:
             removed = {
                 g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())] for g in self.groups
             }
             solve_behind(
-                trial, self.dense, self.groups, removed, self.images[:few],
+                trial, self.dense, self.groups, removed, self.images[: self._few],
                 ridge=ridge, watcher=Silent(),
             )  # fmt: skip
-        return _divergence(self.dense, trial, self.images[few:])
+        total = 0.0
+        unseen = torch.split(self.images[self._few :], _CHUNK)
+        with torch.inference_mode():
+            for part, wanted in zip(unseen, self._wanted, strict=True):
+                found = trial.run(part)[0].double()
+                total += float(kl_divergence(found[None], wanted).sum())
+        return total / (len(self.images) - self._few)
 
+    @property
+    def _few(self) -> int:
+        """Images to solve on; the others judge."""
+        count = len(self.images)
+        return max(count // 4, min(count // 2, _ENOUGH))
 
-def _divergence(dense: Graph, trial: Graph, images: Tensor) -> float:
-    """Mean KL divergence of a network's predictions from the dense network's, nats."""
-    total = 0.0
-    with torch.inference_mode():
-        for part in torch.split(images, 64):
-            wanted, found = dense.run(part)[0].double(), trial.run(part)[0].double()
-            total += float(kl_divergence(found[None], wanted).sum())
-    return total / len(images)
+    @cached_property
+    def _wanted(self) -> list[Tensor]:
+        """The dense network's logits on the images that judge: every trial is held against them."""
+        unseen = torch.split(self.images[self._few :], _CHUNK)
+        with torch.inference_mode():
+            return [self.dense.run(part)[0].double() for part in unseen]
 
 
 def take_out(

@@ -56,6 +56,11 @@ def channel_dim(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
+def depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that reads one input for each group of its own."""
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.out_channels
+
+
 def select_input(weight: Tensor, indices: Tensor, groups: int) -> Tensor:
     """The part of a consumer's weight that reads some inputs.
 

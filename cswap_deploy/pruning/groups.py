@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.causal.units import Group, Kind, Slice
+from cswap_deploy.causal.units import Group, Kind, Slice, depthwise
 from cswap_deploy.errors import PruneError
 from cswap_deploy.models.adapters import Adapter, Heads, find_heads
 
@@ -55,7 +55,7 @@ def find_groups(module: nn.Module, example: Tensor) -> Structure:
     )
     for root in modules:
         name = names[root]
-        if name in seen or _depthwise(root):
+        if name in seen or depthwise(root):
             continue
         items = _items(dependencies, root, range(_outputs(root)))
         seen |= {names[i.layer] for i in items if i.layer in names and not i.reads}
@@ -161,7 +161,7 @@ def _items(graph: Any, root: nn.Module, positions: Iterable[int]) -> list[_Item]
         parameter = graph._param_to_name.get(layer) if isinstance(layer, nn.Parameter) else None
         reads = (
             isinstance(layer, nn.Conv2d | nn.Linear)
-            and not _depthwise(layer)
+            and not depthwise(layer)
             and (entry.dep.handler == graph.get_pruner_of_module(layer).prune_in_channels)
         )
         items.append(
@@ -267,12 +267,8 @@ def _outputs(layer: Any) -> int:
     return int(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features)
 
 
-def _depthwise(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.out_channels
-
-
 def _grouped(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not _depthwise(layer)
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not depthwise(layer)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - used like a function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -58,6 +58,13 @@ class Prepared:
     fine: bool
     """Whether a last group may end at an odd width, to meet the ratio."""
     example: Tensor
+
+    def copy(self) -> Prepared:
+        """Another one to use up: preparing takes seconds, a copy does not."""
+        module = copy.deepcopy(self.module)
+        return replace(
+            self, module=module, graph=self.dense.on(module), sizes=copy.deepcopy(self.sizes)
+        )
 
 
 def prepare(
@@ -132,6 +139,29 @@ def scoring_images(config: BuildConfig, prepared: Prepared) -> int:
     if config.scoring_samples != "auto":
         return config.scoring_samples
     return affordable_images(prepared.graph, prepared.groups, rounds=config.rounds)
+
+
+def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Settings:
+    """How a build measures and removes.
+
+    Args:
+        config: What was asked for; a baseline criterion takes one round.
+        prepared: The network.
+        images: How many calibration images there are.
+    """
+    return Settings(
+        ratio=config.ratio,
+        ratio_of=config.ratio_of,
+        rounds=config.rounds if config.criterion == "cswap" else 1,
+        scoring_samples=min(scoring_images(config, prepared), images),
+        effect=config.effect,
+        intervention=config.intervention,
+        select=config.select,
+        alpha=config.alpha,
+        min_effect=config.min_effect,
+        refit=config.refit,
+        seed=config.seed,
+    )
 
 
 def remove_progressively(

@@ -101,8 +101,7 @@ def read_record(folder: Path) -> BuildRecord:
 def _prune(run: Run, key: str, out: Path) -> None:
     from safetensors.torch import save_file
 
-    from cswap_deploy.causal.progressive import Settings
-    from cswap_deploy.pruning.plan import dense_plan, prepare, prune, scoring_images
+    from cswap_deploy.pruning.plan import dense_plan, loop_settings, prepare, prune
     from cswap_deploy.pruning.resume import RoundStore
 
     config = run.config
@@ -116,20 +115,7 @@ def _prune(run: Run, key: str, out: Path) -> None:
             round_to=config.round_to,
         )  # fmt: skip
         run.progress.end()
-        cswap = config.criterion == "cswap"
-        settings = Settings(
-            ratio=config.ratio,
-            ratio_of=config.ratio_of,
-            rounds=config.rounds if cswap else 1,
-            scoring_samples=min(scoring_images(config, prepared), len(images)),
-            effect=config.effect,
-            intervention=config.intervention,
-            select=config.select,
-            alpha=config.alpha,
-            min_effect=config.min_effect,
-            refit=config.refit,
-            seed=config.seed,
-        )
+        settings = loop_settings(config, prepared, len(images))
         rounds = RoundStore(run.store, key)
         state = rounds.load(prepared.module, most=settings.rounds) if config.resume else None
         if state is not None:

@@ -45,8 +45,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     real = Trials.effect
 
-    def spy(self: Trials, gone: Any, *, ridge: float | None) -> float:
-        found.append(real(self, gone, ridge=ridge))
+    def spy(self: Trials, gone: Any, moments: Any, *, ridge: float | None) -> float:
+        found.append(real(self, gone, moments, ridge=ridge))
         return found[-1]
 
     monkeypatch.setattr(Trials, "effect", spy)
@@ -281,15 +281,16 @@ def test_ridge_is_the_best_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) ->
     rounds: list[dict[float | None, float]] = []
     effect, choose_ridge = Trials.effect, progressive._best_ridge
 
-    def spy(self: Trials, gone: Any, *, ridge: float | None) -> float:
-        found = effect(self, gone, ridge=ridge)
+    def spy(self: Trials, gone: Any, moments: Any, *, ridge: float | None) -> float:
+        found = effect(self, gone, moments, ridge=ridge)
         if rounds:
             rounds[-1][ridge] = found
         return found
 
-    def begin(trials: Trials, gone: Any, ridge: float, known: float | None, watcher: Any) -> Any:
+    def begin(trials: Trials, gone: Any, moments: Any, ridge: float, *rest: Any) -> Any:
+        known = rest[0]
         rounds.append({} if known is None else {ridge: known})
-        found = choose_ridge(trials, gone, ridge, known, watcher)
+        found = choose_ridge(trials, gone, moments, ridge, *rest)
         tried = rounds[-1]
         assert {round(r / ridge, 6) for r in tried if r} == {0.1, 1.0, 10.0}
         assert found == min(tried.items(), key=lambda f: f[1])
