@@ -199,6 +199,8 @@ class PrunePlan(Value):
     """Layers that gained a bias to hold what was folded into them."""
     refitted: tuple[str, ...] = ()
     """Layers whose weights were solved again."""
+    producers: tuple[str, ...] = ()
+    """Layers whose remaining units took over, by solution, what the removed ones carried."""
     rounds: tuple[RoundLog, ...] = ()
     alpha: float = 0.05
     """False-discovery rate of the verdicts."""

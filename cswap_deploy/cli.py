@@ -128,6 +128,10 @@ def _build_command(until: Stage) -> Callable[..., None]:
         effect: Annotated[
             str | None, typer.Option(metavar="kl|true-class", help="What ranks the units (kl).")
         ] = None,
+        mix: Annotated[
+            bool | None,
+            typer.Option(help="Measure on lightly mixed images too (default)."),
+        ] = None,
         intervention: Annotated[
             str | None,
             typer.Option(metavar="predicted|mean|zero", help="What a unit is set to (predicted)."),
@@ -141,6 +145,10 @@ def _build_command(until: Stage) -> Callable[..., None]:
         refit: Annotated[
             bool | None,
             typer.Option(help="Solve the layers behind again, in closed form (default)."),
+        ] = None,
+        refit_producers: Annotated[
+            bool | None,
+            typer.Option(help="And let the units that stay take over, in closed form (default)."),
         ] = None,
         precision: Annotated[str | None, typer.Option(metavar="fp32")] = None,
         opset: Annotated[int | None, typer.Option(metavar="N", help="ONNX opset (18).")] = None,

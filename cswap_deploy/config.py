@@ -17,9 +17,15 @@ CONFIG_VARIABLE = "CSWAP_CONFIG"
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "cswap": {"intervention": "predicted", "effect": "kl", "select": "set", "refit": True},
-    "paper": {"intervention": "zero", "effect": "true-class", "select": "unit", "refit": False},
-}
+    "cswap": {
+        "intervention": "predicted", "effect": "kl", "mix": True, "select": "set", "refit": True,
+        "refit_producers": True,
+    },
+    "paper": {
+        "intervention": "zero", "effect": "true-class", "mix": False, "select": "unit",
+        "refit": False, "refit_producers": False,
+    },
+}  # fmt: skip
 """What ``--method`` stands for; each choice can be given by itself, and wins. ``paper`` is the
 method as published (arXiv:2510.18636), ``cswap`` the best that was measured
 (benchmarks/LOG.md)."""
@@ -63,6 +69,9 @@ class BuildConfig(Value):
     """Fills in what follows where it is not given; see ``METHODS``."""
     effect: Literal["kl", "true-class"] = "kl"
     """What ranks the units; both are measured, verdicts come from ``true-class``."""
+    mix: bool = True
+    """Measure on every second image lightly mixed with another: a network knows its training images
+    by heart, and few units seem to matter there."""
     intervention: Literal["zero", "mean", "predicted"] = "predicted"
     """What a unit is set to while its effect is measured, and when it goes."""
     select: Literal["set", "unit"] = "set"
@@ -74,6 +83,9 @@ class BuildConfig(Value):
     """Smallest |effect| on a class that counts as a verdict, as a fraction of the probability."""
     refit: bool = True
     """Solve every layer behind a removed unit again, in closed form."""
+    refit_producers: bool = True
+    """With ``refit``: in the last round also let the units that stay take over what others carried,
+    each solved again in closed form."""
 
     # export, targets
     target: tuple[str, ...] = ("onnxruntime",)

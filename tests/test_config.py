@@ -133,6 +133,11 @@ def test_paper_stands_for_what_was_published() -> None:
     config = load_config(model="m", method="paper")
     assert config.method == "paper"
     assert chosen(config) == ("zero", "true-class", "unit", False)
+    assert not config.mix
+    assert not config.refit_producers
+    best = load_config(model="m")
+    assert best.mix
+    assert best.refit_producers
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_the_paper_s_method_in_a_real_run(
         "zero", "true-class", "unit", False,
     ]  # fmt: skip
     plan = read_value(tmp_path / "out" / "plan.json", PrunePlan)
-    assert plan.refitted == ()
+    assert plan.refitted == plan.producers == ()
     assert {(log.order, log.kl) for log in plan.rounds} == {("effect", None)}
     assert plan.settings["intervention"] == "zero"
     assert sum(log.measured for log in plan.rounds) > 0

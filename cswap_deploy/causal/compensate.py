@@ -5,18 +5,18 @@ Closed form from forward passes: no gradient is computed and no training happens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from cswap_deploy.causal.branches import branch_of, to_layer
 from cswap_deploy.causal.interventions import set_offset
-from cswap_deploy.causal.partition import Env, Graph
-from cswap_deploy.causal.units import Consumer, channel_dim, depthwise
+from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.producers import Chain, find_chains, take_over
+from cswap_deploy.causal.rows import Geometry, Positions, at, draw, geometry, laid_out, seen
+from cswap_deploy.causal.units import Consumer, depthwise
 
 MAX_FEATURES = 8192
 """A consumer with more inputs (channels times kernel positions) is not solved again: its normal
@@ -32,6 +32,8 @@ class Refit:
     layers: tuple[str, ...]
     skipped: tuple[str, ...]
     """Layers above ``MAX_FEATURES``."""
+    producers: tuple[str, ...] = ()
+    """Layers whose remaining units took over what the removed ones did."""
 
 
 def solvable(graph: Graph) -> list[str]:
@@ -54,6 +56,7 @@ def refit(
     images: Tensor,
     *,
     ridge: float = 1e-3,
+    taken_over: Collection[str] = (),
     tick: Callable[[int], None] | None = None,
 ) -> Refit:
     """Solve layers again so that they give the dense network's outputs from what is left.
@@ -75,6 +78,9 @@ def refit(
             that lost nothing itself is worth solving too: its inputs have changed.
         images: (N, C, H, W), the calibration set.
         ridge: Strength of the pull towards the dense weights.
+        taken_over: Of the layers in ``kept``, those whose producer's remaining units take over too,
+            where that can be done; see :mod:`causal.producers`. The layer is solved before and
+            after.
         tick: Called with 1 after each layer.
 
     Returns:
@@ -86,12 +92,20 @@ def refit(
         towards W0. Own inputs against the dense network's outputs: Zhang et al. 2015,
         "Accelerating Very Deep Convolutional Networks" (arXiv:1505.06798), section 3.3.
     """
-    solved, skipped = [], []
+    solved: list[str] = []
+    skipped: list[str] = []
+    producers: list[str] = []
     by_node = {pruned.readers(layer)[0]: layer for layer in kept}
+    chains = {c.producer: c for c in find_chains(pruned, taken_over)}
+    waiting: dict[str, tuple[Chain, Tensor]] = {}
+    """Consumer -> its chain, and what the chain's producer reads."""
     with torch.no_grad():
         for (node, env), (_, dense_env) in zip(
             pruned.step(images), dense.step(images), strict=True
         ):
+            if node in chains:
+                x = pruned.value(chains[node].source, env)
+                waiting[chains[node].consumer_layer] = chains[node], x
             layer = by_node.get(node)
             if layer is None:
                 continue
@@ -100,123 +114,112 @@ def refit(
             if branch is not None and branch.stream in env:
                 lost = dense.value(branch.stream, dense_env) - pruned.value(branch.stream, env)
                 target = target + to_layer(dense, branch, lost)
-            if _solve(pruned, dense, node, env, target, layer, kept[layer], ridge):
-                solved.append(layer)
-            else:
-                skipped.append(layer)
+            problem = _Problem(pruned, dense, node, layer, kept[layer], target, ridge)
+            done = problem.solve(pruned.value(node.args[0], env))  # type: ignore[arg-type]
+            if layer in waiting:
+                chain, x = waiting.pop(layer)
+                inputs = kept.get(chain.producer_layer)
+                if done and problem.let_take_over(chain, x, inputs):
+                    env[chain.end] = chain.run(pruned, x)
+                    problem.solve(env[chain.end])
+                    producers.append(chain.producer_layer)
+            (solved if done else skipped).append(layer)
             if tick is not None:
                 tick(1)
-    return Refit(tuple(solved), tuple(skipped))
+    return Refit(tuple(solved), tuple(skipped), tuple(producers))
 
 
-def _solve(
-    pruned: Graph,
-    dense: Graph,
-    node: fx.Node,
-    env: Env,
-    target: Tensor,
-    name: str,
-    kept: Tensor,
-    ridge: float,
-) -> bool:
-    layer: Consumer = pruned.module.get_submodule(name)  # type: ignore[assignment]
-    before: Consumer = dense.module.get_submodule(name)  # type: ignore[assignment]
-    x = pruned.value(node.args[0], env)  # type: ignore[arg-type]
-    groups = layer.groups if isinstance(layer, torch.nn.Conv2d) else 1
-    in_group, out_group = layer.weight.shape[1], layer.weight.shape[0] // groups
-    bias = torch.zeros(layer.weight.shape[0])
-    for g in range(groups):
-        mine = kept[(kept >= g * in_group) & (kept < (g + 1) * in_group)]
-        local = mine - g * in_group
-        rows = slice(g * out_group, (g + 1) * out_group)
-        prior = before.weight[rows][:, local].flatten(1).double()
-        if prior.shape[1] > MAX_FEATURES:
-            return False
-        dim = channel_dim(layer)
-        part = target.narrow(dim, rows.start, out_group)
-        gram, cross, mean_u, mean_y = _moments(node, layer, x, mine, part)
-        strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
-        gram.diagonal().add_(strength)
-        factor = torch.linalg.cholesky(gram)
-        weight = torch.cholesky_solve(cross + strength * prior.T, factor).T
-        layer.weight[rows] = 0.0
-        layer.weight[rows, local] = weight.view(-1, len(local), *layer.weight.shape[2:]).float()
-        bias[rows] = (mean_y - weight @ mean_u).float()
-    set_offset(pruned, dense, name, bias)
-    return True
+class _Problem:
+    """Least squares for one layer: what it should say at some positions."""
+
+    def __init__(
+        self,
+        pruned: Graph,
+        dense: Graph,
+        node: fx.Node,
+        name: str,
+        kept: Tensor,
+        target: Tensor,
+        ridge: float,
+    ) -> None:
+        self.pruned, self.dense, self.name, self.kept, self.ridge = pruned, dense, name, kept, ridge
+        self.layer: Consumer = pruned.module.get_submodule(name)  # type: ignore[assignment]
+        self.before: Consumer = dense.module.get_submodule(name)  # type: ignore[assignment]
+        self.look = geometry(node, self.layer)
+        target = laid_out(target, self.layer)
+        self.where = draw(target.shape, MAX_ROWS)
+        self.wanted = at(target, self.where)
+
+    def solve(self, x: Tensor) -> bool:
+        """Set the layer's weights and constant; False where it is too wide.
+
+        Args:
+            x: Its input in the pruned network.
+        """
+        layer = self.layer
+        x = laid_out(x, layer)
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        in_group, out_group = layer.weight.shape[1], layer.weight.shape[0] // groups
+        bias = torch.zeros(layer.weight.shape[0])
+        for g in range(groups):
+            mine = self.kept[(self.kept >= g * in_group) & (self.kept < (g + 1) * in_group)]
+            local = mine - g * in_group
+            rows = slice(g * out_group, (g + 1) * out_group)
+            prior = self.before.weight[rows][:, local].movedim(1, -1)
+            if prior[0].numel() > MAX_FEATURES:
+                return False
+            gram, cross, mean_u, mean_y = _moments(
+                x[..., mine], self.where, self.look, self.wanted[:, rows]
+            )
+            strength = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
+            gram.diagonal().add_(strength)
+            factor = torch.linalg.cholesky(gram)
+            pull = strength * prior.flatten(1).double()
+            weight = torch.cholesky_solve(cross + pull.T, factor).T
+            layer.weight[rows] = 0.0
+            layer.weight[rows, local] = weight.view(prior.shape).movedim(-1, 1).float()
+            bias[rows] = (mean_y - weight @ mean_u).float()
+        set_offset(self.pruned, self.dense, self.name, bias)
+        return True
+
+    def let_take_over(self, chain: Chain, x: Tensor, inputs: Tensor | None) -> bool:
+        """See :func:`producers.take_over`."""
+        return take_over(self.pruned, chain, x, self.kept, self.where, self.wanted, inputs=inputs)
 
 
 def _moments(
-    node: fx.Node, layer: Consumer, x: Tensor, kept: Tensor, target: Tensor
+    x: Tensor, where: Positions, look: Geometry, wanted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centred second moments of a consumer's inputs and of its wanted outputs, float64.
+    """Centred second moments of a layer's inputs and of its wanted outputs, float64.
+
+    Args:
+        x: (N, H, W, C), inputs that are left.
+        where: R positions.
+        look: The layer's.
+        wanted: (R, o).
 
     Returns:
-        gram (f, f), cross (f, o), mean input (f,), mean output (o,).
+        gram (f, f), cross (f, o), mean input (f,), mean output (o,); f counts taps, then channels.
     """
-    positions = max(1, target.numel() // target.shape[0] // target.shape[channel_dim(layer)])
-    per_image = max(1, MAX_ROWS // len(x))
-    pick = None
-    if positions > per_image:
-        g = torch.Generator().manual_seed(0)
-        pick = torch.randperm(positions, generator=g)[:per_image].sort().values
-    count = 0
-    features = layer.weight[0, 0].numel() * len(kept)
-    outputs = target.shape[channel_dim(layer)]
+    features = look.taps * x.shape[-1]
     gram = torch.zeros(features, features, dtype=torch.float64)
-    cross = torch.zeros(features, outputs, dtype=torch.float64)
+    cross = torch.zeros(features, wanted.shape[1], dtype=torch.float64)
     sum_u = torch.zeros(features, dtype=torch.float64)
-    sum_y = torch.zeros(outputs, dtype=torch.float64)
-    shift_u = shift_y = None
-    chunk = max(1, (64 << 20) // (4 * features * positions))
-    for part, wanted in zip(torch.split(x, chunk), torch.split(target, chunk), strict=True):
-        u, y = _rows(node, layer, part, kept, wanted, pick)
-        if shift_u is None or shift_y is None:
-            # Float32 products of centred values keep their digits; any nearby centre will do.
-            shift_u, shift_y = u.mean(0), y.mean(0)
-        u, y = u - shift_u, y - shift_y
+    # Float32 products of centred values keep their digits; any nearby centre will do.
+    shift_u, shift_y = torch.zeros(features), wanted.mean(0)
+    x = x.contiguous()
+    chunk = max(1, (64 << 20) // (4 * features))
+    for start in range(0, len(where), chunk):
+        part = slice(start, start + chunk)
+        u = seen(x, where[part], look)[0].flatten(1)
+        if start == 0:
+            shift_u = u.mean(0)
+        u, y = u.sub_(shift_u), wanted[part] - shift_y
         gram += (u.T @ u).double()
         cross += (u.T @ y).double()
-        sum_u += u.sum(0, dtype=torch.float64)
-        sum_y += y.sum(0, dtype=torch.float64)
-        count += len(u)
-    assert shift_u is not None
-    assert shift_y is not None
-    mean_u, mean_y = sum_u / count, sum_y / count
+        sum_u += u.sum(0).double()
+    count = len(where)
+    mean_u, mean_y = sum_u / count, (wanted - shift_y).double().mean(0)
     gram = gram / count - torch.outer(mean_u, mean_u)
     cross = cross / count - torch.outer(mean_u, mean_y)
     return gram, cross, mean_u + shift_u.double(), mean_y + shift_y.double()
-
-
-def _rows(
-    node: fx.Node, layer: Consumer, x: Tensor, kept: Tensor, target: Tensor, pick: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs of a consumer, one row per image and position: (rows, f), (rows, o)."""
-    if isinstance(layer, torch.nn.Linear):
-        u = x[..., kept].reshape(len(x), -1, len(kept))
-        y = target.reshape(len(x), -1, target.shape[-1])
-    else:
-        stride, padding, dilation = _conv_settings(node)
-        patches = x[:, kept]
-        if layer.kernel_size == (1, 1) and padding == (0, 0):
-            u = patches[:, :, :: stride[0], :: stride[1]].flatten(2).transpose(1, 2)
-        else:
-            u = F.unfold(patches.contiguous(), layer.kernel_size, dilation, padding, stride)
-            u = u.transpose(1, 2)
-        y = target.flatten(2).transpose(1, 2)
-    if pick is not None:
-        u, y = u[:, pick], y[:, pick]
-    return u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
-
-
-def _conv_settings(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Stride, padding, dilation of a convolution node, defaults filled in."""
-    given = list(node.args[3:6])
-    stride, padding, dilation = given + [1, 0, 1][len(given) :]
-    return _pair(stride), _pair(padding), _pair(dilation)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return int(value[0]), int(value[-1])

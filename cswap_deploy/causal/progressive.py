@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from cswap_deploy.artifacts import RatioOf, RoundLog, Verdict
 from cswap_deploy.causal.effects import Effects, measure_group
 from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
+from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
 from cswap_deploy.causal.significance import judge
@@ -34,11 +36,13 @@ from cswap_deploy.pruning.budget import SizeModel, amount
 
 _NARROW = 3
 """After the first round this many times as many units are measured as are to be removed."""
-_LEAST_RIDGE, _MOST_RIDGE = 0.9e-4, 1.1
+_RIDGES = 0.9e-4, 1.1
 
 
 Order = Callable[[Group], np.ndarray]
 """Group -> (units,) scores on the network as it stands; the lowest goes first."""
+Rival = Callable[[nn.Module, Group], np.ndarray]
+"""The same for any network of this architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class Settings:
     alpha: float = 0.05
     min_effect: float = 0.01
     refit: bool = True
+    refit_producers: bool = True
+    mix: bool = True
     select: Literal["set", "unit"] = "set"
     seed: int = 0
 
@@ -83,6 +89,8 @@ class State:
     rounds: list[RoundLog] = field(default_factory=list)
     refitted: tuple[str, ...] = ()
     not_refitted: tuple[str, ...] = ()
+    producers: tuple[str, ...] = ()
+    """Layers whose units took over what others carried."""
     ridge: float = FIRST_RIDGE
     """Of the last round's refit."""
 
@@ -100,7 +108,7 @@ def prune_progressively(
     images: Tensor,
     labels: Tensor,
     scores: Order | None = None,
-    rivals: Mapping[str, Order] | None = None,
+    rivals: Mapping[str, Rival] | None = None,
     state: State | None = None,
     watcher: Phases,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
@@ -122,7 +130,7 @@ def prune_progressively(
         labels: (N,) int64.
         scores: A baseline's order instead of measured effects.
         rivals: Other orders to try beside the measured effects, where ``settings.select`` is
-            ``set``.
+            ``set``; in the last round also from the dense network on.
         state: Of an interrupted run, with the module's weights as they were then.
         watcher: Progress.
         checkpoint: Called after every round.
@@ -140,32 +148,38 @@ def prune_progressively(
         state.round += 1
         begun = time.perf_counter()
         target = total * (1 - settings.ratio * state.round / settings.rounds)
-        moments = input_moments(
+        moments: Mapping[str, Moments] = input_moments(
             graph, _consumers(groups), images, intervention=settings.intervention, chunk=64
         )
         measured = 0
         if scores is None:
             rows = _window(order, state.round, settings.scoring_samples)
             candidates = _candidates(groups, state, settings, sizes, target)
+            shown = images[rows]
+            if settings.mix:
+                shown = _half_mixed(shown, seed=state.round)
             measured = _measure(
-                graph, candidates, state, settings, images[rows], labels[rows], moments, watcher
+                graph, candidates, state, settings, shown, labels[rows], moments, watcher
             )
             ranking = {g.name: _ranking(state, g, settings) for g in groups}
         else:
             ranking = {g.name: scores(g) for g in groups}
-        sets: dict[str, dict[str, list[int]]] = {}
-        for name, order_ in _orders(
-            groups, state, settings, ranking, rivals or {}, baseline=scores is not None
-        ).items():
-            gone = choose(
-                groups, copy.deepcopy(sizes), copy.deepcopy(state.removed), order_, limits,
-                target=target, of=settings.ratio_of, fine=fine and state.round == settings.rounds,
-            )  # fmt: skip
-            if gone not in sets.values():
-                sets[name] = gone
+        last = state.round == settings.rounds
+        here = {name: partial(order, graph.module) for name, order in (rivals or {}).items()}
+        goal = _Goal(groups, limits, target, settings.ratio_of, fine and last)
+        sets = goal.sets(
+            sizes, state.removed,
+            _orders(groups, state, settings, ranking, here, baseline=scores is not None),
+        )  # fmt: skip
         chosen, effect = _least(trials, sets, moments, state, settings, watcher)
         gone = sets[chosen]
-        if settings.refit and gone:
+        if last and state.round > 1 and effect is not None and settings.refit:
+            afresh = _afresh(trials, goal, sizes, state, settings, rivals or {}, watcher)
+            if afresh.effect < effect:
+                chosen, gone, effect = afresh.name, afresh.gone, afresh.effect
+                moments = afresh.moments
+                _put_back(graph, dense, sizes, state)
+        if settings.refit and gone and last:
             state.ridge, effect = _best_ridge(trials, gone, moments, state.ridge, effect, watcher)
         take_out(graph, groups, gone, moments)
         for name, units in gone.items():
@@ -175,8 +189,11 @@ def prune_progressively(
             done = solve_behind(
                 graph, dense, groups, state.removed, trials.images,
                 ridge=state.ridge, watcher=watcher,
+                # Every round solves all layers anew, so what the units take over counts at the end.
+                producers=settings.refit_producers and last,
             )  # fmt: skip
             state.refitted, state.not_refitted = done.layers, done.skipped
+            state.producers = done.producers
         state.rounds.append(
             RoundLog(
                 round=state.round,
@@ -207,6 +224,12 @@ def _window(order: Tensor, round_: int, size: int) -> Tensor:
     """The images of a round: the next ones, so that a lucky effect is not believed twice."""
     start = (round_ - 1) * size
     return order[torch.arange(start, start + min(size, len(order))) % len(order)]
+
+
+def _half_mixed(images: Tensor, *, seed: int) -> Tensor:
+    """The first half as they are, the others lightly mixed; see :mod:`causal.mixtures`."""
+    half = len(images) // 2
+    return torch.cat([images[:half], lightly_mixed(images, seed=seed)[half:]])
 
 
 def _candidates(
@@ -328,6 +351,77 @@ def _orders(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Goal:
+    """What a round is to reach."""
+
+    groups: tuple[Group, ...]
+    limits: Limits
+    target: float
+    of: RatioOf
+    fine: bool
+
+    def sets(
+        self, sizes: SizeModel, removed: Mapping[str, list[int]], orders: Mapping[str, Ranking]
+    ) -> dict[str, dict[str, list[int]]]:
+        """What each order removes; orders that say the same as an earlier one are left out."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for name, order in orders.items():
+            gone = choose(
+                self.groups, copy.deepcopy(sizes), {g: [*units] for g, units in removed.items()},
+                order, self.limits, target=self.target, of=self.of, fine=self.fine,
+            )  # fmt: skip
+            if gone not in found.values():
+                found[name] = gone
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Afresh:
+    """The best of the sets that do not follow from what earlier rounds removed."""
+
+    name: str
+    gone: dict[str, list[int]]
+    effect: float
+    moments: Mapping[str, Moments]
+
+
+def _afresh(
+    trials: Trials,
+    goal: _Goal,
+    sizes: SizeModel,
+    state: State,
+    settings: Settings,
+    rivals: Mapping[str, Rival],
+    watcher: Phases,
+) -> _Afresh:
+    """Try the rivals on the dense network: early rounds may have bound the late ones badly."""
+    dense = trials.dense
+    whole = copy.deepcopy(sizes)
+    for name, units in state.removed.items():
+        whole.restore(name, units)
+    orders: dict[str, Ranking] = {}
+    for name, order in rivals.items():
+        values = {g.name: order(dense.module, g) for g in goal.groups}
+        orders[f"{name}, afresh"] = Ranking(values)
+        orders[f"{name}, even, afresh"] = even(goal.groups, {}, values)
+    sets = goal.sets(whole, {}, orders)
+    moments = input_moments(
+        dense, _consumers(goal.groups), trials.images, intervention=settings.intervention, chunk=64
+    )
+    start = Trials(dense, dense, goal.groups, {}, trials.images)
+    name, effect = _least(start, sets, moments, state, settings, watcher, always=True)
+    return _Afresh(name, sets[name], np.inf if effect is None else effect, moments)
+
+
+def _put_back(graph: Graph, dense: Graph, sizes: SizeModel, state: State) -> None:
+    """Undo every removal, in place."""
+    graph.module.load_state_dict(dense.module.state_dict())
+    for name, units in state.removed.items():
+        sizes.restore(name, units)
+    state.removed.clear()
+
+
 def _least(
     trials: Trials,
     sets: Mapping[str, dict[str, list[int]]],
@@ -335,11 +429,13 @@ def _least(
     state: State,
     settings: Settings,
     watcher: Phases,
+    *,
+    always: bool = False,
 ) -> tuple[str, float | None]:
     """The set with the least effect of its own, and that effect where it was measured."""
-    if len(sets) == 1 or not trials.possible:
+    if (len(sets) == 1 and not always) or not trials.possible:
         return next(iter(sets)), None
-    watcher.begin(f"trying {len(sets)} sets", len(sets))
+    watcher.begin(f"trying {len(sets)} set{'s' if len(sets) > 1 else ''}", len(sets))
     found = {}
     for name, gone in sets.items():
         found[name] = trials.effect(gone, moments, ridge=state.ridge if settings.refit else None)
@@ -357,21 +453,23 @@ def _best_ridge(
     effect: float | None,
     watcher: Phases,
 ) -> tuple[float, float | None]:
-    """The ridge, of the last and its neighbours, that leaves a set the least effect.
+    """The ridge that leaves a set the least effect, better than a tenth of it and ten times it.
 
     With few images for many weights a layer follows its images too closely; how many are few
     depends on the network, so it is measured.
     """
     if not trials.possible:
         return ridge, effect
-    found = {} if effect is None else {ridge: effect}
-    wanted = {ridge, *(r for r in (ridge / 10, ridge * 10) if _LEAST_RIDGE <= r <= _MOST_RIDGE)}
-    watcher.begin("choosing the ridge", len(wanted - found.keys()))
-    for strength in sorted(wanted - found.keys()):
-        found[strength] = trials.effect(gone, moments, ridge=strength)
-        watcher.advance(1)
+    found: dict[float, float] = {} if effect is None else {ridge: effect}
+    watcher.begin("choosing the ridge", 0)
+    best = ridge
+    while wanted := {r for r in (best / 10, best, best * 10) if _RIDGES[0] <= r <= _RIDGES[1]} - {
+        *found
+    }:
+        for strength in sorted(wanted):
+            found[strength] = trials.effect(gone, moments, ridge=strength)
+        best = min(found, key=lambda strength: found[strength])
     watcher.end()
-    best = min(found, key=lambda strength: found[strength])
     return best, found[best]
 
 

@@ -3,7 +3,7 @@
 Effects of single units do not add up: what one unit carries another can take over, but not when
 both go. And a set looks better than it is on the images that it was solved on. So the effect of a
 set is that of the whole intervention, after the network has taken over what it can, on calibration
-images that took no part in the solving.
+images that took no part in the solving, as they are and lightly mixed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cswap_deploy.causal.compensate import Refit, refit, solvable
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.causal.interventions import Moments, fold, stand_ins
+from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.units import Consumer, Group
 from cswap_deploy.progress import Phases, Silent
@@ -29,6 +30,8 @@ _ENOUGH = 512
 """Images that a set on trial is solved on, where there are more."""
 _CHUNK = 64
 """Images of one forward while judging."""
+_MIXTURES = 2
+"""Of each image that judges, beside the image itself."""
 _MOST_ELEMENTS = 1 << 29
 """The refit holds some activations of all its images at once: at most 2 GiB each."""
 
@@ -76,12 +79,11 @@ class Trials:
                 ridge=ridge, watcher=Silent(),
             )  # fmt: skip
         total = 0.0
-        unseen = torch.split(self.images[self._few :], _CHUNK)
         with torch.inference_mode():
-            for part, wanted in zip(unseen, self._wanted, strict=True):
+            for part, wanted in self._judging:
                 found = trial.run(part)[0].double()
                 total += float(kl_divergence(found[None], wanted).sum())
-        return total / (len(self.images) - self._few)
+        return total / sum(len(part) for part, _ in self._judging)
 
     @property
     def _few(self) -> int:
@@ -90,11 +92,15 @@ class Trials:
         return max(count // 4, min(count // 2, _ENOUGH))
 
     @cached_property
-    def _wanted(self) -> list[Tensor]:
-        """The dense network's logits on the images that judge: every trial is held against them."""
-        unseen = torch.split(self.images[self._few :], _CHUNK)
+    def _judging(self) -> list[tuple[Tensor, Tensor]]:
+        """Images that judge, and the dense network's logits: every trial is held against them."""
+        unseen = self.images[self._few :]
+        mixed = [lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES)]
         with torch.inference_mode():
-            return [self.dense.run(part)[0].double() for part in unseen]
+            return [
+                (part, self.dense.run(part)[0].double())
+                for part in torch.split(torch.cat([unseen, *mixed]), _CHUNK)
+            ]
 
 
 def take_out(
@@ -117,6 +123,7 @@ def solve_behind(
     images: Tensor,
     *,
     ridge: float,
+    producers: bool = False,
     watcher: Phases,
 ) -> Refit:
     """Solve every layer from the first that has lost an input on, in place, in order of execution.
@@ -128,6 +135,7 @@ def solve_behind(
         removed: Group -> every unit that is gone.
         images: (N, C, H, W); as many as fit are used.
         ridge: See :func:`compensate.refit`.
+        producers: Whether the units that stay take over too; see :mod:`causal.producers`.
         watcher: Progress.
     """
     lost = _inputs(groups, removed)
@@ -139,7 +147,11 @@ def solve_behind(
         kept[name] = torch.tensor([i for i in range(inputs) if i not in gone])
     watcher.begin(f"solving {len(kept)} layer{'s' if len(kept) > 1 else ''} again", len(kept))
     images = images[: max(1, _MOST_ELEMENTS // graph.largest())]
-    done = refit(graph, dense, kept, images, ridge=ridge, tick=watcher.advance)
+    done = refit(
+        graph, dense, kept, images,
+        ridge=ridge, taken_over=lost.keys() & kept.keys() if producers else (),
+        tick=watcher.advance,
+    )  # fmt: skip
     watcher.end()
     return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,13 @@ from cswap_deploy.causal.compensate import solvable
 from cswap_deploy.causal.cost import affordable_images
 from cswap_deploy.causal.interventions import needs_bias
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import Order, Settings, State, prune_progressively
+from cswap_deploy.causal.progressive import (
+    Order,
+    Rival,
+    Settings,
+    State,
+    prune_progressively,
+)
 from cswap_deploy.causal.selection import Limits
 from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.config import BuildConfig
@@ -160,6 +167,8 @@ def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Setti
         alpha=config.alpha,
         min_effect=config.min_effect,
         refit=config.refit,
+        refit_producers=config.refit_producers,
+        mix=config.mix,
         seed=config.seed,
     )
 
@@ -191,12 +200,12 @@ def remove_progressively(
     """
     rng = np.random.default_rng(settings.seed)
 
-    def order(name: str) -> Order:
+    def rival(name: str) -> Rival:
         rank = get_criterion(name)
-        return lambda group: rank(prepared.module, group, rng)
+        return lambda module, group: rank(module, group, rng)
 
     if scores is None and criterion != "cswap":
-        scores = order(criterion)
+        scores = partial(rival(criterion), prepared.module)
     return prune_progressively(
         prepared.graph,
         prepared.dense,
@@ -209,7 +218,7 @@ def remove_progressively(
         images=images,
         labels=labels,
         scores=scores,
-        rivals={name: order(name) for name in _RIVALS},
+        rivals={name: rival(name) for name in _RIVALS},
         state=state,
         watcher=watcher,
         checkpoint=checkpoint,
@@ -273,6 +282,7 @@ def prune(
         | dict.fromkeys(state.not_refitted, "too wide to solve again; means were folded"),
         biased=prepared.biased,
         refitted=state.refitted,
+        producers=state.producers,
         rounds=tuple(state.rounds),
         alpha=settings.alpha,
     )

@@ -57,6 +57,6 @@ class RoundStore:
 
     def _key(self, round_: int) -> str:
         return stage_key(
-            "round", version=2, inputs={"prune": self._prune_key}, settings={"round": round_},
+            "round", version=3, inputs={"prune": self._prune_key}, settings={"round": round_},
             tools={},
         )  # fmt: skip

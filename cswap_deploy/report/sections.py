@@ -296,6 +296,11 @@ def _progress(plan: PrunePlan) -> Section | None:
         text.append(
             f"Layers solved again in closed form, without training: {len(plan.refitted):,}."
         )
+    if plan.producers:
+        text.append(
+            "Layers whose remaining units took over what others carried, in closed form: "
+            f"{len(plan.producers):,}."
+        )
     if plan.biased:
         text.append(f"Layers that gained a bias for what was folded in: {len(plan.biased):,}.")
     head = ("round", "units measured", "removed", "parameters left", "time")

@@ -23,7 +23,7 @@ from cswap_deploy.stages.run import (
 )
 from cswap_deploy.store import compare_files, stage_key
 
-_VERSION = 2
+_VERSION = 3
 """Raised when this stage's code changes what it writes."""
 
 
@@ -35,7 +35,8 @@ def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
     names = (
         "ratio", "ratio_of", "round_to", "criterion", "scoring_samples", "rounds", "effect",
-        "intervention", "select", "alpha", "min_effect", "refit", "seed",
+        "intervention", "select", "alpha", "min_effect", "refit", "refit_producers", "mix",
+        "seed",
     )  # fmt: skip
     key = run.keys["prune"] = stage_key(
         "prune",

@@ -14,6 +14,7 @@ from small_networks import pictures, slow_effect, slow_means, small_cnn, small_v
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import PrunePlan
+from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.progressive import Settings, State, balanced_order
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.budget import amount
@@ -175,20 +176,24 @@ def test_useless_units_go_first() -> None:
     assert {verdicts[name, u] for name, units in useless.items() for u in units} == {"neutral"}
 
 
-def test_recorded_effects_are_the_slow_ones() -> None:
+@pytest.mark.parametrize("mix", [False, True])
+def test_recorded_effects_are_the_slow_ones(mix: bool) -> None:
     """What the plan says of a unit is what the obvious computation says, in the first round."""
     module = small_cnn()
-    settings = replace(SETTINGS, rounds=1, intervention="mean")
+    settings = replace(SETTINGS, rounds=1, intervention="mean", mix=mix)
     prepared = ready(module, settings)
     groups = {g.name: g for g in prepared.groups}
     plan = run(module, settings, prepared=prepared).plan
     rows = torch.from_numpy(balanced_order(LABELS.numpy())[:10])
+    shown = IMAGES[rows]
+    if mix:  # every second half: its images' larger parts keep their labels
+        shown = torch.cat([shown[:5], lightly_mixed(shown, seed=1)[5:]])
     layers = {c.layer for g in groups.values() for c in g.consumers}
     means = slow_means(module, layers, IMAGES)
     for entry in plan.groups:
         for effect in entry.effects[:3]:
             xi, kl = slow_effect(
-                module, groups[entry.name], effect.unit, IMAGES[rows], LABELS[rows], means
+                module, groups[entry.name], effect.unit, shown, LABELS[rows], means
             )
             assert effect.true_class == pytest.approx(float(xi.mean()), abs=1e-5)
             assert effect.kl == pytest.approx(float(kl.mean()), abs=1e-5)

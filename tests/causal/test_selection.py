@@ -14,9 +14,10 @@ from small_networks import pictures, small_cnn, small_vit
 from torch import nn
 
 from cswap_deploy.causal import progressive
+from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.progressive import Settings
 from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
-from cswap_deploy.causal.trials import Trials
+from cswap_deploy.causal.trials import Trials, solve_behind, take_out
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.budget import amount
@@ -138,6 +139,7 @@ def test_set_with_the_least_effect_as_a_whole_is_taken(make: Any, tried: list[fl
     assert log.kl == min(tried)
     assert log.kl < max(tried)
     unseen = IMAGES[20:]
+    unseen = torch.cat([unseen, lightly_mixed(unseen, seed=0), lightly_mixed(unseen, seed=1)])
     with torch.no_grad():
         p = F.log_softmax(make()(unseen).double(), 1)
         q = F.log_softmax(result.module(unseen).double(), 1)
@@ -151,22 +153,26 @@ def test_every_round_takes_the_least_of_its_own(
     rounds: list[dict[str, float]] = []
     real = progressive._least
 
-    def spy(*arguments: Any) -> tuple[str, float | None]:
+    def spy(*arguments: Any, always: bool = False) -> tuple[str, float | None]:
         sets, begun = arguments[1], len(tried)
-        chosen = real(*arguments)
-        rounds.append(dict(zip(sets, tried[begun:], strict=len(sets) > 1)))
+        chosen = real(*arguments, always=always)
+        rounds.append(dict(zip(sets, tried[begun:], strict=len(sets) > 1 or always)))
         return chosen
 
     monkeypatch.setattr(progressive, "_least", spy)
     logs = run(replace(SETTINGS, rounds=3)).plan.rounds
-    assert len(rounds) == len(logs) == 3
+    assert len(logs) == 3
+    assert len(rounds) == 4, "the last round also starts afresh"
     assert max(map(len, rounds)) >= 3
+    rounds[2] |= rounds.pop()
+    assert {"magnitude, afresh", "magnitude, even, afresh"} & rounds[2].keys()
     for log, found in zip(logs, rounds, strict=True):
         if not found:
             assert log.order == "effect", "all orders proposed the same set"
             continue
         assert found.keys() <= {
             "effect", "effect, even", "magnitude", "magnitude, even", "together, even",
+            "magnitude, afresh", "magnitude, even, afresh",
         }  # fmt: skip
         order, effect = min(found.items(), key=lambda f: f[1])
         assert log.order == order
@@ -276,28 +282,69 @@ def test_whole_pruning_without_a_gradient(make: Any) -> None:
 # --- the ridge -----------------------------------------------------------------------------------
 
 
-def test_ridge_is_the_best_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round looks one step to both sides of the last ridge, and says what it took."""
-    rounds: list[dict[float | None, float]] = []
+def test_ridge_is_better_than_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last round steps tenfold up or down until neither side is better, and says so."""
+    seen: list[dict[float | None, float]] = []
     effect, choose_ridge = Trials.effect, progressive._best_ridge
 
     def spy(self: Trials, gone: Any, moments: Any, *, ridge: float | None) -> float:
         found = effect(self, gone, moments, ridge=ridge)
-        if rounds:
-            rounds[-1][ridge] = found
+        if seen:
+            seen[-1][ridge] = found
         return found
 
     def begin(trials: Trials, gone: Any, moments: Any, ridge: float, *rest: Any) -> Any:
         known = rest[0]
-        rounds.append({} if known is None else {ridge: known})
-        found = choose_ridge(trials, gone, moments, ridge, *rest)
-        tried = rounds[-1]
-        assert {round(r / ridge, 6) for r in tried if r} == {0.1, 1.0, 10.0}
-        assert found == min(tried.items(), key=lambda f: f[1])
-        return found
+        seen.append({} if known is None else {ridge: known})
+        return choose_ridge(trials, gone, moments, ridge, *rest)
 
     monkeypatch.setattr(Trials, "effect", spy)
     monkeypatch.setattr(progressive, "_best_ridge", begin)
     logs = run(replace(SETTINGS, rounds=2)).plan.rounds
-    assert len(rounds) == len(logs) == 2
-    assert all(log.ridge is not None for log in logs)
+    (tried,) = seen
+    best = min(tried, key=lambda r: tried[r])
+    assert logs[-1].ridge == best
+    assert logs[-1].kl == tried[best]
+    for neighbour in (best / 10, best * 10):
+        inside = 1e-4 <= neighbour <= 1.0
+        assert inside == any(r == pytest.approx(neighbour) for r in tried)
+
+
+# --- afresh --------------------------------------------------------------------------------------
+
+
+def test_last_round_can_undo_the_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a better set from the dense network on leaves is what that set alone leaves."""
+    wanted: dict[str, list[int]] = {}
+    earlier: dict[str, list[int]] = {}
+    real = progressive._afresh
+
+    def best_of_all(trials: Trials, goal: Any, sizes: Any, state: Any, *rest: Any) -> Any:
+        earlier.update({name: [*units] for name, units in state.removed.items()})
+        found = real(trials, goal, sizes, state, *rest)
+        wanted.update(found.gone)
+        return replace(found, effect=-1.0)
+
+    settings = replace(SETTINGS, rounds=3, refit_producers=False)
+    monkeypatch.setattr(progressive, "_afresh", best_of_all)
+    result = run(settings)
+    kept = {g.name: set(range(g.units)) - set(g.kept) for g in result.plan.groups}
+    assert {name: gone for name, gone in kept.items() if gone} == {
+        name: set(units) for name, units in wanted.items()
+    }
+    back = {(n, u) for n, units in earlier.items() for u in units if u not in wanted.get(n, [])}
+    assert back, "an earlier round had removed something that is there again"
+    assert result.plan.rounds[-1].order.endswith(", afresh")
+
+    alone = ready(small_cnn())
+    take_out(alone.graph, alone.groups, wanted, {})
+    order = torch.from_numpy(progressive.balanced_order(LABELS.numpy()))
+    assert result.plan.rounds[-1].ridge is not None
+    solve_behind(
+        alone.graph, alone.dense, alone.groups, wanted, IMAGES[order],
+        ridge=result.plan.rounds[-1].ridge, watcher=Silent(),
+    )  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(
+            result.module(IMAGES), alone.module(IMAGES), rtol=1e-4, atol=1e-4
+        )
