@@ -124,8 +124,8 @@ class UnitEffect(Value):
     unit: int
     true_class: float
     """Mean over images of (p_masked - p) / p."""
-    absolute: float = 0.0
-    """Mean over images of |p_masked - p| / p: effects of opposite signs do not cancel."""
+    harm: float = 0.0
+    """Nats; what ranks units by ``true-class``; see :func:`causal.effects.likely_harm`."""
     kl: float
     """Mean over images of KL(p || p_masked), nats."""
     low: float

@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "intervention": "zero", "effect": "true-class", "mix": False, "select": "unit",
-        "refit": False, "refit_producers": False,
+        "refit": False, "refit_producers": False, "rounds": 16,
     },
 }  # fmt: skip
 """What ``--method`` stands for; each choice can be given by itself, and wins. ``paper`` is the
@@ -61,7 +61,7 @@ class BuildConfig(Value):
     round_to: int | Literal["auto"] = "auto"
     criterion: str = "cswap"
     scoring_samples: int | Literal["auto"] = "auto"
-    """Images on which each unit's effect is measured in each round; auto: 128, fewer where that
+    """Images on which each unit's effect is measured in each round; auto: 256, fewer where that
     would cost more than ``causal.cost.BUDGET_MACS``."""
     rounds: int = Field(default=4, ge=1)
     """Steps in which the ratio is reached; effects are measured again in each."""

@@ -49,8 +49,8 @@ class Unit:
     low: float
     """Lower end of its 95 % interval."""
     high: float
-    absolute: float
-    """Mean over images of the effect's size, a fraction."""
+    harm: float
+    """Nats; what ranks units by ``true-class``; see :func:`causal.effects.likely_harm`."""
     kl: float
     """Nats."""
     verdict: Verdict
@@ -311,7 +311,7 @@ def _counts(group: GroupPlan, *, kept: bool) -> dict[str, int]:
 
 
 def _cost(effect: UnitEffect | Unit, by: Ranking) -> float:
-    return effect.kl if by == "kl" else effect.absolute
+    return effect.kl if by == "kl" else effect.harm
 
 
 def _unit(group: GroupPlan, effect: UnitEffect, staying: set[int], names: dict[int, str]) -> Unit:
@@ -325,7 +325,7 @@ def _unit(group: GroupPlan, effect: UnitEffect, staying: set[int], names: dict[i
         true_class=effect.true_class,
         low=effect.low,
         high=effect.high,
-        absolute=effect.absolute,
+        harm=effect.harm,
         kl=effect.kl,
         verdict=effect.verdict,
         round=effect.round,

@@ -50,7 +50,7 @@ def effect(rng: random.Random, unit: int, importance: float) -> UnitEffect:
     return UnitEffect(
         unit=unit,
         true_class=true_class,
-        absolute=abs(true_class),
+        harm=abs(true_class),
         kl=0.0 if importance < 0.03 else 0.6 * importance**3 * math.exp(rng.gauss(0, 0.5)),
         low=true_class - width,
         high=true_class + width,

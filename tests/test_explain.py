@@ -34,7 +34,7 @@ def bundle(tmp_path: Path) -> Path:
 def unit(index: int, kl: float, true_class: float, verdict: Verdict, **more: Any) -> UnitEffect:
     low, high = true_class - 0.01, true_class + 0.01
     return UnitEffect(
-        unit=index, true_class=true_class, absolute=abs(true_class), kl=kl, low=low, high=high,
+        unit=index, true_class=true_class, harm=abs(true_class), kl=kl, low=low, high=high,
         verdict=verdict,
         **({"round": 1} | more),
     )  # fmt: skip

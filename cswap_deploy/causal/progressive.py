@@ -11,7 +11,6 @@ the same outputs as deleting it. It is deleted once, at the end, by ``pruning.ap
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import RatioOf, RoundLog, Verdict
-from cswap_deploy.causal.effects import Effects, measure_group
+from cswap_deploy.causal.effects import Effects, likely_harm, measure_group
 from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.partition import Graph
-from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
+from cswap_deploy.causal.selection import Limits, Ranking, remaining
+from cswap_deploy.causal.sets import (
+    Goal,
+    Order,
+    Rival,
+    best_ridge,
+    consumers,
+    least,
+    orders,
+    start_afresh,
+)
 from cswap_deploy.causal.significance import judge
 from cswap_deploy.causal.trials import FIRST_RIDGE, Trials, solve_behind, take_out
 from cswap_deploy.causal.units import Group
@@ -36,13 +45,6 @@ from cswap_deploy.pruning.budget import SizeModel, amount
 
 _NARROW = 3
 """After the first round this many times as many units are measured as are to be removed."""
-_RIDGES = 0.9e-4, 1.1
-
-
-Order = Callable[[Group], np.ndarray]
-"""Group -> (units,) scores on the network as it stands; the lowest goes first."""
-Rival = Callable[[nn.Module, Group], np.ndarray]
-"""The same for any network of this architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Measurement:
     """A unit's latest effect."""
 
     true_class: float
-    absolute: float
+    harm: float
     kl: float
     low: float
     high: float
@@ -149,7 +151,7 @@ def prune_progressively(
         begun = time.perf_counter()
         target = total * (1 - settings.ratio * state.round / settings.rounds)
         moments: Mapping[str, Moments] = input_moments(
-            graph, _consumers(groups), images, intervention=settings.intervention, chunk=64
+            graph, consumers(groups), images, intervention=settings.intervention, chunk=64
         )
         measured = 0
         if scores is None:
@@ -165,22 +167,28 @@ def prune_progressively(
         else:
             ranking = {g.name: scores(g) for g in groups}
         last = state.round == settings.rounds
-        here = {name: partial(order, graph.module) for name, order in (rivals or {}).items()}
-        goal = _Goal(groups, limits, target, settings.ratio_of, fine and last)
-        sets = goal.sets(
-            sizes, state.removed,
-            _orders(groups, state, settings, ranking, here, baseline=scores is not None),
-        )  # fmt: skip
-        chosen, effect = _least(trials, sets, moments, state, settings, watcher)
+        ridge = state.ridge if settings.refit else None
+        goal = Goal(groups, limits, target, settings.ratio_of, fine and last)
+        tried = {"effect": Ranking(ranking)}
+        if settings.select == "set" and scores is None:
+            here = {name: partial(order, graph.module) for name, order in (rivals or {}).items()}
+            tried = orders(groups, state.removed, ranking, here)
+        sets = goal.sets(sizes, state.removed, tried)
+        chosen, effect = least(trials, sets, moments, ridge=ridge, watcher=watcher)
         gone = sets[chosen]
-        if last and state.round > 1 and effect is not None and settings.refit:
-            afresh = _afresh(trials, goal, sizes, state, settings, rivals or {}, watcher)
-            if afresh.effect < effect:
+        if last and state.round > 1 and effect is not None and ridge is not None:
+            afresh = start_afresh(
+                trials, goal, sizes, rivals or {},
+                intervention=settings.intervention, ridge=ridge, watcher=watcher,
+            )  # fmt: skip
+            if afresh is not None and afresh.effect < effect:
                 chosen, gone, effect = afresh.name, afresh.gone, afresh.effect
                 moments = afresh.moments
                 _put_back(graph, dense, sizes, state)
-        if settings.refit and gone and last:
-            state.ridge, effect = _best_ridge(trials, gone, moments, state.ridge, effect, watcher)
+        if last and ridge is not None and gone:
+            state.ridge, effect = best_ridge(
+                trials, gone, moments, ridge=ridge, effect=effect, watcher=watcher
+            )
         take_out(graph, groups, gone, moments)
         for name, units in gone.items():
             sizes.remove(name, units)
@@ -289,13 +297,13 @@ def _measure(
     row = 0
     for effects in found:
         latest = state.measured.setdefault(effects.group, {})
-        sizes = np.abs(effects.true_class).mean(1)
-        for unit, size, divergence in zip(
-            effects.units.tolist(), sizes, effects.kl.mean(1), strict=True
+        harms = likely_harm(effects.true_class)
+        for unit, harm, divergence in zip(
+            effects.units.tolist(), harms, effects.kl.mean(1), strict=True
         ):
             latest[unit] = Measurement(
                 true_class=float(judgement.mean[row]),
-                absolute=float(size),
+                harm=float(harm),
                 kl=float(divergence),
                 low=float(judgement.low[row]),
                 high=float(judgement.high[row]),
@@ -324,94 +332,7 @@ def _ranking(state: State, group: Group, settings: Settings) -> np.ndarray:
     latest = state.measured[group.name]
     if settings.effect == "kl":
         return np.array([latest[u].kl for u in range(group.units)])
-    return np.array([latest[u].absolute for u in range(group.units)])
-
-
-def _orders(
-    groups: tuple[Group, ...],
-    state: State,
-    settings: Settings,
-    scores: Mapping[str, np.ndarray],
-    rivals: Mapping[str, Order],
-    *,
-    baseline: bool,
-) -> dict[str, Ranking]:
-    """The orders a round tries: each by itself, and evenly over all groups."""
-    found = {"effect": Ranking(scores)}
-    if settings.select == "unit" or baseline:
-        return found
-    places = [even(groups, state.removed, scores)]
-    found["effect, even"] = places[0]
-    for name, order in rivals.items():
-        values = {g.name: order(g) for g in groups}
-        places.append(even(groups, state.removed, values))
-        found |= {name: Ranking(values), f"{name}, even": places[-1]}
-    together = {g.name: np.mean([p.scores[g.name] for p in places], 0) for g in groups}
-    found["together, even"] = even(groups, state.removed, together)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Goal:
-    """What a round is to reach."""
-
-    groups: tuple[Group, ...]
-    limits: Limits
-    target: float
-    of: RatioOf
-    fine: bool
-
-    def sets(
-        self, sizes: SizeModel, removed: Mapping[str, list[int]], orders: Mapping[str, Ranking]
-    ) -> dict[str, dict[str, list[int]]]:
-        """What each order removes; orders that say the same as an earlier one are left out."""
-        found: dict[str, dict[str, list[int]]] = {}
-        for name, order in orders.items():
-            gone = choose(
-                self.groups, copy.deepcopy(sizes), {g: [*units] for g, units in removed.items()},
-                order, self.limits, target=self.target, of=self.of, fine=self.fine,
-            )  # fmt: skip
-            if gone not in found.values():
-                found[name] = gone
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Afresh:
-    """The best of the sets that do not follow from what earlier rounds removed."""
-
-    name: str
-    gone: dict[str, list[int]]
-    effect: float
-    moments: Mapping[str, Moments]
-
-
-def _afresh(
-    trials: Trials,
-    goal: _Goal,
-    sizes: SizeModel,
-    state: State,
-    settings: Settings,
-    rivals: Mapping[str, Rival],
-    watcher: Phases,
-) -> _Afresh:
-    """Try the rivals on the dense network: early rounds may have bound the late ones badly."""
-    dense = trials.dense
-    whole = copy.deepcopy(sizes)
-    for name, units in state.removed.items():
-        whole.restore(name, units)
-    orders: dict[str, Ranking] = {}
-    for name, order in rivals.items():
-        values = {g.name: order(dense.module, g) for g in goal.groups}
-        orders[f"{name}, afresh"] = Ranking(values)
-        orders[f"{name}, even, afresh"] = even(goal.groups, {}, values)
-    sets = goal.sets(whole, {}, orders)
-    moments = input_moments(
-        dense, _consumers(goal.groups), trials.images, intervention=settings.intervention, chunk=64
-    )
-    start = Trials(dense, dense, goal.groups, {}, trials.images)
-    name, effect = _least(start, sets, moments, state, settings, watcher, always=True)
-    return _Afresh(name, sets[name], np.inf if effect is None else effect, moments)
+    return np.array([latest[u].harm for u in range(group.units)])
 
 
 def _put_back(graph: Graph, dense: Graph, sizes: SizeModel, state: State) -> None:
@@ -420,58 +341,3 @@ def _put_back(graph: Graph, dense: Graph, sizes: SizeModel, state: State) -> Non
     for name, units in state.removed.items():
         sizes.restore(name, units)
     state.removed.clear()
-
-
-def _least(
-    trials: Trials,
-    sets: Mapping[str, dict[str, list[int]]],
-    moments: Mapping[str, Moments],
-    state: State,
-    settings: Settings,
-    watcher: Phases,
-    *,
-    always: bool = False,
-) -> tuple[str, float | None]:
-    """The set with the least effect of its own, and that effect where it was measured."""
-    if (len(sets) == 1 and not always) or not trials.possible:
-        return next(iter(sets)), None
-    watcher.begin(f"trying {len(sets)} set{'s' if len(sets) > 1 else ''}", len(sets))
-    found = {}
-    for name, gone in sets.items():
-        found[name] = trials.effect(gone, moments, ridge=state.ridge if settings.refit else None)
-        watcher.advance(1)
-    watcher.end()
-    best = min(found, key=lambda name: found[name])
-    return best, found[best]
-
-
-def _best_ridge(
-    trials: Trials,
-    gone: Mapping[str, list[int]],
-    moments: Mapping[str, Moments],
-    ridge: float,
-    effect: float | None,
-    watcher: Phases,
-) -> tuple[float, float | None]:
-    """The ridge that leaves a set the least effect, better than a tenth of it and ten times it.
-
-    With few images for many weights a layer follows its images too closely; how many are few
-    depends on the network, so it is measured.
-    """
-    if not trials.possible:
-        return ridge, effect
-    found: dict[float, float] = {} if effect is None else {ridge: effect}
-    watcher.begin("choosing the ridge", 0)
-    best = ridge
-    while wanted := {r for r in (best / 10, best, best * 10) if _RIDGES[0] <= r <= _RIDGES[1]} - {
-        *found
-    }:
-        for strength in sorted(wanted):
-            found[strength] = trials.effect(gone, moments, ridge=strength)
-        best = min(found, key=lambda strength: found[strength])
-    watcher.end()
-    return best, found[best]
-
-
-def _consumers(groups: tuple[Group, ...]) -> list[str]:
-    return sorted({c.layer for g in groups for c in g.consumers})

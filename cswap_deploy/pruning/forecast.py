@@ -51,7 +51,7 @@ def forecast_pruning(
         "rounds": config.rounds,
         "scoring_images": n,
         "scoring_macs": macs,
-        "scoring_seconds": round(macs / rate, 1),
+        "scoring_seconds": float(f"{macs / rate:.2g}"),
     }
 
 

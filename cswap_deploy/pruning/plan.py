@@ -16,14 +16,9 @@ from cswap_deploy.causal.compensate import solvable
 from cswap_deploy.causal.cost import affordable_images
 from cswap_deploy.causal.interventions import needs_bias
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import (
-    Order,
-    Rival,
-    Settings,
-    State,
-    prune_progressively,
-)
+from cswap_deploy.causal.progressive import Settings, State, prune_progressively
 from cswap_deploy.causal.selection import Limits
+from cswap_deploy.causal.sets import Order, Rival
 from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError

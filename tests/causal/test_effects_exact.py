@@ -11,7 +11,7 @@ import torch
 from small_networks import pictures, slow_effect, slow_means, small_cnn, small_vit
 from torch import nn
 
-from cswap_deploy.causal.effects import kl_divergence, measure_group, relative_effect
+from cswap_deploy.causal.effects import kl_divergence, likely_harm, measure_group, relative_effect
 from cswap_deploy.causal.interventions import Intervention, input_moments
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.units import Group
@@ -166,3 +166,16 @@ def test_prediction_that_is_not_finite_names_the_group(networks) -> None:
         measure_group(
             graph, networks[small_cnn][2]["squeeze"], [0], images=IMAGES, labels=LABELS, moments={}
         )
+
+
+def test_likely_harm_by_hand() -> None:
+    """Half of the spread counts beside the mean of log(1 + xi)."""
+    xi = np.array([[1.0, -0.5], [-0.5, -0.5], [0.0, 0.0], [-1.0, 0.0]])
+    harm = likely_harm(xi)
+    log2 = np.log(2.0)
+    assert harm[0] == pytest.approx(log2 / 2), "means cancel, the spread stays"
+    assert harm[1] == pytest.approx(log2), "always half of it: no spread"
+    assert harm[2] == 0.0
+    assert harm[3] == pytest.approx(12 * np.log(10) * (0.5 + 0.25)), "bounded where p vanishes"
+    order = np.argsort(likely_harm(np.array([[0.1, 0.1], [-0.1, -0.1], [0.6, -0.3]])))
+    assert order.tolist() == [0, 1, 2], "steady help goes before steady harm, erratic ones last"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from small_networks import pictures, small_cnn, small_vit
 from torch import nn
 
-from cswap_deploy.causal import progressive
+from cswap_deploy.causal import progressive, sets
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.progressive import Settings
 from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
@@ -151,15 +151,17 @@ def test_every_round_takes_the_least_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tried: list[float]
 ) -> None:
     rounds: list[dict[str, float]] = []
-    real = progressive._least
+    real = sets.least
 
-    def spy(*arguments: Any, always: bool = False) -> tuple[str, float | None]:
-        sets, begun = arguments[1], len(tried)
-        chosen = real(*arguments, always=always)
-        rounds.append(dict(zip(sets, tried[begun:], strict=len(sets) > 1 or always)))
+    def spy(trials: Trials, proposed: Any, moments: Any, **rest: Any) -> tuple[str, float | None]:
+        begun = len(tried)
+        chosen = real(trials, proposed, moments, **rest)
+        measured = len(proposed) > 1 or "always" in rest
+        rounds.append(dict(zip(proposed, tried[begun:], strict=measured)))
         return chosen
 
-    monkeypatch.setattr(progressive, "_least", spy)
+    for module in (progressive, sets):
+        monkeypatch.setattr(module, "least", spy)
     logs = run(replace(SETTINGS, rounds=3)).plan.rounds
     assert len(logs) == 3
     assert len(rounds) == 4, "the last round also starts afresh"
@@ -285,7 +287,7 @@ def test_whole_pruning_without_a_gradient(make: Any) -> None:
 def test_ridge_is_better_than_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last round steps tenfold up or down until neither side is better, and says so."""
     seen: list[dict[float | None, float]] = []
-    effect, choose_ridge = Trials.effect, progressive._best_ridge
+    effect, choose_ridge = Trials.effect, progressive.best_ridge
 
     def spy(self: Trials, gone: Any, moments: Any, *, ridge: float | None) -> float:
         found = effect(self, gone, moments, ridge=ridge)
@@ -293,13 +295,12 @@ def test_ridge_is_better_than_its_neighbours(monkeypatch: pytest.MonkeyPatch) ->
             seen[-1][ridge] = found
         return found
 
-    def begin(trials: Trials, gone: Any, moments: Any, ridge: float, *rest: Any) -> Any:
-        known = rest[0]
-        seen.append({} if known is None else {ridge: known})
-        return choose_ridge(trials, gone, moments, ridge, *rest)
+    def begin(*found: Any, ridge: float, effect: float | None, watcher: Any) -> Any:
+        seen.append({} if effect is None else {ridge: effect})
+        return choose_ridge(*found, ridge=ridge, effect=effect, watcher=watcher)
 
     monkeypatch.setattr(Trials, "effect", spy)
-    monkeypatch.setattr(progressive, "_best_ridge", begin)
+    monkeypatch.setattr(progressive, "best_ridge", begin)
     logs = run(replace(SETTINGS, rounds=2)).plan.rounds
     (tried,) = seen
     best = min(tried, key=lambda r: tried[r])
@@ -317,16 +318,17 @@ def test_last_round_can_undo_the_earlier_ones(monkeypatch: pytest.MonkeyPatch) -
     """What a better set from the dense network on leaves is what that set alone leaves."""
     wanted: dict[str, list[int]] = {}
     earlier: dict[str, list[int]] = {}
-    real = progressive._afresh
+    real = sets.start_afresh
 
-    def best_of_all(trials: Trials, goal: Any, sizes: Any, state: Any, *rest: Any) -> Any:
-        earlier.update({name: [*units] for name, units in state.removed.items()})
-        found = real(trials, goal, sizes, state, *rest)
+    def best_of_all(trials: Trials, *rest: Any, **settings: Any) -> Any:
+        earlier.update({name: [*units] for name, units in trials.removed.items()})
+        found = real(trials, *rest, **settings)
+        assert found is not None
         wanted.update(found.gone)
         return replace(found, effect=-1.0)
 
     settings = replace(SETTINGS, rounds=3, refit_producers=False)
-    monkeypatch.setattr(progressive, "_afresh", best_of_all)
+    monkeypatch.setattr(progressive, "start_afresh", best_of_all)
     result = run(settings)
     kept = {g.name: set(range(g.units)) - set(g.kept) for g in result.plan.groups}
     assert {name: gone for name, gone in kept.items() if gone} == {
