@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.units import Group
 
-BUDGET_MACS = 20_000_000_000_000
+BUDGET_MACS = 40_000_000_000_000
 """``--scoring-samples auto`` stays within this many multiply-accumulates: some minutes on two
 CPU cores."""
 MOST_IMAGES = 256
 FEWEST_IMAGES = 8
-_MEASURED_AGAIN = 1.6
-"""Part of the units that all later rounds together measure again, about."""
+_LATER_ROUNDS = 0.3
+"""Part of the units that a round after the first measures again, about."""
 
 
 def measuring_macs(graph: Graph, groups: Iterable[Group]) -> int:
@@ -31,7 +31,7 @@ def measuring_macs(graph: Graph, groups: Iterable[Group]) -> int:
 def loop_macs(graph: Graph, groups: Iterable[Group], *, images: int, rounds: int) -> int:
     """Multiply-accumulates of the whole loop, about."""
     per_image = measuring_macs(graph, groups)
-    return round(per_image * images * (1 + _MEASURED_AGAIN * (rounds - 1) / rounds))
+    return round(per_image * images * (1 + _LATER_ROUNDS * (rounds - 1)))
 
 
 def affordable_images(graph: Graph, groups: Iterable[Group], *, rounds: int) -> int:

@@ -202,13 +202,33 @@ def test_recorded_effects_are_the_slow_ones(mix: bool) -> None:
 
 
 def test_later_rounds_measure_the_network_as_it_is_then() -> None:
-    plan = run(small_cnn(), replace(SETTINGS, rounds=3)).plan
+    plan = run(small_cnn(), replace(SETTINGS, rounds=3, select="unit")).plan
     rounds = {e.round for g in plan.groups for e in g.effects}
     assert rounds == {1, 2, 3}
     for group in plan.groups:
         assert {e.unit for e in group.effects} == set(range(group.units))
         gone = set(range(group.units)) - set(group.kept)
         assert gone == {e.unit for e in group.effects if e.unit not in group.kept}
+
+
+@pytest.mark.parametrize("settings", [{}, {"effect": "true-class", "intervention": "zero"}])
+def test_no_unit_goes_on_an_old_effect(settings: dict[str, Any]) -> None:
+    """Nothing makes up for what goes, so effects grow, and old ones would look small."""
+    gone: dict[str, list[int]] = {}
+    measured: list[int] = []
+
+    def check(state: State, _: nn.Module) -> None:
+        measured.append(state.rounds[-1].measured)
+        for name, units in state.removed.items():
+            now = set(units) - set(gone.get(name, ()))
+            assert {state.measured[name][u].round for u in now} <= {state.round}
+            gone[name] = [*units]
+
+    whole = replace(SETTINGS, rounds=6, select="unit", refit=False, **settings)
+    plan = run(small_cnn(), whole, checkpoint=check).plan
+    assert sum(map(len, gone.values())) == sum(g.units - len(g.kept) for g in plan.groups)
+    assert measured[0] == 42
+    assert all(0 < count < 42 for count in measured[1:]), "the others are not measured for nothing"
 
 
 def test_refit_and_means_bring_the_output_nearer() -> None:
