@@ -263,11 +263,14 @@ def _measure(
     ranks = {g: _ranking(state, g, settings) for g in goal.groups}
     old = {g: set(remaining(g, state.removed)) for g in goal.groups}
     found: list[Effects] = []
+    where = f"round {state.round}/{settings.rounds}"
+    batch = 0
     while candidates := _candidates(goal, ranks, old, state, sizes):
-        watcher.begin(
-            f"measuring effects, round {state.round}/{settings.rounds}",
-            sum(map(len, candidates.values())),
-        )
+        batch += 1
+        if batch == 1:
+            watcher.begin(f"measuring effects, {where}", sum(map(len, candidates.values())))
+        elif batch == 2:  # one phase for all that follow: how many there are is not known yet
+            watcher.begin(f"measuring what now has the least effect, {where}", 0)
         for group, units in candidates.items():
             effects = measure_group(
                 graph, group, units, images=images, labels=labels, moments=moments,
@@ -276,7 +279,7 @@ def _measure(
             ranks[group][units] = _costs(effects, settings)
             old[group] -= {*units}
             found.append(effects)
-        watcher.end()
+    watcher.end()
     _judge(found, state, settings, labels)
     return sum(len(effects.units) for effects in found)
 
