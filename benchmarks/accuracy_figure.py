@@ -31,6 +31,8 @@ _STYLES = {
     "obs": ("#16202a", "-.", ""),
 }
 _INK, _LINE = "#16202a", "#dfe4e8"
+_LEAST_SPAN = 5
+"""Points that an axis shows at least: what two methods differ by for no reason must look small."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def draw(model: str, rows: list[Result]) -> str:
                 f"dense {dense:.1f} %", (0, dense), xycoords=("axes fraction", "data"),
                 xytext=(4, 3), textcoords="offset points", fontsize=8,
             )  # fmt: skip
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, high - _LEAST_SPAN), high)
             axes.set_title(title, fontsize=10)
             axes.set_xticks(sorted({100 * row.ratio for row in rows}))
             axes.set_xlabel(f"removed, % of {rows[0].ratio_of}")
