@@ -223,7 +223,8 @@ def draw(model: str, rows: list[Result]) -> str:
                 xytext=(4, 3), textcoords="offset points", fontsize=8,
             )  # fmt: skip
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, high - _LEAST_SPAN), high)
+            span = max(high - low, _LEAST_SPAN)
+            axes.set_ylim(high - span, high + 0.05 * span)  # room for the line's name
             axes.set_title(title, fontsize=10)
             axes.set_xticks(sorted({100 * row.ratio for row in rows}))
             axes.set_xlabel(f"removed, % of {rows[0].ratio_of}")
