@@ -38,7 +38,7 @@ from cswap_deploy.causal.sets import (
     start_afresh,
 )
 from cswap_deploy.causal.significance import judge
-from cswap_deploy.causal.trials import FIRST_RIDGE, Trials, solve_behind, take_out
+from cswap_deploy.causal.trials import FIRST_RIDGE, Trials, clearly_less, solve_behind, take_out
 from cswap_deploy.causal.units import Group
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.budget import SizeModel, amount
@@ -174,17 +174,20 @@ def prune_progressively(
             here = {name: partial(order, graph.module) for name, order in (rivals or {}).items()}
             tried = orders(groups, state.removed, ranking, here)
         sets = goal.sets(sizes, state.removed, tried)
-        chosen, effect = least(trials, sets, moments, ridge=ridge, watcher=watcher)
+        chosen, judged = least(trials, sets, moments, ridge=ridge, watcher=watcher)
         gone = sets[chosen]
-        if last and state.round > 1 and effect is not None and ridge is not None:
+        if last and state.round > 1 and judged is not None and ridge is not None:
             afresh = start_afresh(
                 trials, goal, sizes, rivals or {},
                 intervention=settings.intervention, ridge=ridge, watcher=watcher,
             )  # fmt: skip
-            if afresh is not None and afresh.effect < effect:
-                chosen, gone, effect = afresh.name, afresh.gone, afresh.effect
+            # What saw no image does not fit the images by chance: the measured set must be better
+            # than they could tell by luck.
+            if afresh is not None and not clearly_less(judged, afresh.effect):
+                chosen, gone, judged = afresh.name, afresh.gone, afresh.effect
                 moments = afresh.moments
                 _put_back(graph, dense, sizes, state)
+        effect = None if judged is None else float(judged.mean())
         if last and ridge is not None and gone:
             state.ridge, effect = best_ridge(
                 trials, gone, moments, ridge=ridge, effect=effect, watcher=watcher

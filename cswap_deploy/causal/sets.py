@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from cswap_deploy.artifacts import RatioOf
 from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
@@ -65,7 +65,8 @@ class Afresh:
 
     name: str
     gone: dict[str, list[int]]
-    effect: float
+    effect: Tensor
+    """(N,), see :meth:`Trials.effect`."""
     moments: Mapping[str, Moments]
     """Of the dense network."""
 
@@ -103,7 +104,7 @@ def least(
     ridge: float | None,
     always: bool = False,
     watcher: Phases,
-) -> tuple[str, float | None]:
+) -> tuple[str, Tensor | None]:
     """The set with the least effect of its own, and that effect where it was measured.
 
     Args:
@@ -122,7 +123,7 @@ def least(
         found[name] = trials.effect(gone, moments, ridge=ridge)
         watcher.advance(1)
     watcher.end()
-    best = min(found, key=lambda name: found[name])
+    best = min(found, key=lambda name: float(found[name].mean()))
     return best, found[best]
 
 
@@ -202,7 +203,7 @@ def best_ridge(
     best = ridge
     while wanted := {r for r in (best / 10, best, best * 10) if low <= r <= high} - found.keys():
         for strength in sorted(wanted):
-            found[strength] = trials.effect(gone, moments, ridge=strength)
+            found[strength] = float(trials.effect(gone, moments, ridge=strength).mean())
         best = min(found, key=lambda strength: found[strength])
     watcher.end()
     return best, found[best]

@@ -9,6 +9,7 @@ images that took no part in the solving, as they are and lightly mixed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,8 +61,10 @@ class Trials:
         moments: Mapping[str, Moments],
         *,
         ridge: float | None,
-    ) -> float:
-        """Mean KL divergence from the dense network, nats, once a set is gone.
+    ) -> Tensor:
+        """(images that judge,) KL divergence from the dense network, nats, once a set is gone.
+
+        An image's own divergence and its mixtures' are averaged.
 
         Args:
             gone: Group -> units on trial.
@@ -78,12 +81,14 @@ class Trials:
                 trial, self.dense, self.groups, removed, self.images[: self._few],
                 ridge=ridge, watcher=Silent(),
             )  # fmt: skip
-        total = 0.0
         with torch.inference_mode():
-            for part, wanted in self._judging:
-                found = trial.run(part)[0].double()
-                total += float(kl_divergence(found[None], wanted).sum())
-        return total / sum(len(part) for part, _ in self._judging)
+            found = torch.cat(
+                [
+                    kl_divergence(trial.run(part)[0].double()[None], wanted)[0]
+                    for part, wanted in self._judging
+                ]
+            )
+        return found.view(1 + _MIXTURES, -1).mean(0)
 
     @property
     def _few(self) -> int:
@@ -101,6 +106,21 @@ class Trials:
                 (part, self.dense.run(part)[0].double())
                 for part in torch.split(torch.cat([unseen, *mixed]), _CHUNK)
             ]
+
+
+def clearly_less(one: Tensor, other: Tensor) -> bool:
+    """Whether a set's effect is less than another's beyond what the images that judge decide.
+
+    Args:
+        one: (N,) of :meth:`Trials.effect`.
+        other: (N,), of the same images.
+
+    Returns:
+        Whether the mean of the differences is below zero by more than twice its standard error.
+    """
+    less = other - one
+    error = float(less.std()) / math.sqrt(len(less))
+    return float(less.mean()) > 2 * error
 
 
 def take_out(
