@@ -1,4 +1,4 @@
-"""Curves and tables of what ``bench_accuracy.py`` measured."""
+"""Figures and tables of what ``bench_accuracy.py`` measured."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from accuracy_results import Result, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OURS = ("cswap", "paper")
 # Colour by what a ranking looks at: weights blue, activations green, gradients violet.
@@ -31,6 +34,7 @@ _STYLES = {
     "obs": ("#16202a", "-.", ""),
 }
 _INK, _LINE = "#16202a", "#dfe4e8"
+_OF = {"channels": "block-inner channels", "params": "parameters", "macs": "MACs"}
 _LEAST_SPAN = 5
 """Points that an axis shows at least: what two methods differ by for no reason must look small."""
 
@@ -66,7 +70,7 @@ def publish(results: Path, figures: Path, *, value: Value = "top1") -> list[str]
     Args:
         results: The folder of results.
         figures: Where the figures go.
-        value: What the tables show; the figures show top-1.
+        value: What the tables show; curves show top-1, dots agreement.
     """
     written = []
     for path in sorted(results.glob("*.json")):
@@ -112,10 +116,9 @@ def tables(model: str, rows: list[Result], *, value: Value = "top1") -> str:
     """Markdown: percent of the test images, natively and with the refit."""
     dense = np.mean([row.top1_dense for row in rows])
     first = rows[0]
-    of = {"channels": "block-inner channels", "params": "parameters", "macs": "MACs"}
     about = (
         f"**{model}**, {_NAMES[value]}, dense top-1 {dense:.1%}, {first.images} test images, "
-        f"{first.calibration} calibration images; ratio of the {of[first.ratio_of]}"
+        f"{first.calibration} calibration images; ratio of the {_OF[first.ratio_of]}"
     )
     parts = [about.replace("%", " %")]
     for refit, title in ((False, "as ranked, no refit"), (True, "with the same refit")):
@@ -180,13 +183,11 @@ def _margin(found: Curves, ratios: list[float]) -> list[str]:
 
 
 def draw(model: str, rows: list[Result]) -> str:
-    """Top-1 against the fraction removed, natively and with the refit, as SVG.
+    """An SVG: curves against the fraction removed, or dots where one fraction was measured.
 
     A card of its own colour: the page around it may be light or dark.
     """
     import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     settings: dict[Any, Any] = {
         "svg.hashsalt": "cswap-deploy", "svg.fonttype": "none", "font.size": 10,
@@ -197,48 +198,101 @@ def draw(model: str, rows: list[Result]) -> str:
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     }  # fmt: skip
     with mpl.rc_context(rc=settings):
-        figure = Figure(figsize=(10, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-        left, right = figure.subplots(1, 2)
-        for axes, refit, title in (
-            (left, False, "as ranked, nothing makes up for it"),
-            (right, True, "with the same closed-form refit"),
-        ):
-            for method, line in curves(rows, refit=refit).items():
-                colour, style, marker = _STYLES[method]
-                ratios = [100 * ratio for ratio in line]
-                means = np.array([100 * spread.mean for spread in line.values()])
-                spread = np.array([100 * (s.deviation or 0.0) for s in line.values()])
-                ours = method in OURS
-                axes.plot(
-                    ratios, means, style, color=colour, marker=marker, markersize=4,
-                    linewidth=2.4 if ours else 1.2, zorder=4 if ours else 3, label=method,
-                )  # fmt: skip
-                axes.fill_between(
-                    ratios, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0
-                )
-            dense = 100 * np.mean([row.top1_dense for row in rows])
-            axes.axhline(dense, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)))
-            axes.annotate(
-                f"dense {dense:.1f} %", (0, dense), xycoords=("axes fraction", "data"),
-                xytext=(4, 3), textcoords="offset points", fontsize=8,
+        if len({row.ratio for row in rows}) > 1:
+            title = f"Top-1 accuracy of {model} against the fraction removed, by ranking"
+            return _svg(_curves(model, rows), title)
+        return _svg(_dots(model, rows), f"Agreement of pruned {model} with the dense one")
+
+
+def _curves(model: str, rows: list[Result]) -> Figure:
+    """Top-1 against the fraction removed, natively and with the refit."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(10, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+    left, right = figure.subplots(1, 2)
+    for axes, refit, title in (
+        (left, False, "as ranked, nothing makes up for it"),
+        (right, True, "with the same closed-form refit"),
+    ):
+        for method, line in curves(rows, refit=refit).items():
+            colour, style, marker = _STYLES[method]
+            ratios = [100 * ratio for ratio in line]
+            means = np.array([100 * spread.mean for spread in line.values()])
+            spread = np.array([100 * (s.deviation or 0.0) for s in line.values()])
+            ours = method in OURS
+            axes.plot(
+                ratios, means, style, color=colour, marker=marker, markersize=4,
+                linewidth=2.4 if ours else 1.2, zorder=4 if ours else 3, label=method,
             )  # fmt: skip
-            low, high = axes.get_ylim()
-            span = max(high - low, _LEAST_SPAN)
-            axes.set_ylim(high - span, high + 0.05 * span)  # room for the line's name
-            axes.set_title(title, fontsize=10)
-            axes.set_xticks(sorted({100 * row.ratio for row in rows}))
-            axes.set_xlabel(f"removed, % of {rows[0].ratio_of}")
-            axes.set_ylabel("top-1 on unseen images, %")
-        lines = {t.get_label(): t for a in (left, right) for t in a.get_lines()}
-        names = [name for name in _STYLES if name in lines]
-        figure.legend([lines[n] for n in names], names, loc="outside right center", fontsize=9)
-        figure.suptitle(model, fontsize=12, fontweight="bold")
-        out = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", metadata=nothing)
+            axes.fill_between(
+                ratios, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0
+            )
+        dense = 100 * np.mean([row.top1_dense for row in rows])
+        axes.axhline(dense, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)))
+        axes.annotate(
+            f"dense {dense:.1f} %", (0, dense), xycoords=("axes fraction", "data"),
+            xytext=(4, 3), textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+        low, high = axes.get_ylim()
+        span = max(high - low, _LEAST_SPAN)
+        axes.set_ylim(high - span, high + 0.05 * span)  # room for the line's name
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(sorted({100 * row.ratio for row in rows}))
+        axes.set_xlabel(f"removed, % of the {_OF[rows[0].ratio_of]}")
+        axes.set_ylabel("top-1 on unseen images, %")
+    lines = {t.get_label(): t for a in (left, right) for t in a.get_lines()}
+    names = [name for name in _STYLES if name in lines]
+    figure.legend([lines[n] for n in names], names, loc="outside right center", fontsize=9)
+    figure.suptitle(model, fontsize=12, fontweight="bold")
+    return figure
+
+
+def _dots(model: str, rows: list[Result]) -> Figure:
+    """Agreement with the dense network at the one fraction, the best on top.
+
+    Top-1 tells good rankings less apart: some answers that change were wrong before.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    refit = any(row.refit for row in rows)
+    found = curves(rows, refit=refit, value="agreement")
+    (ratio,) = {row.ratio for row in rows}
+    order = sorted(found, key=lambda method: found[method][ratio].mean)
+    figure = Figure(
+        figsize=(7, 0.7 + 0.3 * len(order)),
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
+    )  # fmt: skip
+    axes = figure.subplots()
+    values = [100 * found[m][ratio].mean for m in order]
+    colours = [_STYLES["cswap"][0] if m in OURS else "#8a97a3" for m in order]
+    errors = [100 * (found[m][ratio].deviation or 0.0) for m in order]
+    # Dots, not bars: the axis does not begin at zero.
+    for at, (value, colour, error) in enumerate(zip(values, colours, errors, strict=True)):
+        axes.errorbar(value, at, xerr=error or None, fmt="o", color=colour, markersize=8)
+        axes.annotate(
+            f"{value:.1f} %", (value, at), xytext=(9, 0), textcoords="offset points",
+            va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlim(right=min(100, max(values)) + 0.12 * (max(values) - min(values)))
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("unseen images that get the dense network's answer, %")
+    how = ", the same closed-form refit" if refit else ""
+    axes.set_title(
+        f"{model}, {ratio:.0%} of the {_OF[rows[0].ratio_of]} removed{how}".replace("%", " %"),
+        loc="left", fontsize=10,
+    )  # fmt: skip
+    return figure
+
+
+def _svg(figure: Figure, title: str) -> str:
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(out, format="svg", metadata=nothing)
     document = out.getvalue()
     body = re.sub(r"<metadata>.*?</metadata>", "", document[document.index("<svg") :], flags=re.S)
     head, rest = body.split(">", 1)
-    title = f"Top-1 accuracy of {model} against the fraction removed, by ranking"
     card = '<rect width="100%" height="100%" rx="10" fill="#ffffff"/>'
     return f'{head} role="img" aria-label="{title}">\n{card}{rest}'
