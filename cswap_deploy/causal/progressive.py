@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -171,8 +170,7 @@ def prune_progressively(
             ranking = {g.name: scores(g) for g in groups}
         tried = {"effect": Ranking(ranking)}
         if settings.select == "set" and scores is None:
-            here = {name: partial(order, graph.module) for name, order in (rivals or {}).items()}
-            tried = orders(groups, state.removed, ranking, here)
+            tried = orders(graph.module, groups, state.removed, ranking, rivals or {})
         sets = goal.sets(sizes, state.removed, tried)
         chosen, judged = least(trials, sets, moments, ridge=ridge, watcher=watcher)
         gone = sets[chosen]

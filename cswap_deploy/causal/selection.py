@@ -52,6 +52,30 @@ def even(
     return Ranking(found, per_saving=False)
 
 
+def spread_like(
+    groups: tuple[Group, ...],
+    removed: Mapping[str, list[int]],
+    scores: Mapping[str, np.ndarray],
+    other: Mapping[str, np.ndarray],
+) -> Ranking:
+    """The same order within each group, and from each group as much as another order takes.
+
+    Args:
+        groups: What can be removed.
+        removed: What is gone.
+        scores: Group -> (units,), the order.
+        other: Group -> (units,), an order whose scores are ranked as they are.
+    """
+    found = {}
+    for group in groups:
+        alive = remaining(group, removed)
+        values = np.zeros(group.units)
+        order = np.argsort(scores[group.name][alive], kind="stable")
+        values[np.array(alive, dtype=np.int64)[order]] = np.sort(other[group.name][alive])
+        found[group.name] = values
+    return Ranking(found, per_saving=False)
+
+
 def remaining(group: Group, removed: Mapping[str, list[int]]) -> list[int]:
     """The units of a group that are still there, ascending."""
     gone = set(removed.get(group.name, ()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cswap_deploy.artifacts import RatioOf
 from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
-from cswap_deploy.causal.selection import Limits, Ranking, choose, even
+from cswap_deploy.causal.selection import Limits, Ranking, choose, even, spread_like
 from cswap_deploy.causal.trials import Trials
 from cswap_deploy.causal.units import Group
 from cswap_deploy.progress import Phases
@@ -19,12 +19,26 @@ from cswap_deploy.pruning.budget import SizeModel
 
 Order = Callable[[Group], np.ndarray]
 """Group -> (units,) scores on the network as it stands; the lowest goes first."""
-Rival = Callable[[nn.Module, Group], np.ndarray]
-"""The same for any network of this architecture."""
 Sets = dict[str, dict[str, list[int]]]
 """Who proposed it -> group -> units that would go."""
 
 _RIDGES = 0.9e-4, 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """An order that no image has a say in, for any network of an architecture."""
+
+    order: Callable[[nn.Module, Group, np.random.Generator], np.ndarray]
+    """(module, group, random numbers) -> (units,) scores; the lowest goes first."""
+    own_spread: bool = False
+    """Whether the scores themselves say how much each group gives up. Otherwise they count by what
+    a unit saves, or evenly over all groups."""
+
+    def scores(self, module: nn.Module, groups: tuple[Group, ...]) -> dict[str, np.ndarray]:
+        """Group -> (units,)."""
+        rng = np.random.default_rng(0)
+        return {g.name: self.order(module, g, rng) for g in groups}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +86,19 @@ class Afresh:
 
 
 def orders(
+    module: nn.Module,
     groups: tuple[Group, ...],
     removed: Mapping[str, list[int]],
     scores: Mapping[str, np.ndarray],
-    rivals: Mapping[str, Order],
+    rivals: Mapping[str, Rival],
 ) -> dict[str, Ranking]:
     """The orders a round tries: each by itself and evenly over all groups, and all together.
 
+    Where a rival says how much each group gives up, the measured effects also choose with its
+    spread.
+
     Args:
+        module: The network as it stands.
         groups: What can be removed.
         removed: What is gone.
         scores: Group -> (units,) by measured effects.
@@ -87,10 +106,14 @@ def orders(
     """
     places = [even(groups, removed, scores)]
     found = {"effect": Ranking(scores), "effect, even": places[0]}
-    for name, order in rivals.items():
-        values = {g.name: order(g) for g in groups}
-        places.append(even(groups, removed, values))
-        found |= {name: Ranking(values), f"{name}, even": places[-1]}
+    for name, rival in rivals.items():
+        values = rival.scores(module, groups)
+        proposed = _proposals(name, rival, values, groups, removed)
+        found |= proposed
+        if rival.own_spread:
+            found[f"effect, {name}"] = spread_like(groups, removed, scores, values)
+        else:
+            places.append(proposed[f"{name}, even"])
     together = {g.name: np.mean([p.scores[g.name] for p in places], 0) for g in groups}
     found["together, even"] = even(groups, removed, together)
     return found
@@ -156,11 +179,13 @@ def start_afresh(
     dense, whole = trials.dense, copy.deepcopy(sizes)
     for name, units in trials.removed.items():
         whole.restore(name, units)
-    tried: dict[str, Ranking] = {}
-    for name, order in rivals.items():
-        values = {g.name: order(dense.module, g) for g in goal.groups}
-        tried[f"{name}, afresh"] = Ranking(values)
-        tried[f"{name}, even, afresh"] = even(goal.groups, {}, values)
+    tried = {
+        f"{proposal}, afresh": ranking
+        for name, rival in rivals.items()
+        for proposal, ranking in _proposals(
+            name, rival, rival.scores(dense.module, goal.groups), goal.groups, {}
+        ).items()
+    }
     sets = goal.sets(whole, {}, tried)
     moments = input_moments(
         dense, consumers(goal.groups), trials.images, intervention=intervention, chunk=64
@@ -212,3 +237,16 @@ def best_ridge(
 def consumers(groups: tuple[Group, ...]) -> list[str]:
     """Every layer that reads a unit."""
     return sorted({c.layer for g in groups for c in g.consumers})
+
+
+def _proposals(
+    name: str,
+    rival: Rival,
+    scores: Mapping[str, np.ndarray],
+    groups: tuple[Group, ...],
+    removed: Mapping[str, list[int]],
+) -> dict[str, Ranking]:
+    """The rankings that a rival's scores give."""
+    if rival.own_spread:
+        return {name: Ranking(scores, per_saving=False)}
+    return {name: Ranking(scores), f"{name}, even": even(groups, removed, scores)}

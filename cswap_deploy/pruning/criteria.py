@@ -36,6 +36,25 @@ def magnitude_l2(module: nn.Module, group: Group, rng: np.random.Generator) -> n
     return _norm(module, group, 2)
 
 
+def lamp(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Squared norm, over the sum of all in the group that are not smaller.
+
+    What is left of a group decides what its next unit is worth, so the scores say how much each
+    group gives up: they are ranked as they are, not by what a unit saves. A unit of many positions
+    counts as one of them.
+
+    Source: Lee et al. 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning"
+    (arXiv:2010.07611).
+    """
+    squares = magnitude_l2(module, group, rng) ** 2
+    squares[_norm(module, group, 1, sides=("in",)) == 0] = 0.0  # nothing reads it: it is gone
+    order = np.argsort(squares, kind="stable")
+    left = np.cumsum(squares[order][::-1])[::-1]
+    scores = np.empty(group.units)
+    scores[order] = squares[order] / np.maximum(left, 1e-30)
+    return scores / len(group.root_indices[0])
+
+
 CRITERIA: dict[str, Criterion] = {
     "random": random,
     "magnitude": magnitude_l2,
@@ -56,11 +75,13 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def _norm(module: nn.Module, group: Group, power: int) -> np.ndarray:
+def _norm(
+    module: nn.Module, group: Group, power: int, sides: tuple[str, ...] = ("in", "out")
+) -> np.ndarray:
     total = torch.zeros(group.units, dtype=torch.float64)
     for member in group.members:
         layer = module.get_submodule(member.layer) if _is_module(module, member.layer) else None
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or member.side not in sides:
             continue
         weight = layer.weight.detach().double()
         for unit, positions in enumerate(member.indices):

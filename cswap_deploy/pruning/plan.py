@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from cswap_deploy.errors import PruneError
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.apply import delete_removed, exact_groups
 from cswap_deploy.pruning.budget import SizeModel, amount, smallest
-from cswap_deploy.pruning.criteria import get_criterion
+from cswap_deploy.pruning.criteria import get_criterion, lamp, magnitude_l2
 from cswap_deploy.pruning.groups import find_groups
 
 _ALIGNED = 8
@@ -35,7 +34,7 @@ _TINY = 32
 """``--round-to auto`` leaves smaller groups alone: a step of 8 would be over a quarter of them."""
 
 
-_RIVALS = ("magnitude",)
+_RIVALS = {"magnitude": Rival(magnitude_l2), "lamp": Rival(lamp, own_spread=True)}
 """Orders that propose sets beside the measured effects; they cost nothing to compute, and data did
 not choose them, so their sets do not owe anything to the calibration images."""
 
@@ -194,13 +193,12 @@ def remove_progressively(
         checkpoint: Called after every round.
     """
     rng = np.random.default_rng(settings.seed)
-
-    def rival(name: str) -> Rival:
-        rank = get_criterion(name)
-        return lambda module, group: rank(module, group, rng)
-
     if scores is None and criterion != "cswap":
-        scores = partial(rival(criterion), prepared.module)
+        rank = get_criterion(criterion)
+
+        def scores(group: Group) -> np.ndarray:
+            return rank(prepared.module, group, rng)
+
     return prune_progressively(
         prepared.graph,
         prepared.dense,
@@ -213,7 +211,7 @@ def remove_progressively(
         images=images,
         labels=labels,
         scores=scores,
-        rivals={name: rival(name) for name in _RIVALS},
+        rivals=_RIVALS,
         state=state,
         watcher=watcher,
         checkpoint=checkpoint,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cswap_deploy.causal import progressive, sets
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.progressive import Settings
-from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining
+from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining, spread_like
 from cswap_deploy.causal.trials import Trials, clearly_less, solve_behind, take_out
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.progress import Silent
@@ -127,6 +127,33 @@ def test_choose_leaves_sizes_and_removed_consistent(make: Any, fine: bool, of: A
     assert amount(sizes.size(), of) == pytest.approx(0.6 * begun, abs=0.13 * begun)
 
 
+def test_spread_like_takes_as_many_from_each_group_by_its_own_order() -> None:
+    prepared = ready(small_cnn())
+    groups = prepared.groups
+    rng = np.random.default_rng(2)
+    mine = {g.name: rng.random(g.units) for g in groups}
+    other = {g.name: rng.random(g.units) for g in groups}
+    removed = {groups[0].name: [int(np.argmin(mine[groups[0].name]))]}
+    limits = Limits(dict.fromkeys(mine, 1), dict.fromkeys(mine, 1))
+    sizes = copy.deepcopy(prepared.sizes)
+    sizes.remove(groups[0].name, removed[groups[0].name])
+
+    def chosen(ranking: Ranking) -> dict[str, list[int]]:
+        return choose(
+            groups, copy.deepcopy(sizes), copy.deepcopy(removed), ranking, limits,
+            target=0.6 * amount(sizes.size(), "channels"), of="channels", fine=False,
+        )  # fmt: skip
+
+    theirs = chosen(Ranking(other, per_saving=False))
+    ours = chosen(spread_like(groups, removed, mine, other))
+    assert {n: len(units) for n, units in ours.items()} == {n: len(u) for n, u in theirs.items()}
+    assert ours != theirs
+    for group in groups:
+        order = sorted(remaining(group, removed), key=lambda u: mine[group.name][u])
+        gone = ours.get(group.name, [])
+        assert set(gone) == set(order[: len(gone)])
+
+
 # --- sets ----------------------------------------------------------------------------------------
 
 
@@ -175,7 +202,7 @@ def test_every_round_takes_the_least_of_its_own(
     assert len(rounds) == 4, "the last round also starts afresh"
     assert max(map(len, rounds)) >= 3
     afresh = rounds.pop()
-    assert afresh.keys() <= {"magnitude, afresh", "magnitude, even, afresh"}
+    assert afresh.keys() <= {"magnitude, afresh", "magnitude, even, afresh", "lamp, afresh"}
     (better,) = compared
     if not better:
         rounds[2] = afresh
@@ -184,7 +211,8 @@ def test_every_round_takes_the_least_of_its_own(
             assert log.order == "effect", "all orders proposed the same set"
             continue
         assert found.keys() <= {
-            "effect", "effect, even", "magnitude", "magnitude, even", "together, even",
+            "effect", "effect, even", "magnitude", "magnitude, even", "lamp",
+            "effect, lamp", "together, even",
             *afresh,
         }  # fmt: skip
         order, effect = min(found.items(), key=lambda f: f[1])
