@@ -261,7 +261,7 @@ def _dots(model: str, rows: list[Result]) -> Figure:
     (ratio,) = {row.ratio for row in rows}
     order = sorted(found, key=lambda method: found[method][ratio].mean)
     figure = Figure(
-        figsize=(7, 0.7 + 0.3 * len(order)),
+        figsize=(7, 0.9 + 0.3 * len(order)),
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
     )  # fmt: skip
     axes = figure.subplots()
@@ -279,7 +279,7 @@ def _dots(model: str, rows: list[Result]) -> Figure:
     axes.set_xlim(right=min(100, max(values)) + 0.12 * (max(values) - min(values)))
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("unseen images that get the dense network's answer, %")
-    how = ", the same closed-form refit" if refit else ""
+    how = ",\nwith the same closed-form refit" if refit else ""
     axes.set_title(
         f"{model}, {ratio:.0%} of the {_OF[rows[0].ratio_of]} removed{how}".replace("%", " %"),
         loc="left", fontsize=10,

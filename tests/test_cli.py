@@ -304,7 +304,7 @@ def slow(
     np.savez(folder / "many.npz", images=images, labels=labels)
     line = (
         *flags, "--data", str(folder / "many.npz"), "--calibration-samples", "2500", "--rounds",
-        "3", "--scoring-samples", "800",
+        "3", "--scoring-samples", "2500",
     )  # fmt: skip
     with start("prune", *line, "-o", folder / "whole", "--store", folder / "store") as running:
         _, err = running.communicate(timeout=300)
