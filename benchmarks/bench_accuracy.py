@@ -39,7 +39,7 @@ from accuracy_results import Result, code_digest, read_results, write_result
 from torch import Tensor, nn
 
 from cswap_deploy.causal.effects import kl_divergence
-from cswap_deploy.causal.progressive import Settings
+from cswap_deploy.causal.state import Settings
 from cswap_deploy.causal.units import Group
 from cswap_deploy.config import load_config
 from cswap_deploy.console import Console

@@ -21,7 +21,8 @@ from bench_accuracy import RESULTS, logits
 from torch import Tensor
 
 from cswap_deploy.causal.effects import kl_divergence
-from cswap_deploy.causal.progressive import State, balanced_order
+from cswap_deploy.causal.progressive import balanced_order
+from cswap_deploy.causal.state import State
 from cswap_deploy.config import load_config
 from cswap_deploy.console import Console
 from cswap_deploy.data import normalised

@@ -138,6 +138,8 @@ class UnitEffect(Value):
     """Classes that removing the unit significantly hurts, strongest first."""
     harms: tuple[int, ...] = ()
     """Classes that removing it significantly helps, strongest first."""
+    images: int | None = None
+    """On how many the effect was measured, where the plan says; for the others it was estimated."""
 
 
 class GroupPlan(Value):
@@ -167,6 +169,10 @@ class RoundLog(Value):
     round: int
     measured: int
     """Units whose effect was measured."""
+    forwards: int = 0
+    """Masked forwards that this took: one for each unit and image."""
+    forwards_exact: int = 0
+    """Those of measuring the same units on every image."""
     removed: int
     """Units removed in this round."""
     params: int

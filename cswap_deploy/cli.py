@@ -125,6 +125,18 @@ def _build_command(until: Stage) -> Callable[..., None]:
         scoring_samples: Annotated[
             str | None, typer.Option(metavar="N|auto", help="Images each unit is measured on.")
         ] = None,
+        measuring: Annotated[
+            str | None,
+            typer.Option(
+                metavar="auto|exact|bf16|adaptive", help="All of them, or as far as needed."
+            ),
+        ] = None,
+        error_rate: Annotated[
+            float | None, typer.Option(help="At which adaptive measuring of a unit ends (0.05).")
+        ] = None,
+        memory_budget: Annotated[
+            str | None, typer.Option(metavar="SIZE", help="For measuring, as 2GiB (a third).")
+        ] = None,
         effect: Annotated[
             str | None, typer.Option(metavar="kl|true-class", help="What ranks the units (kl).")
         ] = None,

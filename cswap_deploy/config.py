@@ -61,8 +61,18 @@ class BuildConfig(Value):
     round_to: int | Literal["auto"] = "auto"
     criterion: str = "cswap"
     scoring_samples: int | Literal["auto"] = "auto"
-    """Images on which each unit's effect is measured in each round; auto: 256, fewer where that
-    would cost more than ``causal.cost.BUDGET_MACS``."""
+    """Images on which each unit's effect is known in each round; auto: 256, fewer where measuring
+    is ``exact`` and would cost more than ``causal.cost.BUDGET_MACS``."""
+    measuring: Literal["auto", "exact", "bf16", "adaptive"] = "auto"
+    """``exact``: every unit on every one of these images. ``adaptive``: until its side of the cut
+    is certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
+    float32 where that leaves its side of the cut open. auto: exact unless it costs more than
+    ``causal.cost.BUDGET_MACS``."""
+    error_rate: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """Of ``adaptive``: probability of the wrong side at which a unit's measuring ends."""
+    memory_budget: int | None = Field(default=None, ge=1)
+    """Bytes that measuring may use beside network and images; a third of what is free unless said.
+    In text ``512MiB``, ``2GiB``. Changes no result."""
     rounds: int = Field(default=4, ge=1)
     """Steps in which the ratio is reached; effects are measured again in each."""
     method: Literal["cswap", "paper"] = "cswap"
@@ -115,6 +125,18 @@ class BuildConfig(Value):
             preset = METHODS.get(str(given.get("method", "cswap")), {})
             return preset | {name: v for name, v in given.items() if v is not None}
         return given
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        from cswap_deploy.causal.memory import parse_size
+
+        try:
+            return parse_size(value)
+        except UsageError as err:
+            raise ValueError(str(err)) from err
 
     @field_validator("round_to", "scoring_samples")
     @classmethod

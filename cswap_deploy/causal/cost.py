@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.quadratic import DIRECTIONS
 from cswap_deploy.causal.units import Group
 
 BUDGET_MACS = 40_000_000_000_000
@@ -12,6 +13,8 @@ BUDGET_MACS = 40_000_000_000_000
 CPU cores."""
 MOST_IMAGES = 256
 FEWEST_IMAGES = 8
+_ADAPTIVE_IMAGES = 14
+"""On which adaptive measuring measures a unit, on average, about."""
 _LATER_ROUNDS = 0.3
 """Part of the units that a round after the first measures again, about."""
 
@@ -28,10 +31,16 @@ def measuring_macs(graph: Graph, groups: Iterable[Group]) -> int:
     return total
 
 
-def loop_macs(graph: Graph, groups: Iterable[Group], *, images: int, rounds: int) -> int:
+def loop_macs(
+    graph: Graph, groups: Iterable[Group], *, images: int, rounds: int, adaptive: bool = False
+) -> int:
     """Multiply-accumulates of the whole loop, about."""
     per_image = measuring_macs(graph, groups)
-    return round(per_image * images * (1 + _LATER_ROUNDS * (rounds - 1)))
+    if not adaptive:
+        return round(per_image * images * (1 + _LATER_ROUNDS * (rounds - 1)))
+    estimate = graph.macs(graph.nodes) * images * (1 + 2 * (1 + DIRECTIONS))
+    measured = per_image * min(images, _ADAPTIVE_IMAGES)
+    return round(measured * (1 + _LATER_ROUNDS * (rounds - 1)) + estimate * rounds)
 
 
 def affordable_images(graph: Graph, groups: Iterable[Group], *, rounds: int) -> int:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from cswap_deploy.causal.branches import batched
+from cswap_deploy.causal.half import HalfGraph
 from cswap_deploy.causal.interventions import (
     Moments,
     StandIn,
@@ -28,7 +31,7 @@ from cswap_deploy.causal.interventions import (
     mix,
     stand_ins,
 )
-from cswap_deploy.causal.partition import Env, Graph, elements
+from cswap_deploy.causal.partition import Env, Graph, bytes_of, elements
 from cswap_deploy.causal.units import Consumer, Group, channel_dim
 from cswap_deploy.errors import StageError
 
@@ -47,6 +50,8 @@ class Effects:
     """(U, N) float64, relative change of the true class's probability."""
     kl: np.ndarray
     """(U, N) float64, KL divergence from the network's output to the masked one's (nats)."""
+    measured: np.ndarray | None = None
+    """(U, N) bool, where the others are estimates; ``None``: everywhere."""
 
 
 def relative_effect(p_masked: Tensor, p: Tensor) -> Tensor:
@@ -107,86 +112,115 @@ def kl_divergence(logits_masked: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
-def measure_group(
-    graph: Graph,
-    group: Group,
-    units: Sequence[int],
-    *,
-    images: Tensor,
-    labels: Tensor,
-    moments: Mapping[str, Moments],
-    variant_bytes: int = 32 << 20,
-    tick: Callable[[int], None] | None = None,
-) -> Effects:
-    """Measure, exactly, what each unit of a group does to the prediction.
+class Cut:
+    """Some units of a group, ready to be measured: what a forward must keep, what runs again."""
 
-    Args:
-        graph: The network as it stands.
-        group: Where the units are.
-        units: Which of them, by index.
-        images: (N, C, H, W) float32.
-        labels: (N,) int64, the true classes.
-        moments: Of the consumers' inputs; empty for the zero intervention.
-        variant_bytes: Variants are batched until the largest activation after the cut has this
-            many bytes; larger does not run faster, and costs memory.
-        tick: Called with the number of units finished, for progress.
+    def __init__(
+        self, graph: Graph, group: Group, units: Sequence[int], moments: Mapping[str, Moments]
+    ) -> None:
+        """Find where the network is cut, and what takes each unit's place.
 
-    Returns:
-        Effects in the order of ``units``.
+        Args:
+            graph: The network as it stands.
+            group: Where the units are.
+            units: Which of them, by index.
+            moments: Of the consumers' inputs; empty for the zero intervention.
+        """
+        self.graph, self.group = graph, group
+        self.units = np.asarray(units, dtype=np.int64)
+        self.consumers = [
+            (node, c.layer, stand_ins(moments.get(c.layer), [c.indices[u] for u in units]))
+            for c in group.consumers
+            for node in graph.readers(c.layer)
+        ]
+        self._suffix = graph.suffix(node for node, _, _ in self.consumers)
+        inside = set(self._suffix.nodes)
+        self._consumers = [c for c in self.consumers if c[0] in inside]
+        first = [c for c in self.consumers if input_of(c[0]) not in inside]
+        self._first = {node for node, *_ in first}
+        self.keep = frozenset(
+            {*self._suffix.cached, *(c[0] for c in first), *(input_of(c[0]) for c in first)}
+        )
+        """Nodes whose values :meth:`measure` needs."""
+        self.kept_bytes = sum(bytes_of(node) for node in self.keep)
+        """Of one image."""
+        self.largest = max((elements(n) for n in self._suffix.nodes), default=1)
+        """Elements of the largest value behind the cut, of one image."""
 
-    Raises:
-        StageError: A prediction is not finite; names the group.
-    """
-    consumers = [
-        (node, entry.layer, stand_ins(moments.get(entry.layer), [entry.indices[u] for u in units]))
-        for entry in group.consumers
-        for node in graph.readers(entry.layer)
-    ]
-    suffix = graph.suffix(node for node, _, _ in consumers)
-    inside = set(suffix.nodes)
-    first = [c for c in consumers if _input_of(c[0]) not in inside]
-    keep = {*suffix.cached, *(c[0] for c in first), *(_input_of(c[0]) for c in first)}
-    per_image = 4 * max((elements(n) for n in suffix.nodes), default=1)
-    image_chunk = max(1, min(len(images), variant_bytes // per_image))
-    true_class, kl = [], []
-    with torch.inference_mode():
-        for part, truth in zip(
-            torch.split(images, image_chunk), torch.split(labels, image_chunk), strict=True
-        ):
-            logits, kept = graph.run(part, keep=keep)
-            cached = {n: kept[n] for n in suffix.cached}
-            step = max(1, variant_bytes // (per_image * len(part)))
-            rows_true, rows_kl = [], []
-            for at in range(0, len(units), step):
-                chosen = range(at, min(at + step, len(units)))
-                replace = {
-                    node: _Intervention(
-                        graph,
-                        layer,
-                        [all_of[v] for v in chosen],
-                        kept.get(node),
-                        kept.get(_input_of(node)),
-                        cut=_input_of(node) not in inside,
-                    )
-                    for node, layer, all_of in consumers
-                    if node in inside
-                }
-                masked = graph.run_suffix(
-                    suffix, cached, images=len(part), variants=len(chosen), replace=replace
-                )
-                xi, divergence = _compare(masked, logits, truth, len(chosen), group.name)
-                rows_true.append(xi)
-                rows_kl.append(divergence)
+    def measure(
+        self,
+        kept: Env,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        rows: Sequence[int],
+        variant_bytes: int,
+        half: HalfGraph | None = None,
+        tick: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both effects of some of the units on the images of one forward.
+
+        Args:
+            kept: Values of ``keep``, for N images.
+            logits: (N, classes), of the same forward.
+            labels: (N,).
+            rows: Which of ``units``, by position.
+            variant_bytes: Variants are batched until the largest value behind the cut has this
+                many bytes.
+            half: Runs what follows the cut in bfloat16; the unmasked network is then run in the
+                same arithmetic for comparison.
+            tick: Called with the number of (unit, image) pairs finished.
+
+        Returns:
+            Relative change of the true class's probability and KL divergence, each
+            (rows, N) float64.
+
+        Raises:
+            StageError: A prediction is not finite.
+        """
+        per_image = (2 if half is not None else 4) * self.largest
+        chunk = max(1, min(len(logits), variant_bytes // per_image))
+        found = []
+        for begin in range(0, len(logits), chunk):
+            part = slice(begin, begin + chunk)
+            values = {n: v[part] if batched(n) else v for n, v in kept.items() if n in self.keep}
+            count = len(logits[part])
+            step = max(1, variant_bytes // (per_image * count))
+            graph: Graph = self.graph if half is None else half
+            base = logits[part] if half is None else self._run(graph, values, None, count)
+            effects = []
+            for at in range(0, len(rows), step):
+                chosen = rows[at : at + step]
+                masked = self._run(graph, values, chosen, count)
+                effects.append(_compare(masked, base, labels[part], len(chosen), self.group.name))
                 if tick is not None:
-                    tick(len(chosen) * len(part))
-            true_class.append(torch.cat(rows_true))
-            kl.append(torch.cat(rows_kl))
-    return Effects(
-        group=group.name,
-        units=np.asarray(units, dtype=np.int64),
-        true_class=torch.cat(true_class, 1).numpy(),
-        kl=torch.cat(kl, 1).numpy(),
-    )
+                    tick(len(chosen) * count)
+            found.append([torch.cat(e) for e in zip(*effects, strict=True)])
+        xi, divergence = (torch.cat(e, 1) for e in zip(*found, strict=True))
+        return xi, divergence
+
+    def _run(self, graph: Graph, kept: Env, chosen: Sequence[int] | None, images: int) -> Tensor:
+        """Logits of some variants, or (``None``) of the network without any intervention."""
+        cached = {n: kept[n] for n in self._suffix.cached}
+        replace: dict[fx.Node, Callable[[fx.Node, Env], Tensor]] = {}
+        for node, layer, units in self._consumers:
+            output, input_ = kept.get(node), kept.get(input_of(node))
+            if chosen is not None:
+                variants = [units[v] for v in chosen]
+                replace[node] = _Intervention(
+                    graph, self.graph, layer, variants, output, input_, cut=node in self._first
+                )
+            elif node in self._first:
+                assert output is not None
+                replace[node] = partial(_given, output)
+        variants_ = 1 if chosen is None else len(chosen)
+        return graph.run_suffix(
+            self._suffix, cached, images=images, variants=variants_, replace=replace
+        )
+
+
+def _given(value: Tensor, node: fx.Node, env: Env) -> Tensor:
+    return value
 
 
 class _Intervention:
@@ -195,6 +229,7 @@ class _Intervention:
     def __init__(
         self,
         graph: Graph,
+        whole: Graph,
         layer: str,
         stand_ins: list[StandIn],
         output: Tensor | None,
@@ -203,7 +238,7 @@ class _Intervention:
         cut: bool,
     ) -> None:
         self.graph, self.stand_ins = graph, stand_ins
-        self.layer: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
+        self.layer: Consumer = whole.module.get_submodule(layer)  # type: ignore[assignment]
         self.output, self.input = output, input_
         self.cut = cut
 
@@ -221,20 +256,24 @@ class _Intervention:
         """(V * N, ...): z - W_n * (a_n - A a), from the cached input and output."""
         assert self.output is not None
         assert self.input is not None
-        out = self.output.repeat([len(self.stand_ins)] + [1] * (self.output.ndim - 1))
-        if self.output.ndim == 4 and self.output.is_contiguous(memory_format=torch.channels_last):
-            out = out.contiguous(memory_format=torch.channels_last)
+        count = len(self.output)
+        shape = (len(self.stand_ins) * count, *self.output.shape[1:])
+        maps = self.output.ndim == 4
+        last = maps and self.output.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        out = torch.empty(shape, dtype=self.output.dtype, memory_format=layout)
         for part, stand_in in zip(out.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
-            part.sub_(contribution(self.layer, node, self.input, stand_in))
+            lost = contribution(self.layer, node, self.input, stand_in)
+            torch.sub(self.output, lost, out=part)
         return out
 
     def _replace(self, node: fx.Node, env: Env) -> Tensor:
         """(V * N, ...): the consumer run on inputs of which each variant has its own replaced."""
-        source = _input_of(node)
+        source = input_of(node)
         x: Tensor = self.graph.value(source, env).clone()
         dim = channel_dim(self.layer)
         for part, stand_in in zip(x.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
-            new = 0.0 if stand_in.weights is None else mix(stand_in.weights, part, dim)
+            new = 0.0 if stand_in.weights is None else mix(stand_in.weights.to(x.dtype), part, dim)
             rows = part.movedim(dim, 1)
             rows[:, stand_in.index] = new if isinstance(new, float) else new.movedim(dim, 1)
         out: Tensor = self.graph.execute(node, {**env, source: x}, batch=len(x))
@@ -247,7 +286,7 @@ def _compare(
     """Both effects, (V, N) each, computed in float64."""
     base = logits.double()
     changed = masked.double().view(variants, len(logits), -1)
-    if not torch.isfinite(changed).all() or not torch.isfinite(base).all():
+    if not torch.isfinite(changed).all():
         raise StageError(
             f"the network's output is not finite while the units of {group} are measured",
             fix="check the weights and the preprocessing (--mean, --std) of this model",
@@ -258,7 +297,8 @@ def _compare(
     return relative_effect(p_masked, p), kl_divergence(changed, base)
 
 
-def _input_of(node: fx.Node) -> fx.Node:
+def input_of(node: fx.Node) -> fx.Node:
+    """What a consumer's node reads."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source

@@ -45,27 +45,29 @@ class Graph:
     def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
         """Execute an exported program on a module's parameters; see :func:`trace`."""
         self.module = module
-        self._program = program
-        self._nodes: list[fx.Node] = []
+        self.program = program
+        """What was exported; other modules of the architecture can be bound to it."""
+        self.nodes: list[fx.Node] = []
+        """Operations, in the order in which they run."""
         self._bound: dict[fx.Node, Callable[[], Any]] = {}
-        self._targets: dict[fx.Node, Callable[..., Any]] = {}
+        self.targets: dict[fx.Node, Callable[..., Any]] = {}
         self._bind_inputs(program)
         for node in program.graph.nodes:
             if node.op == "output":
-                self._output: fx.Node = node.args[0][0]
+                self.output: fx.Node = node.args[0][0]
             elif node.op == "call_function":
-                self._nodes.append(node)
-                self._targets[node] = _functional(node.target)
-        self._nodes = streams_first(self._nodes)
-        self._sizes = {n for n in self._nodes if isinstance(n.meta.get("val"), torch.SymInt)}
-        self._last_use = _last_uses(self._nodes)
+                self.nodes.append(node)
+                self.targets[node] = _functional(node.target)
+        self.nodes = streams_first(self.nodes)
+        self.sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        self._last_use = _last_uses(self.nodes)
         self._readers = self._find_readers()
         self.code = program.graph_module.code
         """The graph as text; part of what identifies a model."""
 
     def on(self, module: nn.Module) -> Graph:
         """The same graph on another module of the same architecture; no new export."""
-        return Graph(self._program, module)
+        return Graph(self.program, module)
 
     def readers(self, layer: str) -> Sequence[fx.Node]:
         """The convolution or linear nodes that read a layer's weight itself."""
@@ -81,20 +83,20 @@ class Graph:
 
     def order(self, layers: Iterable[str]) -> list[str]:
         """Sort layers by when they first run."""
-        position = {node: i for i, node in enumerate(self._nodes)}
+        position = {node: i for i, node in enumerate(self.nodes)}
         return sorted(layers, key=lambda layer: position[self._readers[layer][0]])
 
     def suffix(self, changed: Iterable[fx.Node]) -> Suffix:
         """Everything that depends on some nodes' outputs, those nodes first."""
         dirty = set(changed)
-        for node in self._nodes:
+        for node in self.nodes:
             if node not in dirty and any(a in dirty for a in node.all_input_nodes):
                 dirty.add(node)
-        useful = ancestors(self._output)
-        nodes = tuple(n for n in self._nodes if n in dirty and n in useful)
+        useful = ancestors(self.output)
+        nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
         inputs = {a for n in nodes for a in n.all_input_nodes}
         cached = tuple(
-            n for n in self._nodes if n in inputs and n not in dirty and n not in self._sizes
+            n for n in self.nodes if n in inputs and n not in dirty and n not in self.sizes
         )
         if self._input in inputs:
             cached = (self._input, *cached)
@@ -109,9 +111,13 @@ class Graph:
                 total += elements(node) * weight[0].numel()
         return total
 
+    def bytes_of_all(self) -> int:
+        """What all values of one image take together: what a backward pass keeps, about."""
+        return sum(bytes_of(node) for node in self.nodes)
+
     def largest(self) -> int:
         """Elements of the largest value of one image."""
-        return max(elements(node) for node in self._nodes)
+        return max(elements(node) for node in self.nodes)
 
     def run(
         self,
@@ -133,7 +139,7 @@ class Graph:
         env: Env = {self._input: images}
         wanted = set(keep)
         kept: Env = {self._input: images} if self._input in wanted else {}
-        for node in self._nodes:
+        for node in self.nodes:
             if observe is not None and node in observe:
                 observe[node](node, env)
             env[node] = self.execute(node, env)
@@ -141,12 +147,27 @@ class Graph:
                 kept[node] = env[node]
             for dead in self._last_use.get(node, ()):
                 env.pop(dead, None)
-        return env[self._output], kept
+        return env[self.output], kept
+
+    def first_not_finite(self, images: Tensor) -> tuple[str, str]:
+        """The first layer whose output is not finite, and what it holds; ``the output`` if none."""
+        with torch.inference_mode():
+            env: Env = {self._input: images}
+            for node in self.nodes:
+                value = env[node] = self.execute(node, env)
+                if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                    stack = node.meta.get("nn_module_stack") or {}
+                    path = [str(entry[0]) for entry in stack.values()]
+                    what = "NaN" if torch.isnan(value).any() else "infinity"
+                    return (path[-1] if path and path[-1] else node.name), what
+                for dead in self._last_use.get(node, ()):
+                    env.pop(dead, None)
+        return "the output", "finite when run again"
 
     def step(self, images: Tensor) -> Iterable[tuple[fx.Node, Env]]:
         """Execute node by node; yields before each node, which then runs on what it finds."""
         env: Env = {self._input: images}
-        for node in self._nodes:
+        for node in self.nodes:
             yield node, env
             env[node] = self.execute(node, env)
             for dead in self._last_use.get(node, ()):
@@ -185,20 +206,20 @@ class Graph:
                 env[node] = self.execute(node, env, batch=variants * images)
             for dead in last.get(node, ()):
                 env.pop(dead, None)
-        result: Tensor = env[self._output]
+        result: Tensor = env[self.output]
         return result
 
     def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
         """One node, on values from ``env`` and on live parameters."""
 
         def read(n: fx.Node) -> Any:
-            return self._size(n, env, batch) if n in self._sizes else self.value(n, env)
+            return self.size(n, env, batch) if n in self.sizes else self.value(n, env)
 
-        if node in self._sizes:
-            return self._size(node, env, batch)
+        if node in self.sizes:
+            return self.size(node, env, batch)
         args = fx.node.map_arg(node.args, read)
         kwargs = fx.node.map_arg(node.kwargs, read)
-        return self._targets[node](*args, **kwargs)
+        return self.targets[node](*args, **kwargs)
 
     def value(self, node: fx.Node, env: Env) -> Any:
         """A node's value: a live parameter, or what was computed."""
@@ -209,7 +230,7 @@ class Graph:
             found = env[node] = found.tensor()
         return found
 
-    def _size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
+    def size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
         """A scalar that depends on the batch only."""
         if node.target is torch.ops.aten.sym_size.int:
             source, dim = node.args
@@ -217,7 +238,7 @@ class Graph:
             if dim == 0 and batch is not None:
                 return batch
             return env[node] if node in env else env[source].shape[dim]
-        args = fx.node.map_arg(node.args, lambda n: self._size(n, env, batch))
+        args = fx.node.map_arg(node.args, lambda n: self.size(n, env, batch))
         assert callable(node.target)
         return node.target(*args)
 
@@ -246,7 +267,7 @@ class Graph:
 
     def _find_readers(self) -> dict[str, list[fx.Node]]:
         readers: dict[str, list[fx.Node]] = {}
-        for node in self._nodes:
+        for node in self.nodes:
             if node.target in _CONSUMING and node.args[1] in self._parameters:
                 weight = self._parameters[node.args[1]]
                 readers.setdefault(weight.removesuffix(".weight"), []).append(node)
@@ -350,3 +371,9 @@ def elements(node: fx.Node) -> int:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return 1
     return math.prod(s for s in value.shape[1:] if isinstance(s, int))
+
+
+def bytes_of(node: fx.Node) -> int:
+    """What a node's value for one image takes; 0 where it is no tensor."""
+    value = node.meta.get("val")
+    return elements(node) * value.element_size() if isinstance(value, Tensor) else 0

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import RatioOf, RoundLog, Verdict
-from cswap_deploy.causal.effects import Effects, likely_harm, measure_group
-from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
+from cswap_deploy.artifacts import RoundLog
+from cswap_deploy.causal.adaptive import NOTHING, Spent
+from cswap_deploy.causal.interventions import Moments, input_moments
+from cswap_deploy.causal.measuring import Round
+from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.partition import Graph
-from cswap_deploy.causal.selection import Limits, Ranking, remaining
+from cswap_deploy.causal.selection import Limits, Ranking
 from cswap_deploy.causal.sets import (
     Goal,
     Order,
@@ -36,65 +36,11 @@ from cswap_deploy.causal.sets import (
     orders,
     start_afresh,
 )
-from cswap_deploy.causal.significance import judge
-from cswap_deploy.causal.trials import FIRST_RIDGE, Trials, clearly_less, solve_behind, take_out
+from cswap_deploy.causal.state import Settings, State
+from cswap_deploy.causal.trials import Trials, clearly_less, solve_behind, take_out
 from cswap_deploy.causal.units import Group
 from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.budget import SizeModel, amount
-
-_NARROW = 2
-"""A round measures this many times as many units as it is to remove, those with the least effects,
-before it looks which of them would go."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to measure and remove. Defaults are the command's; see ``config.BuildConfig``."""
-
-    ratio: float
-    ratio_of: RatioOf = "params"
-    rounds: int = 4
-    scoring_samples: int = 128
-    effect: Literal["kl", "true-class"] = "kl"
-    intervention: Intervention = "predicted"
-    alpha: float = 0.05
-    min_effect: float = 0.01
-    refit: bool = True
-    refit_producers: bool = True
-    mix: bool = True
-    select: Literal["set", "unit"] = "set"
-    seed: int = 0
-
-
-@dataclass(slots=True)
-class Measurement:
-    """A unit's latest effect."""
-
-    true_class: float
-    harm: float
-    kl: float
-    low: float
-    high: float
-    verdict: Verdict
-    round: int
-    serves: tuple[int, ...] = ()
-    harms: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class State:
-    """Where the loop stands; enough, with the module's weights, to go on after an interruption."""
-
-    round: int = 0
-    removed: dict[str, list[int]] = field(default_factory=dict)
-    measured: dict[str, dict[int, Measurement]] = field(default_factory=dict)
-    rounds: list[RoundLog] = field(default_factory=list)
-    refitted: tuple[str, ...] = ()
-    not_refitted: tuple[str, ...] = ()
-    producers: tuple[str, ...] = ()
-    """Layers whose units took over what others carried."""
-    ridge: float = FIRST_RIDGE
-    """Of the last round's refit."""
+from cswap_deploy.pruning.budget import SizeModel
 
 
 def prune_progressively(
@@ -112,6 +58,7 @@ def prune_progressively(
     scores: Order | None = None,
     rivals: Mapping[str, Rival] | None = None,
     state: State | None = None,
+    budget: Budget | None = None,
     watcher: Phases,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
 ) -> State:
@@ -134,6 +81,7 @@ def prune_progressively(
         rivals: Other orders to try beside the measured effects, where ``settings.select`` is
             ``set``; in the last round also from the dense network on.
         state: Of an interrupted run, with the module's weights as they were then.
+        budget: Of memory, for measuring; a third of what is free unless said.
         watcher: Progress.
         checkpoint: Called after every round.
 
@@ -145,6 +93,7 @@ def prune_progressively(
     for name, units in state.removed.items():
         sizes.remove(name, units)
     order = torch.from_numpy(balanced_order(labels.numpy()))
+    budget = budget if budget is not None else Budget.of()
     trials = Trials(graph, dense, groups, state.removed, images[order])
     while state.round < settings.rounds:
         state.round += 1
@@ -156,21 +105,17 @@ def prune_progressively(
         moments: Mapping[str, Moments] = input_moments(
             graph, consumers(groups), images, intervention=settings.intervention, chunk=64
         )
-        measured = 0
         if scores is None:
-            rows = _window(order, state.round, settings.scoring_samples)
-            shown = images[rows]
-            if settings.mix:
-                shown = _half_mixed(shown, seed=state.round)
-            measured = _measure(
-                graph, goal, state, settings, sizes, shown, labels[rows], moments, watcher
-            )
-            ranking = {g.name: _ranking(state, g, settings) for g in groups}
+            tried, measured, spent = _propose(
+                graph, goal, state, settings, sizes, images, labels, order, moments,
+                rivals if rivals is not None and settings.select == "set" else {}, budget, watcher,
+            )  # fmt: skip
         else:
-            ranking = {g.name: scores(g) for g in groups}
-        tried = {"effect": Ranking(ranking)}
-        if settings.select == "set" and scores is None:
-            tried = orders(graph.module, groups, state.removed, ranking, rivals or {})
+            tried, measured, spent = (
+                {"effect": Ranking({g.name: scores(g) for g in groups})},
+                0,
+                NOTHING,
+            )
         sets = goal.sets(sizes, state.removed, tried)
         chosen, judged = least(trials, sets, moments, ridge=ridge, watcher=watcher)
         gone = sets[chosen]
@@ -207,6 +152,8 @@ def prune_progressively(
             RoundLog(
                 round=state.round,
                 measured=measured,
+                forwards=spent.forwards,
+                forwards_exact=spent.exact,
                 removed=sum(map(len, gone.values())),
                 params=sizes.size().params,
                 order=chosen,
@@ -218,6 +165,36 @@ def prune_progressively(
         if checkpoint is not None:
             checkpoint(state, graph.module)
     return state
+
+
+def _propose(
+    graph: Graph,
+    goal: Goal,
+    state: State,
+    settings: Settings,
+    sizes: SizeModel,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    moments: Mapping[str, Moments],
+    rivals: Mapping[str, Rival],
+    budget: Budget,
+    watcher: Phases,
+) -> tuple[dict[str, Ranking], int, Spent]:
+    """Measure, and say in which orders units may go; how many were measured, and what it took."""
+    rows = _window(order, state.round, settings.scoring_samples)
+    shown = images[rows]
+    if settings.mix:
+        shown = _half_mixed(shown, seed=state.round)
+    proposed = {name: rival.scores(graph.module, goal.groups) for name, rival in rivals.items()}
+    spreads = {name: values for name, values in proposed.items() if rivals[name].own_spread}
+    measured, spent = Round(
+        graph, goal, state, settings, sizes, spreads, shown, labels[rows], moments, budget
+    ).measure(watcher)
+    costs = {g.name: state.costs(g, settings) for g in goal.groups}
+    if settings.select == "unit":
+        return {"effect": Ranking(costs)}, measured, spent
+    return orders(goal.groups, state.removed, costs, rivals, proposed), measured, spent
 
 
 def balanced_order(labels: np.ndarray) -> np.ndarray:
@@ -239,142 +216,6 @@ def _half_mixed(images: Tensor, *, seed: int) -> Tensor:
     """The first half as they are, the others lightly mixed; see :mod:`causal.mixtures`."""
     half = len(images) // 2
     return torch.cat([images[:half], lightly_mixed(images, seed=seed)[half:]])
-
-
-def _measure(
-    graph: Graph,
-    goal: Goal,
-    state: State,
-    settings: Settings,
-    sizes: SizeModel,
-    images: Tensor,
-    labels: Tensor,
-    moments: Mapping[str, Moments],
-    watcher: Phases,
-) -> int:
-    """Measure what may go in this round, and judge it together; returns how many units.
-
-    Effects mostly grow as the network shrinks, so an effect from an earlier round is a lower bound,
-    about: the units with the least ones are measured again, then those that have the least now,
-    until every unit that would go was measured in this round (lazy greedy selection; Minoux,
-    "Accelerated greedy algorithms for maximizing submodular set functions", 1978). A unit that
-    goes on what it did to a healthier network breaks this one: ResNet-20, nothing made up for,
-    30 % gone: top-1 .46 instead of .78 (benchmarks/LOG.md).
-    """
-    ranks = {g: _ranking(state, g, settings) for g in goal.groups}
-    old = {g: set(remaining(g, state.removed)) for g in goal.groups}
-    found: list[Effects] = []
-    where = f"round {state.round}/{settings.rounds}"
-    batch = 0
-    while candidates := _candidates(goal, ranks, old, state, sizes):
-        batch += 1
-        if batch == 1:
-            watcher.begin(f"measuring effects, {where}", sum(map(len, candidates.values())))
-        elif batch == 2:  # one phase for all that follow: how many there are is not known yet
-            watcher.begin(f"measuring what now has the least effect, {where}", 0)
-        for group, units in candidates.items():
-            effects = measure_group(
-                graph, group, units, images=images, labels=labels, moments=moments,
-                tick=_Steps(watcher, len(images)),
-            )  # fmt: skip
-            ranks[group][units] = _costs(effects, settings)
-            old[group] -= {*units}
-            found.append(effects)
-    watcher.end()
-    _judge(found, state, settings, labels)
-    return sum(len(effects.units) for effects in found)
-
-
-def _candidates(
-    goal: Goal,
-    ranks: Mapping[Group, np.ndarray],
-    old: Mapping[Group, set[int]],
-    state: State,
-    sizes: SizeModel,
-) -> dict[Group, list[int]]:
-    """Units that may go in this round and were not measured in it; in the first one all.
-
-    Args:
-        goal: Of the round.
-        ranks: Group -> (units,) latest costs.
-        old: Group -> units that are there and whose cost is of an earlier round.
-        state: Of the loop.
-        sizes: Of the network as it is.
-    """
-    if state.round == 1:
-        wanted = old
-    else:
-        share = _NARROW * (1 - goal.target / amount(sizes.size(), goal.of))
-        if share <= 0:  # a coarse bundle went past this target already
-            return {}
-        worth = {g: ranks[g] / sizes.saving(g.name, [0], goal.of) for g in goal.groups}
-        there = [worth[g][u] for g in goal.groups for u in remaining(g, state.removed)]
-        limit = np.quantile(there, min(1.0, share))
-        wanted = {g: {u for u in units if worth[g][u] <= limit} for g, units in old.items()}
-        if not any(wanted.values()):
-            order = Ranking({g.name: values for g, values in ranks.items()})
-            (gone,) = goal.sets(sizes, state.removed, {"effect": order}).values()
-            wanted = {g: units & {*gone.get(g.name, ())} for g, units in old.items()}
-    return {g: sorted(units) for g, units in wanted.items() if units}
-
-
-def _judge(found: list[Effects], state: State, settings: Settings, labels: Tensor) -> None:
-    """Verdicts on all units that a round measured; their latest effects are kept."""
-    if not found:
-        return
-    judgement = judge(
-        np.concatenate([e.true_class for e in found]),
-        labels.numpy(),
-        alpha=settings.alpha,
-        min_effect=settings.min_effect,
-    )
-    row = 0
-    for effects in found:
-        latest = state.measured.setdefault(effects.group, {})
-        harms = likely_harm(effects.true_class)
-        for unit, harm, divergence in zip(
-            effects.units.tolist(), harms, effects.kl.mean(1), strict=True
-        ):
-            latest[unit] = Measurement(
-                true_class=float(judgement.mean[row]),
-                harm=float(harm),
-                kl=float(divergence),
-                low=float(judgement.low[row]),
-                high=float(judgement.high[row]),
-                verdict=judgement.verdicts[row],
-                round=state.round,
-                serves=judgement.serves[row],
-                harms=judgement.harms[row],
-            )
-            row += 1
-
-
-class _Steps:
-    """Turns (variants x images) into finished units."""
-
-    def __init__(self, watcher: Phases, images: int) -> None:
-        self.watcher, self.images, self.pending = watcher, images, 0
-
-    def __call__(self, runs: int) -> None:
-        units, self.pending = divmod(self.pending + runs, self.images)
-        self.watcher.advance(units)
-
-
-def _costs(effects: Effects, settings: Settings) -> np.ndarray:
-    """(units,) how much each removal disturbs the prediction; the smallest goes first."""
-    if settings.effect == "kl":
-        mean: np.ndarray = effects.kl.mean(1)
-        return mean
-    return likely_harm(effects.true_class)
-
-
-def _ranking(state: State, group: Group, settings: Settings) -> np.ndarray:
-    """(units,) the latest costs; zero where nothing was measured yet."""
-    latest = state.measured.get(group.name)
-    if latest is None:
-        return np.zeros(group.units)
-    kl = settings.effect == "kl"
-    return np.array([latest[u].kl if kl else latest[u].harm for u in range(group.units)])
 
 
 def _put_back(graph: Graph, dense: Graph, sizes: SizeModel, state: State) -> None:

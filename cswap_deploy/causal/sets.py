@@ -85,35 +85,50 @@ class Afresh:
     """Of the dense network."""
 
 
+def effect_orders(
+    groups: tuple[Group, ...],
+    removed: Mapping[str, list[int]],
+    scores: Mapping[str, np.ndarray],
+    spreads: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, Ranking]:
+    """What measured effects propose: by themselves, evenly over all groups, with others' spread.
+
+    Args:
+        groups: What can be removed.
+        removed: What is gone.
+        scores: Group -> (units,) by measured effects.
+        spreads: Name -> scores of an order that says how much each group gives up.
+    """
+    found = {"effect": Ranking(scores), "effect, even": even(groups, removed, scores)}
+    for name, values in spreads.items():
+        found[f"effect, {name}"] = spread_like(groups, removed, scores, values)
+    return found
+
+
 def orders(
-    module: nn.Module,
     groups: tuple[Group, ...],
     removed: Mapping[str, list[int]],
     scores: Mapping[str, np.ndarray],
     rivals: Mapping[str, Rival],
+    proposed: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, Ranking]:
     """The orders a round tries: each by itself and evenly over all groups, and all together.
 
-    Where a rival says how much each group gives up, the measured effects also choose with its
-    spread.
-
     Args:
-        module: The network as it stands.
         groups: What can be removed.
         removed: What is gone.
         scores: Group -> (units,) by measured effects.
         rivals: Other orders.
+        proposed: Name of a rival -> group -> its scores on the network as it stands.
     """
-    places = [even(groups, removed, scores)]
-    found = {"effect": Ranking(scores), "effect, even": places[0]}
+    own = {name: proposed[name] for name, rival in rivals.items() if rival.own_spread}
+    found = effect_orders(groups, removed, scores, own)
+    places = [found["effect, even"]]
     for name, rival in rivals.items():
-        values = rival.scores(module, groups)
-        proposed = _proposals(name, rival, values, groups, removed)
-        found |= proposed
-        if rival.own_spread:
-            found[f"effect, {name}"] = spread_like(groups, removed, scores, values)
-        else:
-            places.append(proposed[f"{name}, even"])
+        more = _proposals(name, rival, proposed[name], groups, removed)
+        found |= more
+        if not rival.own_spread:
+            places.append(more[f"{name}, even"])
     together = {g.name: np.mean([p.scores[g.name] for p in places], 0) for g in groups}
     found["together, even"] = even(groups, removed, together)
     return found

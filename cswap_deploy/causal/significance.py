@@ -57,7 +57,14 @@ class Judgement:
     """The same for the classes that removing it significantly helps."""
 
 
-def judge(effects: np.ndarray, labels: np.ndarray, *, alpha: float, min_effect: float) -> Judgement:
+def judge(
+    effects: np.ndarray,
+    labels: np.ndarray,
+    *,
+    alpha: float,
+    min_effect: float,
+    measured: np.ndarray | None = None,
+) -> Judgement:
     """Call every unit critical, neutral or detrimental.
 
     Args:
@@ -65,10 +72,13 @@ def judge(effects: np.ndarray, labels: np.ndarray, *, alpha: float, min_effect: 
         labels: (N,) true classes; images of a class are that class's sample.
         alpha: False-discovery rate.
         min_effect: Smallest |mean effect| on a class that counts.
+        measured: (U, N) bool, where the other effects are estimates: no test sees those, only means
+            and intervals do. ``None``: everywhere.
     """
+    tested = effects if measured is None else np.where(measured, effects, 0.0)
     samples = [*class_samples(labels), np.arange(len(labels))]
     means = np.stack([effects[:, rows].mean(1) for rows in samples], 1)
-    raw = np.stack([_p_values(effects[:, rows]) for rows in samples], 1)
+    raw = np.stack([_p_values(tested[:, rows]) for rows in samples], 1)
     corrected = false_discovery(raw)
     real = (corrected <= alpha) & (np.abs(means) >= min_effect)
     hurts = (real & (means < 0)).any(1)

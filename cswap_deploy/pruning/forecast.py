@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from cswap_deploy.causal.cost import loop_macs
-from cswap_deploy.causal.effects import measure_group
+from cswap_deploy.causal.scoring import measure
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.data import ImageSet, normalised
 from cswap_deploy.models.load import LoadedModel
-from cswap_deploy.pruning.plan import Prepared, prepare, scoring_images
+from cswap_deploy.pruning.plan import Prepared, prepare, scoring
 
 _GROUPS, _UNITS = 6, 8
 
@@ -39,8 +39,11 @@ def forecast_pruning(
         loaded.module, images=images, ratio=config.ratio, ratio_of=config.ratio_of,
         round_to=config.round_to,
     )  # fmt: skip
-    n = min(scoring_images(config, prepared), len(images))
-    macs = loop_macs(prepared.graph, prepared.groups, images=n, rounds=config.rounds)
+    n, measuring = scoring(config, prepared, len(images))
+    macs = loop_macs(
+        prepared.graph, prepared.groups, images=n, rounds=config.rounds,
+        adaptive=measuring == "adaptive",
+    )  # fmt: skip
     rate = _macs_per_second(prepared, images[: min(n, 16)], calibration.labels[: min(n, 16)])
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
@@ -50,6 +53,7 @@ def forecast_pruning(
         "macs": prepared.dense_size.macs,
         "rounds": config.rounds,
         "scoring_images": n,
+        "measuring": measuring,
         "scoring_macs": macs,
         "scoring_seconds": float(f"{macs / rate:.2g}"),
     }
@@ -64,9 +68,7 @@ def _macs_per_second(prepared: Prepared, images: torch.Tensor, labels: Any) -> f
         units = range(min(_UNITS, group.units))
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]
         begun = time.perf_counter()
-        measure_group(
-            graph, group, units, images=images, labels=torch.from_numpy(labels), moments={}
-        )
+        measure(graph, {group: units}, images=images, labels=torch.from_numpy(labels), moments={})
         seconds += time.perf_counter() - begun
         macs += graph.macs(graph.suffix(readers).nodes) * len(units) * len(images)
     return macs / seconds

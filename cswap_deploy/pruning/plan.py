@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
 from cswap_deploy.causal.compensate import solvable
-from cswap_deploy.causal.cost import affordable_images
+from cswap_deploy.causal.cost import BUDGET_MACS, MOST_IMAGES, affordable_images, loop_macs
 from cswap_deploy.causal.interventions import needs_bias
+from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import Settings, State, prune_progressively
+from cswap_deploy.causal.progressive import prune_progressively
 from cswap_deploy.causal.selection import Limits
 from cswap_deploy.causal.sets import Order, Rival
+from cswap_deploy.causal.state import Settings, State
 from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError
@@ -135,11 +138,29 @@ def prepare(
     )
 
 
-def scoring_images(config: BuildConfig, prepared: Prepared) -> int:
-    """Images that each unit is measured on: as asked, or what the budget of operations allows."""
-    if config.scoring_samples != "auto":
-        return config.scoring_samples
-    return affordable_images(prepared.graph, prepared.groups, rounds=config.rounds)
+def scoring(
+    config: BuildConfig, prepared: Prepared, images: int
+) -> tuple[int, Literal["exact", "bf16", "adaptive"]]:
+    """Images that each unit's effect is known on, and how: as asked, or what costs allow.
+
+    Args:
+        config: What was asked for.
+        prepared: The network.
+        images: How many calibration images there are.
+    """
+    graph, groups, rounds = prepared.graph, prepared.groups, config.rounds
+    asked = config.scoring_samples
+    if asked != "auto":
+        count = asked
+    elif config.measuring == "exact":
+        count = affordable_images(graph, groups, rounds=rounds)
+    else:
+        count = MOST_IMAGES
+    count = min(count, images)
+    if config.measuring != "auto":
+        return count, config.measuring
+    macs = loop_macs(graph, groups, images=count, rounds=rounds)
+    return count, "exact" if macs <= BUDGET_MACS else "adaptive"
 
 
 def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Settings:
@@ -150,11 +171,14 @@ def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Setti
         prepared: The network.
         images: How many calibration images there are.
     """
+    count, measuring = scoring(config, prepared, images)
     return Settings(
         ratio=config.ratio,
         ratio_of=config.ratio_of,
         rounds=config.rounds if config.criterion == "cswap" else 1,
-        scoring_samples=min(scoring_images(config, prepared), images),
+        scoring_samples=count,
+        measuring=measuring,
+        error_rate=config.error_rate,
         effect=config.effect,
         intervention=config.intervention,
         select=config.select,
@@ -175,6 +199,7 @@ def remove_progressively(
     settings: Settings,
     criterion: str = "cswap",
     scores: Order | None = None,
+    budget: Budget | None = None,
     watcher: Phases,
     state: State | None = None,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
@@ -188,6 +213,7 @@ def remove_progressively(
         settings: How to measure and remove.
         criterion: ``cswap``, or the name of a baseline ranking.
         scores: An order of one's own instead of the criterion's.
+        budget: Of memory, for measuring; a third of what is free unless said.
         watcher: Progress.
         state: Of an interrupted run; ``prepared.module`` must hold its weights.
         checkpoint: Called after every round.
@@ -213,6 +239,7 @@ def remove_progressively(
         scores=scores,
         rivals=_RIVALS,
         state=state,
+        budget=budget,
         watcher=watcher,
         checkpoint=checkpoint,
     )
@@ -233,6 +260,7 @@ def prune(
     labels: Tensor,
     settings: Settings,
     criterion: str,
+    budget: Budget | None = None,
     watcher: Phases,
     state: State | None = None,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
@@ -245,6 +273,7 @@ def prune(
         labels: (N,) int64, true classes.
         settings: How to measure and remove.
         criterion: ``cswap``, or the name of a baseline ranking.
+        budget: Of memory, for measuring; a third of what is free unless said.
         watcher: Progress.
         state: Of an interrupted run; ``prepared.module`` must hold its weights.
         checkpoint: Called after every round.
@@ -258,7 +287,7 @@ def prune(
     """
     state = remove_progressively(
         prepared, images=images, labels=labels, settings=settings, criterion=criterion,
-        watcher=watcher, state=state, checkpoint=checkpoint,
+        budget=budget, watcher=watcher, state=state, checkpoint=checkpoint,
     )  # fmt: skip
     module = delete_removed(
         prepared.module, prepared.example, state.removed, prepared.groups, images[:8]

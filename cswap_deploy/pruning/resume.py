@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from cswap_deploy.causal.progressive import State
+from cswap_deploy.causal.state import State
 from cswap_deploy.store import Store, stage_key
 
 _STATE = TypeAdapter(State)

@@ -23,7 +23,7 @@ from cswap_deploy.stages.run import (
 )
 from cswap_deploy.store import compare_files, stage_key
 
-_VERSION = 3
+_VERSION = 4
 """Raised when this stage's code changes what it writes."""
 
 
@@ -34,9 +34,9 @@ def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     config = run.config
     run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
     names = (
-        "ratio", "ratio_of", "round_to", "criterion", "scoring_samples", "rounds", "effect",
-        "intervention", "select", "alpha", "min_effect", "refit", "refit_producers", "mix",
-        "seed",
+        "ratio", "ratio_of", "round_to", "criterion", "scoring_samples", "measuring", "error_rate",
+        "rounds", "effect", "intervention", "select", "alpha", "min_effect", "refit",
+        "refit_producers", "mix", "seed",
     )  # fmt: skip
     key = run.keys["prune"] = stage_key(
         "prune",
@@ -102,10 +102,12 @@ def read_record(folder: Path) -> BuildRecord:
 def _prune(run: Run, key: str, out: Path) -> None:
     from safetensors.torch import save_file
 
+    from cswap_deploy.causal.memory import Budget, keep_freed_memory
     from cswap_deploy.pruning.plan import dense_plan, loop_settings, prepare, prune
     from cswap_deploy.pruning.resume import RoundStore
 
     config = run.config
+    keep_freed_memory()
     images, labels = calibration(run)
     if config.ratio == 0:
         plan, module = dense_plan(run.loaded.module, images[:2], config.ratio_of), run.loaded.module
@@ -123,7 +125,8 @@ def _prune(run: Run, key: str, out: Path) -> None:
             run.progress.note(f"going on after round {state.round} of an interrupted run")
         result = prune(
             prepared, images=images, labels=labels, settings=settings, criterion=config.criterion,
-            watcher=run.progress, state=state, checkpoint=rounds.save,
+            budget=Budget.of(config.memory_budget), watcher=run.progress, state=state,
+            checkpoint=rounds.save,
         )  # fmt: skip
         plan, module = result.plan, result.module
     (out / PLAN).write_text(plan.model_dump_json(indent=1))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cswap_deploy.causal.effects import Effects
+from cswap_deploy.causal.interventions import Moments
+from cswap_deploy.causal.memory import Budget
+from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.scoring import measure
 from cswap_deploy.causal.units import Group
 from cswap_deploy.models.torchvision_shim import import_timm
 
@@ -149,3 +155,22 @@ def _conv(inputs: int, outputs: int, kernel: int, **settings: int) -> nn.Sequent
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, bias=False, **settings), nn.BatchNorm2d(outputs)
     )
+
+
+def measure_group(
+    graph: Graph,
+    group: Group,
+    units: Sequence[int],
+    *,
+    images: Tensor,
+    labels: Tensor,
+    moments: Mapping[str, Moments],
+    variant_bytes: int = 32 << 20,
+    tick: Callable[[int], None] | None = None,
+) -> Effects:
+    """Exact effects of some units of one group."""
+    (found,) = measure(
+        graph, {group: units}, images=images, labels=labels, moments=moments,
+        budget=Budget(1 << 30, variant_bytes), tick=tick,
+    )  # fmt: skip
+    return found

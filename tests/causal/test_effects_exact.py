@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from small_networks import pictures, slow_effect, slow_means, small_cnn, small_vit
+from small_networks import measure_group, pictures, slow_effect, slow_means, small_cnn, small_vit
 from torch import nn
 
-from cswap_deploy.causal.effects import kl_divergence, likely_harm, measure_group, relative_effect
+from cswap_deploy.causal.effects import kl_divergence, likely_harm, relative_effect
 from cswap_deploy.causal.interventions import Intervention, input_moments
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.units import Group
@@ -158,14 +158,24 @@ def test_kl_divergence_by_hand() -> None:
     assert kl_divergence(q.log(), p.log()).item() == pytest.approx(by_hand, abs=1e-12)
 
 
-def test_prediction_that_is_not_finite_names_the_group(networks) -> None:
+@pytest.mark.parametrize(("layer", "what"), [("expand.1", "NaN"), ("classifier", "infinity")])
+def test_prediction_that_is_not_finite_names_the_first_layer(networks, layer, what) -> None:
     module = small_cnn()
     graph = networks[small_cnn][1].on(module)
-    module.get_submodule("classifier").bias.data[0] = float("nan")
-    with pytest.raises(StageError, match=r"not finite while the units of squeeze are measured"):
+    module.get_submodule(layer).bias.data[0] = float(what)
+    with pytest.raises(StageError, match=rf"first to go wrong is {layer} \({what}\)"):
         measure_group(
             graph, networks[small_cnn][2]["squeeze"], [0], images=IMAGES, labels=LABELS, moments={}
         )
+
+
+def test_only_masked_prediction_that_is_not_finite_names_the_group(networks) -> None:
+    graph, group = networks[small_cnn][1], networks[small_cnn][2]["squeeze"]
+    layers = [c.layer for c in group.consumers]
+    moments = input_moments(graph, layers, IMAGES, intervention="mean", chunk=4)
+    moments[layers[0]].mean[:] = float("nan")
+    with pytest.raises(StageError, match=r"not finite while the units of squeeze are measured"):
+        measure_group(graph, group, [0], images=IMAGES, labels=LABELS, moments=moments)
 
 
 def test_likely_harm_by_hand() -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import lively, pictures, small_cnn, small_vit
+from small_networks import lively, measure_group, pictures, small_cnn, small_vit
 from torch import Tensor, nn
 
 from cswap_deploy.causal import interventions
 from cswap_deploy.causal.branches import norm_after
-from cswap_deploy.causal.effects import Effects, kl_divergence, measure_group, relative_effect
+from cswap_deploy.causal.effects import Effects, kl_divergence, relative_effect
 from cswap_deploy.causal.interventions import (
     Intervention,
     fold,
@@ -24,8 +24,8 @@ from cswap_deploy.causal.interventions import (
     stand_ins,
 )
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import Settings
 from cswap_deploy.causal.significance import judge
+from cswap_deploy.causal.state import Settings
 from cswap_deploy.causal.units import Group
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.groups import find_groups

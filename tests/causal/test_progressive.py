@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cswap_deploy.artifacts import PrunePlan
 from cswap_deploy.causal.mixtures import lightly_mixed
-from cswap_deploy.causal.progressive import Settings, State, balanced_order
+from cswap_deploy.causal.progressive import balanced_order
+from cswap_deploy.causal.state import Settings, State
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.budget import amount
 from cswap_deploy.pruning.plan import Prepared, Pruned, prepare, prune

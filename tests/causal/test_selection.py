@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cswap_deploy.causal import progressive, sets
 from cswap_deploy.causal.mixtures import lightly_mixed
-from cswap_deploy.causal.progressive import Settings
 from cswap_deploy.causal.selection import Limits, Ranking, choose, even, remaining, spread_like
+from cswap_deploy.causal.state import Settings
 from cswap_deploy.causal.trials import Trials, clearly_less, solve_behind, take_out
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.progress import Silent

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_networks import measure_group
 from torch import Tensor, nn
 
-from cswap_deploy.causal.effects import Effects, measure_group
+from cswap_deploy.causal.effects import Effects
 from cswap_deploy.causal.partition import trace
 from cswap_deploy.causal.significance import class_samples, false_discovery, judge
 from cswap_deploy.pruning.groups import find_groups

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from random_weights import lively
 from torch import Tensor, nn
 
-from cswap_deploy.causal.progressive import Settings
+from cswap_deploy.causal.state import Settings
 from cswap_deploy.errors import ExportError, PruneError, UsageError
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.apply import exact_groups
