@@ -16,6 +16,7 @@ kernel (kernels/masked_fanout) reads z once for several variants and writes the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -118,11 +119,11 @@ def masked_fanout(
         return _reference(z, r, weight, constant, window, epilogue)
     library = fanout_library.cuda_library(z.device)
     assert library is not None
-    with torch.cuda.device(z.device):
-        return run_library(
-            library, z, r, weight, constant=constant, window=window, epilogue=epilogue,
-            stream=torch.cuda.current_stream(z.device).cuda_stream,
-        )  # fmt: skip
+    problem = lay_out(z, r, weight, constant=constant, window=window, epilogue=epilogue)
+    if problem.out.numel() > 0:
+        with torch.cuda.device(z.device):
+            library.run(problem, stream=torch.cuda.current_stream(z.device).cuda_stream)
+    return problem.out
 
 
 def fanout_backend(
@@ -177,8 +178,7 @@ def masked_fanout_reference(
     return _reference(z, r, weight, constant, window, epilogue)
 
 
-def run_library(
-    library: fanout_library.Library,
+def lay_out(
     z: Tensor,
     r: Tensor,
     weight: Tensor,
@@ -186,21 +186,14 @@ def run_library(
     constant: Tensor | None = None,
     window: Window | None = None,
     epilogue: Epilogue | None = None,
-    stream: int = 0,
-    variants_per_tile: int = 0,
-) -> Tensor:
-    """Run the kernel of one library, on the GPU or on the CPU; see :func:`masked_fanout`.
+) -> fanout_library.Problem:
+    """Bring the arguments of :func:`masked_fanout` into a layout the kernel reads, and make room.
 
-    Args:
-        library: A loaded one.
-        z: Of a device that the library runs on, and so are all others.
-        r: As for the reference.
-        weight: As for the reference.
-        constant: As for the reference.
-        window: As for the reference.
-        epilogue: As for the reference.
-        stream: The CUDA stream that the work joins.
-        variants_per_tile: How many variants a thread serves; 0 lets the kernel choose.
+    Copies only what it must: z and other where they are dense in neither layout, and the small
+    weights where channels are innermost.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; names the argument.
     """
     window, epilogue = window or Window(), epilogue or Epilogue()
     _check(z, r, weight, constant, window, epilogue)
@@ -210,21 +203,19 @@ def run_library(
     out = torch.empty(
         (len(weight) * len(z), *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=last
     )
-    if out.numel() == 0:
-        return out
     # One pixel or one channel fits both layouts; channels make the longer vectors.
     innermost = not convolution or z.is_contiguous(memory_format=torch.channels_last)
     if convolution:
         out_size, kernel = z.shape[2:], weight.shape[3:]
     else:
-        tokens = z[0].numel() // z.shape[-1]
+        tokens = math.prod(z.shape[1:-1])
         out_size, kernel = torch.Size((1, tokens)), torch.Size((1, 1))
         r = r.reshape(*r.shape[:2], 1, tokens, r.shape[-1]).movedim(-1, 2)
         weight = weight[..., None, None]
     if innermost:  # threads side by side hold channels side by side: so must the weights
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
     other = epilogue.other
-    problem = fanout_library.Problem(
+    return fanout_library.Problem(
         z=z,
         r=r,
         weight=weight,
@@ -244,8 +235,6 @@ def run_library(
         low=epilogue.activation.low,
         high=epilogue.activation.high,
     )
-    library.run(problem, stream=stream, variants_per_tile=variants_per_tile)
-    return out
 
 
 def _reference(

@@ -9,11 +9,12 @@ namespace {
 using namespace masked_fanout;
 
 constexpr int kThreads = 256;
+constexpr int kBlocksAtOnce = 2;  // per multiprocessor: 128 registers a thread, which is enough
 
 // x runs over the tiles of one variant, y over chunks of variants. Both loops go on beyond the
 // grid, so any grid is right and its size is a matter of speed alone.
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     fanout_kernel(const __grid_constant__ Params params, const __grid_constant__ Plan plan,
                   const int variants_per_tile) {
   const int chunks = (params.variants - 1) / variants_per_tile + 1;
@@ -41,9 +42,9 @@ struct Launch {
     if (error != cudaSuccess) return error;
 
     const int64_t blocks = (int64_t(plan.tiles) + kThreads - 1) / kThreads;
-    // About eight rounds of two blocks on every multiprocessor: the last, partly empty round is
-    // then a small part of the whole.
-    int step = variants_per_tile(params, blocks, 16 * int64_t(multiprocessors));
+    // Eight rounds of blocks on every multiprocessor: the last, partly empty one is then a small
+    // part of the whole.
+    int step = variants_per_tile(params, blocks, 8 * kBlocksAtOnce * int64_t(multiprocessors));
     const int chunks = (params.variants - 1) / step + 1;
     constexpr int kMostChunks = 65535;  // of gridDim.y
     const dim3 grid(unsigned(blocks), unsigned(chunks < kMostChunks ? chunks : kMostChunks));

@@ -260,8 +260,8 @@ struct Plan {
   int32_t weight_step[4];  // strides of O, B, KH, KW
 };
 
-// Scalars get more rows: what one thread reads of r serves all of them.
-MASKED_FANOUT_FN constexpr int rows_of(int vector) { return vector == 1 ? 8 : 4; }
+// At most 16 outputs per thread: with more, sums and packs leave room for too few threads.
+MASKED_FANOUT_FN constexpr int rows_of(int vector) { return vector == 8 ? 2 : 4; }
 
 inline bool divides(int64_t step, std::initializer_list<int64_t> strides) {
   for (const int64_t stride : strides) {
