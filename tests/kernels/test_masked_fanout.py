@@ -444,7 +444,10 @@ def test_r_may_have_any_strides(host: Library) -> None:
     case = make_case("nchw", torch.float32, channels=8, inputs=2, size=(4, 4))
     apart = torch.full((3, 2, 2, 17), float("nan"))[..., :16].unflatten(-1, (4, 4))
     apart.copy_(case.r)
-    for r in (apart, case.r.movedim(2, -1).contiguous().movedim(-1, 2)):
+    every_second = torch.full((3, 2, 2, 4, 8), float("nan"))[..., ::2]
+    every_second.copy_(case.r)
+    innermost = case.r.movedim(2, -1).contiguous().movedim(-1, 2)
+    for r in (apart, every_second, innermost):
         assert not r.is_contiguous()
         check(run(host, replace(case.problem(), r=r)), case)
 
@@ -452,8 +455,12 @@ def test_r_may_have_any_strides(host: Library) -> None:
 def test_weights_may_have_any_strides(host: Library) -> None:
     case = make_case("tokens", torch.float32, channels=8, inputs=2)
     plain = case.weight[..., None, None]
-    assert plain.stride(1) == 2
-    check(run(host, replace(case.problem(), weight=plain)), case)
+    buffer = torch.full((3, 8, 2, 4), float("nan"))
+    every_fourth = buffer.as_strided(plain.shape, (64, 8, 4, 4, 4))
+    every_fourth.copy_(plain)
+    for weight in (plain, every_fourth):
+        assert weight.stride(1) in (2, 8)
+        check(run(host, replace(case.problem(), weight=weight)), case)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
