@@ -60,7 +60,7 @@ def compile_library(nvcc: str | Path, target: Path) -> None:
 
 def main() -> None:
     """What ``pip`` calls."""
-    from setuptools import setup
+    from setuptools import Distribution, setup
     from setuptools.command.bdist_wheel import bdist_wheel
     from setuptools.command.build_py import build_py
 
@@ -74,17 +74,19 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             compile_library(find_nvcc(), target)
 
-    class Wheel(bdist_wheel):
-        """Any Python, one platform: the library knows nothing of Python."""
+    class Binary(Distribution):
+        """Not the same on every platform."""
 
-        def finalize_options(self) -> None:
-            super().finalize_options()
-            self.root_is_pure = False
+        def has_ext_modules(self) -> bool:
+            return True
+
+    class Wheel(bdist_wheel):
+        """Any Python: the library knows nothing of it."""
 
         def get_tag(self) -> tuple[str, str, str]:
             return "py3", "none", super().get_tag()[2]
 
-    setup(cmdclass={"build_py": Build, "bdist_wheel": Wheel})
+    setup(distclass=Binary, cmdclass={"build_py": Build, "bdist_wheel": Wheel})
 
 
 if __name__ == "__main__":
