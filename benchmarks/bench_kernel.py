@@ -3,10 +3,11 @@
     python benchmarks/bench_kernel.py             # needs an NVIDIA GPU; exits with 4 without one
     python benchmarks/bench_kernel.py --quick     # smaller; without a GPU says so and exits with 0
 
-Each case is verified against float64 first. Then kernel, torch reference and a device-to-device
-copy of the same output run in turn, so that clocks and neighbours hit all three alike. A copy moves
-twice the output's bytes; the kernel moves the output once, and z, r, weights and the residual once.
-The last line is one JSON object with the raw samples.
+Each case is verified against float64 first. Then kernel, torch and a device-to-device copy of the
+same output run in turn, so that clocks and neighbours hit all alike. Torch runs twice: as the
+reference, written to be read, and batched, as the package runs it without the kernel; the faster
+counts. A copy moves twice the output's bytes; the kernel moves the output, z, r, the weights and
+the residual once. The last line is one JSON object with the raw samples.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cswap_deploy.causal import fanout_library
@@ -91,9 +93,10 @@ class Result:
     call_ms: list[float]
     """With what Python does around it."""
     reference_ms: list[float]
+    batched_ms: list[float]
     copy_ms: list[float]
     speedup: float
-    """Reference over call, medians."""
+    """The faster torch over the call, medians."""
     fraction_of_copy_bandwidth: float
 
 
@@ -152,6 +155,28 @@ def make(shape: Shape, dtype: torch.dtype, *, channels_last: bool, config: Confi
     )  # fmt: skip
 
 
+def batched(inputs: Inputs) -> Tensor:
+    """The formula in as few passes over the whole output as torch's own operations need."""
+    z, epilogue = inputs.z, inputs.epilogue
+    variants, convolution = len(inputs.weight), inputs.weight.ndim == 5
+    out = z.repeat(variants, *[1] * (z.ndim - 1))
+    if convolution and z.is_contiguous(memory_format=torch.channels_last):
+        out = out.contiguous(memory_format=torch.channels_last)
+    for part, r, weight in zip(out.chunk(variants), inputs.r, inputs.weight, strict=True):
+        if convolution:
+            window = inputs.window
+            part.sub_(F.conv2d(r, weight, None, window.stride, window.padding, window.dilation))
+        else:
+            part.sub_(F.linear(r, weight))
+    along = (-1, 1, 1) if convolution else (-1,)
+    assert epilogue.scale is not None
+    assert epilogue.shift is not None
+    out.mul_(epilogue.scale.to(z.dtype).view(along)).add_(epilogue.shift.to(z.dtype).view(along))
+    if epilogue.other is not None:
+        out.unflatten(0, (variants, len(z))).add_(epilogue.other)
+    return out.relu_() if epilogue.activation.kind == "relu" else out
+
+
 def verify(inputs: Inputs) -> tuple[float, float]:
     """Errors of kernel and reference against float64, on the first, a middle and the last variant.
 
@@ -164,12 +189,14 @@ def verify(inputs: Inputs) -> tuple[float, float]:
     whole = inputs.call(masked_fanout).unflatten(0, (last + 1, images))
     got = whole[chosen].flatten(0, 1).double()
     del whole
+    again = batched(inputs).unflatten(0, (last + 1, images))[chosen].flatten(0, 1).double()
     some = inputs.some(chosen)
     exact = some.double().call(masked_fanout_reference)
     reference = some.call(masked_fanout_reference).double()
     kernel_error = float((got - exact).abs().max())
     reference_error = float((reference - exact).abs().max())
     floor = torch.finfo(inputs.z.dtype).eps * float(exact.abs().max())
+    assert float((again - exact).abs().max()) <= 4 * reference_error + floor, "batched is wrong"
     if not kernel_error <= 2 * reference_error + floor:
         raise StageError(
             f"masked_fanout is wrong: {kernel_error:.3g} from float64, "
@@ -204,11 +231,12 @@ def measure(shape: Shape, dtype: str, *, channels_last: bool, config: Config) ->
     assert library is not None
     stream = torch.cuda.current_stream().cuda_stream
     target = torch.empty_like(problem.out)
-    kernel_ms, call_ms, reference_ms, copy_ms = interleaved(
+    kernel_ms, call_ms, reference_ms, batched_ms, copy_ms = interleaved(
         [
             lambda: library.run(problem, stream=stream),
             lambda: inputs.call(masked_fanout),
             lambda: inputs.call(masked_fanout_reference),
+            lambda: batched(inputs),
             lambda: target.copy_(problem.out),
         ],
         config,
@@ -230,8 +258,9 @@ def measure(shape: Shape, dtype: str, *, channels_last: bool, config: Config) ->
         kernel_ms=kernel_ms,
         call_ms=call_ms,
         reference_ms=reference_ms,
+        batched_ms=batched_ms,
         copy_ms=copy_ms,
-        speedup=round(middle(reference_ms) / middle(call_ms), 3),
+        speedup=round(min(middle(reference_ms), middle(batched_ms)) / middle(call_ms), 3),
         fraction_of_copy_bandwidth=round(
             (moved / middle(kernel_ms)) / (copied / middle(copy_ms)), 3
         ),
@@ -297,7 +326,7 @@ def main() -> None:
                 print(
                     f"{r.case:30} {r.dtype:9} {r.layout:13} {r.variants:4} variants "
                     f"kernel {statistics.median(r.kernel_ms):7.3f} ms "
-                    f"torch {statistics.median(r.reference_ms):8.3f} ms ({r.speedup:.1f}x) "
+                    f"torch {r.speedup * statistics.median(r.call_ms):8.3f} ms ({r.speedup:.1f}x) "
                     f"{r.fraction_of_copy_bandwidth:.0%} of copy bandwidth",
                     flush=True,
                 )

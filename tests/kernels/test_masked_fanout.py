@@ -13,15 +13,17 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cswap_deploy.causal import fanout_library
+from cswap_deploy.causal import fanout, fanout_library
 from cswap_deploy.causal.fanout import (
     Activation,
     Epilogue,
@@ -205,7 +207,11 @@ def check(got: Tensor, case: Case) -> None:
     exact, reference = case.reference(torch.float64), case.reference()
     assert got.shape == reference.shape
     assert got.dtype == reference.dtype
-    assert got.stride() == reference.stride()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if got.ndim == 4:
+            assert got.is_contiguous(memory_format=layout) == reference.is_contiguous(
+                memory_format=layout
+            )
     error = (got.double() - exact).abs()
     own = (reference.double() - exact).abs().max()
     allowed = 2 * own + torch.finfo(got.dtype).eps * exact.abs()
@@ -717,6 +723,74 @@ def test_a_fallback_is_logged_once(
     ]
 
 
+def test_every_reason_for_a_fallback_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(fanout_library, "import_module", _raise(ImportError("no")))
+    monkeypatch.setattr(fanout_library, "find_nvcc", lambda: None)
+    monkeypatch.setattr(fanout_library.platformdirs, "user_cache_path", lambda _: tmp_path)
+    found = fanout_library._find(0)
+    assert found == (
+        "cswap_kernels is not installed (pip install ./kernels); "
+        "nvcc was found neither in CUDA_HOME, on PATH nor in /usr/local/cuda"
+    )
+
+
+def _raise(error: Exception) -> Callable[[str], object]:
+    def function(_: str) -> object:
+        raise error
+
+    return function
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch, host: Library) -> None:
+    """CPU tensors take the way of CUDA tensors, to the host build."""
+    monkeypatch.setattr(fanout, "fanout_backend", lambda *_: "cuda")
+    monkeypatch.setattr(fanout_library, "cuda_library", lambda _: host)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_library_is_called_with_everything(layout: Layout) -> None:
+    case = make_case(layout, torch.float32, constant=True)
+    got = masked_fanout(
+        case.z, case.r, case.weight, constant=case.constant, window=case.window,
+        epilogue=case.epilogue,
+    )  # fmt: skip
+    check(got, case)
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize(("variants", "images"), [(0, 2), (3, 0)])
+def test_the_library_is_not_called_for_nothing(variants: int, images: int) -> None:
+    case = make_case("tokens", torch.float32, variants=variants, images=images)
+    assert masked_fanout(case.z, case.r, case.weight).shape == (0, 9, 5)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_gradients_come_from_the_reference() -> None:
+    case = make_case("nchw", torch.float32)
+    r = case.r.clone().requires_grad_()
+    masked_fanout(case.z, r, case.weight).sum().backward()
+    assert r.grad is not None
+    with torch.no_grad():
+        assert not masked_fanout(case.z, r, case.weight).requires_grad
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_launch_that_fails_says_with_which_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DTYPES, torch.float32, 9)
+    case = make_case("nchw", torch.float32)
+    words = r"masked_fanout did not start: error 1 \(z \(2, 5, 9, 7\), r \(3, 2, 1, 9, 7\)"
+    with pytest.raises(RuntimeError, match=words):
+        masked_fanout(case.z, case.r, case.weight)
+
+
 def test_float64_is_the_references() -> None:
     assert fanout_backend("cuda:0", torch.float64) == "reference"
 
@@ -816,22 +890,16 @@ def test_gpu_indexes_beyond_32_bits(cuda: Library) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 12 << 30:
         pytest.skip("needs 12 GiB of GPU memory")
-    case = make_case("nchw", torch.float16, variants=3, images=1, channels=2**20, size=(28, 28))
-    on_gpu = case.to("cuda")
-    got = masked_fanout(on_gpu.z, on_gpu.r, on_gpu.weight, epilogue=on_gpu.epilogue)
+    channels = 2**20
+
+    def draw(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="cuda").normal_()
+
+    z, r = draw(1, channels, 28, 28), draw(3, 1, 1, 28, 28)
+    weight = draw(3, channels, 1, 1, 1)
+    got = masked_fanout(z, r, weight)
     assert got.numel() > 1 << 31
-    last = replace(case, r=case.r[2:], weight=case.weight[2:])
-    check(got[2:, -64:].cpu(), _channels(last, slice(-64, None)))
-
-
-def _channels(case: Case, chosen: slice) -> Case:
-    e = case.epilogue
-    assert e.scale is not None
-    assert e.shift is not None
-    assert e.other is not None
-    return replace(
-        case, z=case.z[:, chosen], weight=case.weight[:, chosen],
-        epilogue=replace(
-            e, scale=e.scale[chosen], shift=e.shift[chosen], other=e.other[:, chosen]
-        ),
-    )  # fmt: skip
+    for v in range(3):
+        for part in (slice(0, 64), slice(channels - 64, channels)):
+            case = Case(z[:, part].cpu(), r[[v]].cpu(), weight[[v], part].cpu())
+            check(got[[v], part].cpu(), case)
