@@ -203,7 +203,7 @@ def lay_out(
     out = torch.empty(
         (len(weight) * len(z), *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=last
     )
-    # One pixel or one channel fits both layouts; channels make the longer vectors.
+    # One pixel fits both layouts, and channels make the longer vectors then.
     innermost = not convolution or z.is_contiguous(memory_format=torch.channels_last)
     if convolution:
         out_size, kernel = z.shape[2:], weight.shape[3:]

@@ -1,4 +1,4 @@
-// The kernel's own tiles, run one after another on the CPU. For tests on machines without a GPU.
+// The kernel's own threads, run one after another on the CPU. For tests on machines without a GPU.
 #include <exception>
 
 #include "masked_fanout.h"
@@ -7,17 +7,20 @@ namespace {
 
 using namespace masked_fanout;
 
+// A small grid of threads: most of them have several tiles and chunks, some have none.
+constexpr int kGrid[2] = {7, 2};
+
 struct Run {
   const Params &params;
   const Plan &plan;
 
   template <typename Tile>
   int with() const {
+    if (params.variants == 0) return 0;
     const int step = variants_per_tile(params, plan.tiles, 1);
-    for (int first = 0; first < params.variants; first += step) {
-      const int end = first + step < params.variants ? first + step : params.variants;
-      for (uint32_t tile = 0; tile < plan.tiles; ++tile) {
-        Tile::run(params, plan, tile, first, end);
+    for (int y = 0; y < kGrid[1]; ++y) {
+      for (int x = 0; x < kGrid[0]; ++x) {
+        walk<Tile>(params, plan, step, uint32_t(x), uint32_t(kGrid[0]), y, kGrid[1]);
       }
     }
     return 0;

@@ -11,21 +11,13 @@ using namespace masked_fanout;
 constexpr int kThreads = 256;
 constexpr int kBlocksAtOnce = 2;  // per multiprocessor: 128 registers a thread, which is enough
 
-// x runs over the tiles of one variant, y over chunks of variants. Both loops go on beyond the
-// grid, so any grid is right and its size is a matter of speed alone.
+// x runs over the tiles of one variant, y over chunks of variants.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     fanout_kernel(const __grid_constant__ Params params, const __grid_constant__ Plan plan,
                   const int variants_per_tile) {
-  const int chunks = (params.variants - 1) / variants_per_tile + 1;
-  for (int chunk = int(blockIdx.y); chunk < chunks; chunk += int(gridDim.y)) {
-    const int first = chunk * variants_per_tile;
-    const int end = min(first + variants_per_tile, params.variants);
-    for (uint32_t tile = blockIdx.x * kThreads + threadIdx.x; tile < plan.tiles;
-         tile += gridDim.x * kThreads) {
-      Tile::run(params, plan, tile, first, end);
-    }
-  }
+  walk<Tile>(params, plan, variants_per_tile, blockIdx.x * kThreads + threadIdx.x,
+             gridDim.x * kThreads, int(blockIdx.y), int(gridDim.y));
 }
 
 struct Launch {

@@ -530,6 +530,23 @@ struct Tile {
   }
 };
 
+// What one thread of a grid does. It goes on beyond the grid, so any grid is right and its size is a
+// matter of speed alone. Tiles are those of one variant; chunks are variants that share a thread.
+template <typename Tile>
+MASKED_FANOUT_FN void walk(const Params &p, const Plan &plan, int variants_per_tile,
+                           uint32_t first_tile, uint32_t tile_step, int first_chunk,
+                           int chunk_step) {
+  const int chunks = (p.variants - 1) / variants_per_tile + 1;
+  for (int chunk = first_chunk; chunk < chunks; chunk += chunk_step) {
+    const int first = chunk * variants_per_tile;
+    const int end =
+        p.variants - first < variants_per_tile ? p.variants : first + variants_per_tile;
+    for (uint32_t tile = first_tile; tile < plan.tiles; tile += tile_step) {
+      Tile::run(p, plan, tile, first, end);
+    }
+  }
+}
+
 // ---- From the plan to the tile that serves it -------------------------------------------------
 
 // Calls run.template with<Tile<...>>() for the one that fits; the .cu and the host build share it.
@@ -569,7 +586,8 @@ int dispatch(const Params &p, const Plan &plan, Run &&run) {
 
 // How many variants one thread serves: each reads z once for all of them, but a device must not
 // run short of threads.
-inline int variants_per_tile(const Params &p, int64_t blocks_of_one_variant, int64_t enough_blocks) {
+inline int variants_per_tile(const Params &p, int64_t blocks_of_one_variant,
+                             int64_t enough_blocks) {
   if (p.variants_per_tile > 0) return p.variants_per_tile;
   int chosen = 16;
   while (chosen > 1 &&
