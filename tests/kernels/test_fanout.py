@@ -1,0 +1,254 @@
+"""What callers of ``fanout`` meet: refusals, dispatch, how the library is found and built."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fanout_cases import LAYOUTS, Layout, check, make_case
+
+from cswap_deploy.causal import fanout, fanout_library
+from cswap_deploy.causal.fanout import (
+    Activation,
+    Epilogue,
+    Window,
+    fanout_backend,
+    lay_out,
+    masked_fanout,
+    masked_fanout_reference,
+)
+from cswap_deploy.causal.fanout_library import DTYPES, SOURCES, Library
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": torch.zeros(3, 2, 1, 5, 5)}, r"^z: height and width \(4, 4\) are not \(5, 5\)"),
+        ({"r": torch.zeros(2, 2, 1, 4, 4)}, r"^r: .* is not \(3, 2, 1, H, W\)"),
+        ({"r": torch.zeros(3, 2, 1, 4, 4).half()}, r"^r: torch.float16 does not go with z's"),
+        ({"r": torch.zeros(3, 2, 1, 4, 4, device="meta")}, r"^r: is on meta, z on cpu"),
+        ({"weight": torch.zeros(3, 5)}, r"^weight: \(3, 5\) is neither"),
+        ({"weight": torch.zeros(3, 6, 1, 1, 1)}, r"^z: .* is not \(N, 6, Ho, Wo\)"),
+        ({"z": torch.zeros(2, 5, 4, 4, dtype=torch.int32)}, r"^z: torch.int32 is not a floating"),
+        ({"constant": torch.zeros(5)}, r"^constant: \(5,\) is not \(3, 5\)"),
+        ({"epilogue": Epilogue(scale=torch.zeros(4))}, r"^scale: \(4,\) is not \(5,\)"),
+        ({"epilogue": Epilogue(shift=torch.zeros(5).half())}, r"^shift: torch.float16 does not"),
+        ({"epilogue": Epilogue(other=torch.zeros(2, 5, 4))}, r"^other: \(2, 5, 4\) is not"),
+    ],
+)
+def test_an_error_names_the_argument(change: dict[str, object], words: str) -> None:
+    arguments = {
+        "z": torch.zeros(2, 5, 4, 4),
+        "r": torch.zeros(3, 2, 1, 4, 4),
+        "weight": torch.zeros(3, 5, 1, 1, 1),
+        **change,
+    }
+    for function in (masked_fanout, masked_fanout_reference, lay_out):
+        with pytest.raises(ValueError, match=words):
+            function(**arguments)  # type: ignore[arg-type]
+
+
+def test_linear_layers_have_no_window() -> None:
+    with pytest.raises(ValueError, match="window: a linear layer"):
+        masked_fanout(
+            torch.zeros(2, 5), torch.zeros(3, 2, 1), torch.zeros(3, 5, 1),
+            window=Window(stride=(2, 2)),
+        )  # fmt: skip
+
+
+def test_settings_that_no_layer_has() -> None:
+    with pytest.raises(ValueError, match="activation: 'tanh' is none of none, relu"):
+        Activation("tanh")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"hardtanh from 1\.0 to 0\.0 is empty"):
+        Activation("hardtanh", 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"stride must be two numbers >= 1, not \(0, 1\)"):
+        Window(stride=(0, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_the_cpu_the_reference_runs(layout: Layout) -> None:
+    case = make_case(layout, torch.float32)
+    assert fanout_backend("cpu") == "reference"
+    got = masked_fanout(case.z, case.r, case.weight, epilogue=case.epilogue)
+    torch.testing.assert_close(got, case.reference(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("variants", "images"), [(0, 2), (3, 0)])
+def test_nothing_in_nothing_out(variants: int, images: int) -> None:
+    case = make_case("nchw", torch.float32, variants=variants, images=images)
+    assert case.reference().shape == (0, 5, 9, 7)
+    assert case.problem().out.shape == (0, 5, 9, 7)
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a stand-in for nvcc first; its body sees the output's path in $out."""
+
+    def make(body: str) -> Path:
+        home = tmp_path / "cuda"
+        (home / "bin").mkdir(parents=True, exist_ok=True)
+        script = home / "bin" / "nvcc"
+        script.write_text(
+            '#!/bin/sh\nif [ "$1" = --version ]; then echo "release 1"; exit; fi\n'
+            f'echo run >> {tmp_path}/runs\nfor out; do :; done\n{body}\n'
+        )  # fmt: skip
+        script.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        return tmp_path / "runs"
+
+    return make
+
+
+def test_a_build_is_kept_and_found_by_its_sources(
+    nvcc: Callable[[str], Path], tmp_path: Path
+) -> None:
+    runs, cache = nvcc('echo library > "$out"'), tmp_path / "cache"
+    first = fanout_library.build_library((8, 6), cache_dir=cache)
+    assert first.read_text() == "library\n"
+    assert fanout_library.build_library((8, 6), cache_dir=cache) == first
+    assert len(runs.read_text().splitlines()) == 1
+    assert fanout_library.build_library((9, 0), cache_dir=cache) != first
+    sources = shutil.copytree(SOURCES, tmp_path / "sources")
+    with (sources / "masked_fanout.h").open("a") as file:
+        file.write("// changed\n")
+    assert fanout_library.build_library((8, 6), cache_dir=cache, sources=sources) != first
+
+
+def test_a_build_that_fails_leaves_nothing_and_says_why(
+    nvcc: Callable[[str], Path], tmp_path: Path
+) -> None:
+    nvcc('echo half > "$out"; echo "error: no such architecture" >&2; exit 1')
+    with pytest.raises(OSError, match=r"nvcc failed: error: no such architecture"):
+        fanout_library.build_library((8, 6), cache_dir=tmp_path / "cache")
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_without_sources_nothing_is_built(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="sources are not there"):
+        fanout_library.build_library((8, 6), cache_dir=tmp_path, sources=tmp_path)
+
+
+def test_a_fallback_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(fanout_library.SWITCH, "off")
+    fanout_library._for_device.cache_clear()
+    try:
+        assert fanout_backend("cuda:0") == "reference"
+        assert fanout_backend("cuda:0", torch.float16) == "reference"
+    finally:
+        fanout_library._for_device.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "masked_fanout runs on torch, not on its CUDA kernel: CSWAP_KERNELS=off"
+    ]
+
+
+def test_every_reason_for_a_fallback_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(fanout_library, "import_module", _raise(ImportError("no")))
+    monkeypatch.setattr(fanout_library, "find_nvcc", lambda: None)
+    monkeypatch.setattr(fanout_library.platformdirs, "user_cache_path", lambda _: tmp_path)
+    found = fanout_library._find(0)
+    assert found == (
+        "cswap_kernels is not installed (pip install ./kernels); "
+        "nvcc was found neither in CUDA_HOME, on PATH nor in /usr/local/cuda"
+    )
+
+
+def _raise(error: Exception) -> Callable[[str], object]:
+    def function(_: str) -> object:
+        raise error
+
+    return function
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch, host: Library) -> None:
+    """CPU tensors take the way of CUDA tensors, to the host build."""
+    monkeypatch.setattr(fanout, "fanout_backend", lambda *_: "cuda")
+    monkeypatch.setattr(fanout_library, "cuda_library", lambda _: host)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_library_is_called_with_everything(layout: Layout) -> None:
+    case = make_case(layout, torch.float32, constant=True)
+    got = masked_fanout(
+        case.z, case.r, case.weight, constant=case.constant, window=case.window,
+        epilogue=case.epilogue,
+    )  # fmt: skip
+    check(got, case)
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize(("variants", "images"), [(0, 2), (3, 0)])
+def test_the_library_is_not_called_for_nothing(variants: int, images: int) -> None:
+    case = make_case("tokens", torch.float32, variants=variants, images=images)
+    assert masked_fanout(case.z, case.r, case.weight).shape == (0, 9, 5)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_gradients_come_from_the_reference() -> None:
+    case = make_case("nchw", torch.float32)
+    r = case.r.clone().requires_grad_()
+    masked_fanout(case.z, r, case.weight).sum().backward()
+    assert r.grad is not None
+    with torch.no_grad():
+        assert not masked_fanout(case.z, r, case.weight).requires_grad
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_launch_that_fails_says_with_which_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DTYPES, torch.float32, 9)
+    case = make_case("nchw", torch.float32)
+    words = r"masked_fanout did not start: error 1 \(z \(2, 5, 9, 7\), r \(3, 2, 1, 9, 7\)"
+    with pytest.raises(RuntimeError, match=words):
+        masked_fanout(case.z, case.r, case.weight)
+
+
+def test_float64_is_the_references() -> None:
+    assert fanout_backend("cuda:0", torch.float64) == "reference"
+
+
+def _setup() -> object:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("setup_kernels", SOURCES.parent / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_package_is_built_for_what_nvcc_knows() -> None:
+    flags = _setup().gencode({"75", "80", "90", "100", "121"})  # type: ignore[attr-defined]
+    assert flags == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+@pytest.mark.slow
+def test_nvcc_compiles_for_every_architecture(tmp_path: Path) -> None:
+    nvcc = fanout_library.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    made = tmp_path / "all.so"
+    _setup().compile_library(nvcc, made)  # type: ignore[attr-defined]
+    handle = ctypes.CDLL(str(made))  # every symbol resolves
+    assert handle.masked_fanout_abi() == 1 << 16 | ctypes.sizeof(fanout_library.Params)
