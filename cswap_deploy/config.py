@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -87,6 +88,9 @@ class BuildConfig(Value):
     select: Literal["set", "unit"] = "set"
     """``unit``: what goes is what has the least effect by itself. ``set``: several orders propose
     what goes, and the set with the least effect as a whole is taken."""
+    workers: str | None = None
+    """Who measures effects: so many processes (``4``), or a Ray cluster (``ray://HOST:PORT``); this
+    process unless said. Changes no result."""
     alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
     """False-discovery rate of the verdicts."""
     min_effect: float = Field(default=0.01, ge=0.0)
@@ -137,6 +141,14 @@ class BuildConfig(Value):
             return parse_size(value)
         except UsageError as err:
             raise ValueError(str(err)) from err
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _where(cls, value: Any) -> Any:
+        text = str(value) if isinstance(value, int) else value
+        if isinstance(text, str) and not re.fullmatch(r"[1-9]\d*|ray://\S+:\d+", text):
+            raise ValueError("must be a number above zero, or ray://HOST:PORT")
+        return text
 
     @field_validator("round_to", "scoring_samples")
     @classmethod

@@ -14,13 +14,16 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from cswap_deploy.explain import Explanation
@@ -175,11 +178,11 @@ class _Teller:
             self._console.print(f"  {escape(what)}", soft_wrap=True)
             return
         counted = total > 0
-        columns = [MofNCompleteColumn(), TimeRemainingColumn()] if counted else []
+        bar = [BarColumn(bar_width=30), MofNCompleteColumn()] if counted else []
+        left = [TimeRemainingColumn()] if counted else []
         self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"),
-            *([BarColumn(bar_width=30)] if counted else []), *columns, TimeElapsedColumn(),
-            console=self._console, transient=True,
+            SpinnerColumn(), TextColumn("{task.description}"), *bar, _Rate(), *left,
+            TimeElapsedColumn(), _Memory(), console=self._console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task(what, total=total if counted else None)
         self._bar.start()
@@ -195,6 +198,28 @@ class _Teller:
 
     def close(self) -> None:
         self.end()
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, once there are some."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="dim")
+
+
+class _Memory(ProgressColumn):
+    """Resident memory of this process, looked up twice a second."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        import psutil
+
+        used = psutil.Process().memory_info().rss
+        return Text(f"{used / 2**20:,.0f} MiB", style="dim")
 
 
 def _target_line(target: dict[str, Any]) -> str:

@@ -22,14 +22,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cswap_deploy.causal.effects import Cut, Effects, likely_harm
-from cswap_deploy.causal.interventions import Moments
-from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.partition import Graph
-from cswap_deploy.causal.quadratic import Estimate, estimate
-from cswap_deploy.causal.scoring import Tick, measure, measure_cuts
+from cswap_deploy.causal.effects import Effects, likely_harm
+from cswap_deploy.causal.quadratic import Estimate
+from cswap_deploy.causal.scoring import Scorer, Tick
 from cswap_deploy.causal.units import Group
 
 FIRST_IMAGES = 8
@@ -39,6 +35,8 @@ _SCREENED = 4.0
 _LEAST_ERROR = 0.02
 """Relative error of the estimate that is assumed at least, however well the first images fit."""
 
+_TYPICAL = 0.9
+"""Quantile of a group's units; a few that the estimate misses by far speak for themselves."""
 _LOG_FLOOR = -1 + 1e-12
 
 Cuts = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -74,9 +72,9 @@ class Account:
         self._kl = np.zeros(guess.kl.shape)
         self._log = np.zeros(guess.kl.shape)
 
-    def add(self, rows: Sequence[int], images: np.ndarray, xi: np.ndarray, kl: np.ndarray) -> None:
+    def add(self, rows: np.ndarray, images: np.ndarray, xi: np.ndarray, kl: np.ndarray) -> None:
         """Note what was measured: (rows, images) of both effects."""
-        at = np.ix_(np.asarray(rows), images)
+        at = np.ix_(rows, images)
         self.measured[at] = True
         self._kl[at] = kl
         self._log[at] = np.log1p(np.maximum(xi, _LOG_FLOOR))
@@ -134,8 +132,8 @@ class Account:
         spread = np.sqrt(_ratio((off * off).sum(1), (seen * seen).sum(1)))
         typical_shared, typical = 1.0, 1.0
         if looked.any():
-            typical_shared = float(np.sqrt((shared[looked] ** 2).mean()))
-            typical = float(np.sqrt((spread[looked] ** 2).mean()))
+            typical_shared = float(np.quantile(shared[looked], _TYPICAL))
+            typical = float(np.quantile(spread[looked], _TYPICAL))
         # Few images say little about a unit's own spread: neither it nor the group's is trusted
         # when the other is larger. Of its own share about half was corrected.
         relative = np.maximum(np.maximum(spread, typical), _LEAST_ERROR)
@@ -152,94 +150,70 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 
 def measure_adaptively(
-    graph: Graph,
+    scorer: Scorer,
     wanted: Mapping[Group, Sequence[int]],
+    guesses: Sequence[Estimate],
     *,
-    images: Tensor,
-    labels: Tensor,
-    moments: Mapping[str, Moments],
     effect: Literal["kl", "true-class"],
     cuts: Cuts,
     error_rate: float,
     everyone: bool = True,
-    half: bool = False,
-    budget: Budget | None = None,
     tick: Tick | None = None,
 ) -> tuple[list[Effects], Spent]:
     """Measure until each unit's side of every cut is certain.
 
     Args:
-        graph: The network as it stands.
-        wanted: Group -> units by index.
-        images: (N, C, H, W) float32.
-        labels: (N,) int64, the true classes.
-        moments: Of the consumers' inputs; empty for the zero intervention.
+        scorer: Measures.
+        wanted: Group -> units by index; groups without units are left out.
+        guesses: Of each of the others.
         effect: What the costs that are cut are made of.
         cuts: From costs to the values at which staying ends and going begins.
         error_rate: Probability of being on the wrong side that ends a unit's measuring.
         everyone: Measure every unit on some images; otherwise those whose estimate is far beyond
             the cuts are not measured, nor returned.
-        half: Begin with all units on all images in bfloat16 instead of the estimate; what is open
-            then is measured in float32.
-        budget: Of memory; a third of what is free unless said.
         tick: Called with the number of (unit, image) pairs measured.
 
     Returns:
         Of each group the effects, and what was spent.
 
     Raises:
-        StageError: See :func:`scoring.measure`.
+        StageError: See :class:`scoring.Scorer`.
     """
-    budget = budget if budget is not None else Budget.of()
-    parts = [Cut(graph, group, units, moments) for group, units in wanted.items() if len(units)]
-    if half:
-        rounded = measure(
-            graph, wanted, images=images, labels=labels, moments=moments, budget=budget,
-            half=True, tick=tick,
-        )  # fmt: skip
-        guesses = [
-            Estimate(kl=e.kl, log_true=np.log1p(np.maximum(e.true_class, _LOG_FLOOR)))
-            for e in rounded
-        ]
-    else:
-        guesses = estimate(graph, parts, images=images, labels=labels, budget=budget)
-    accounts = {
-        cut.group.name: Account(guess, effect) for cut, guess in zip(parts, guesses, strict=True)
-    }
+    units = {group: np.asarray(asked) for group, asked in wanted.items() if len(asked)}
+    accounts = {g.name: Account(guess, effect) for g, guess in zip(units, guesses, strict=True)}
 
-    def look(active: Mapping[str, np.ndarray], chosen: np.ndarray) -> int:
-        done = 0
-        for at in torch.split(torch.from_numpy(chosen), 64):
-            rows = [
-                (i, cut, active[cut.group.name].tolist())
-                for i, cut in enumerate(parts)
-                if len(active[cut.group.name])
-            ]
-            for i, (xi, kl) in measure_cuts(
-                graph, rows, images[at], labels[at], budget=budget, tick=tick
-            ):
-                name = parts[i].group.name
-                accounts[name].add(active[name].tolist(), at.numpy(), xi.numpy(), kl.numpy())
-                done += xi.numel()
-        return done
+    def look(active: Mapping[str, np.ndarray], images: np.ndarray) -> int:
+        open_ = {g: of[active[g.name]].tolist() for g, of in units.items() if len(active[g.name])}
+        found = scorer.effects(open_, torch.from_numpy(images), tick=tick)
+        for effects in found:
+            rows = active[effects.group]
+            accounts[effects.group].add(rows, images, effects.true_class, effects.kl)
+        return sum(effects.kl.size for effects in found)
 
     forwards = settle(accounts, look, cuts, error_rate=error_rate, everyone=everyone)
     found = []
-    for cut in parts:
-        account = accounts[cut.group.name]
+    for group, asked in units.items():
+        account = accounts[group.name]
         rows = np.flatnonzero(account.measured.any(1))
         kl, log = account.completed()
         found.append(
             Effects(
-                group=cut.group.name,
-                units=cut.units[rows],
+                group=group.name,
+                units=asked[rows],
                 true_class=np.expm1(log[rows]),
                 kl=kl[rows],
                 measured=account.measured[rows],
             )
         )
-    exact = sum(account.measured.size for account in accounts.values())
+    exact = sum(len(effects.units) * effects.kl.shape[1] for effects in found)
     return found, Spent(forwards=forwards, exact=exact)
+
+
+def as_guesses(effects: Sequence[Effects]) -> list[Estimate]:
+    """Effects in bfloat16 as what to begin with: where they leave a side open, float32 decides."""
+    return [
+        Estimate(kl=e.kl, log_true=np.log1p(np.maximum(e.true_class, _LOG_FLOOR))) for e in effects
+    ]
 
 
 def settle(

@@ -9,12 +9,18 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from cswap_deploy.causal.adaptive import Spent, measure_adaptively
+from cswap_deploy.causal.adaptive import (
+    FIRST_IMAGES,
+    Spent,
+    as_guesses,
+    measure_adaptively,
+)
 from cswap_deploy.causal.effects import Effects, likely_harm
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.partition import Graph
-from cswap_deploy.causal.scoring import measure
+from cswap_deploy.causal.quadratic import guess
+from cswap_deploy.causal.scoring import Scorer
 from cswap_deploy.causal.selection import Ranking, remaining
 from cswap_deploy.causal.sets import Goal, effect_orders
 from cswap_deploy.causal.significance import judge
@@ -44,6 +50,8 @@ class Round:
     labels: Tensor
     moments: Mapping[str, Moments]
     budget: Budget
+    scorer: Scorer
+    """On the same network and images."""
 
     def measure(self, watcher: Phases) -> tuple[int, Spent]:
         """Measure what may go in this round and judge it together.
@@ -60,13 +68,24 @@ class Round:
 
     def _adaptively(self, watcher: Phases) -> tuple[list[Effects], Spent]:
         alive = {g: remaining(g, self.state.removed) for g in self.goal.groups}
-        watcher.begin(f"measuring effects as far as needed, {self._where}", 0)
+        units = sum(map(len, alive.values()))
+        if self.settings.measuring == "bf16":
+            watcher.begin(f"measuring in bfloat16, {self._where}", units)
+            steps = _Steps(watcher, len(self.images))
+            guesses = as_guesses(self.scorer.effects(alive, half=True, tick=steps))
+        else:
+            watcher.begin(f"estimating effects, images, {self._where}", len(self.images))
+            guesses = guess(
+                self.graph, alive, images=self.images, labels=self.labels, moments=self.moments,
+                budget=self.budget, tick=watcher.advance,
+            )  # fmt: skip
+        first = self.state.round == 1
+        watcher.begin(f"measuring effects as far as needed, {self._where}", units if first else 0)
         found = measure_adaptively(
-            self.graph, alive, images=self.images, labels=self.labels, moments=self.moments,
+            self.scorer, alive, guesses,
             effect=self.settings.effect, cuts=partial(self._cuts, alive),
-            error_rate=self.settings.error_rate, everyone=self.state.round == 1,
-            half=self.settings.measuring == "bf16",
-            budget=self.budget, tick=_Steps(watcher, len(self.images)),
+            error_rate=self.settings.error_rate, everyone=first,
+            tick=_Steps(watcher, min(FIRST_IMAGES, len(self.images))),
         )  # fmt: skip
         watcher.end()
         return found
@@ -93,10 +112,8 @@ class Round:
                 )
             elif batch == 2:  # one phase for all that follow: how many there are is not known yet
                 watcher.begin(f"measuring what now has the least effect, {self._where}", 0)
-            effects = measure(
-                self.graph, candidates, images=self.images, labels=self.labels,
-                moments=self.moments, budget=self.budget, tick=_Steps(watcher, len(self.images)),
-            )  # fmt: skip
+            steps = _Steps(watcher, len(self.images))
+            effects = self.scorer.effects(candidates, tick=steps)
             for (group, units), measured in zip(candidates.items(), effects, strict=True):
                 ranks[group][units] = _costs(measured, self.settings)
                 old[group] -= {*units}

@@ -25,9 +25,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _VARIANT_BYTES = 32 << 20
 """Of the largest value of one batch of variants; larger does not run faster
 (benchmarks/LOG.md)."""
-_LIVE = 6
+_LIVE = 8
 """Values of that size that are alive at once, about: a residual branch, its stream, what an
-operation reads and writes, its workspace."""
+operation reads and writes, its workspace, and freed blocks that nothing fits into."""
 
 
 @dataclass(slots=True)
@@ -47,8 +47,8 @@ class Budget:
 
     @property
     def kept_bytes(self) -> int:
-        """For values from before the cuts; the other half is for what runs behind them."""
-        return self.total // 2
+        """For values from before the cuts; more than the rest is for what runs behind them."""
+        return self.total // 3
 
     def retrying(self, work: Callable[..., _Result]) -> _Result:
         """Call ``work(variant_bytes=...)``; halve the bytes as often as memory runs out.

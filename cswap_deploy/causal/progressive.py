@@ -25,6 +25,7 @@ from cswap_deploy.causal.measuring import Round
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.partition import Graph
+from cswap_deploy.causal.scoring import Local, Scorer
 from cswap_deploy.causal.selection import Limits, Ranking
 from cswap_deploy.causal.sets import (
     Goal,
@@ -41,6 +42,9 @@ from cswap_deploy.causal.trials import Trials, clearly_less, solve_behind, take_
 from cswap_deploy.causal.units import Group
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.budget import SizeModel
+
+Scorers = Callable[[Graph, Tensor, Tensor, Mapping[str, Moments], Budget], Scorer]
+"""(network as it stands, images, true classes, moments, budget) -> who measures effects on them."""
 
 
 def prune_progressively(
@@ -59,6 +63,7 @@ def prune_progressively(
     rivals: Mapping[str, Rival] | None = None,
     state: State | None = None,
     budget: Budget | None = None,
+    scorers: Scorers = Local,
     watcher: Phases,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
 ) -> State:
@@ -82,6 +87,7 @@ def prune_progressively(
             ``set``; in the last round also from the dense network on.
         state: Of an interrupted run, with the module's weights as they were then.
         budget: Of memory, for measuring; a third of what is free unless said.
+        scorers: Who measures; this process unless said.
         watcher: Progress.
         checkpoint: Called after every round.
 
@@ -108,7 +114,8 @@ def prune_progressively(
         if scores is None:
             tried, measured, spent = _propose(
                 graph, goal, state, settings, sizes, images, labels, order, moments,
-                rivals if rivals is not None and settings.select == "set" else {}, budget, watcher,
+                rivals if rivals is not None and settings.select == "set" else {}, budget, scorers,
+                watcher,
             )  # fmt: skip
         else:
             tried, measured, spent = (
@@ -179,6 +186,7 @@ def _propose(
     moments: Mapping[str, Moments],
     rivals: Mapping[str, Rival],
     budget: Budget,
+    scorers: Scorers,
     watcher: Phases,
 ) -> tuple[dict[str, Ranking], int, Spent]:
     """Measure, and say in which orders units may go; how many were measured, and what it took."""
@@ -188,9 +196,11 @@ def _propose(
         shown = _half_mixed(shown, seed=state.round)
     proposed = {name: rival.scores(graph.module, goal.groups) for name, rival in rivals.items()}
     spreads = {name: values for name, values in proposed.items() if rivals[name].own_spread}
+    truth = labels[rows]
     measured, spent = Round(
-        graph, goal, state, settings, sizes, spreads, shown, labels[rows], moments, budget
-    ).measure(watcher)
+        graph, goal, state, settings, sizes, spreads, shown, truth, moments, budget,
+        scorers(graph, shown, truth, moments, budget),
+    ).measure(watcher)  # fmt: skip
     costs = {g.name: state.costs(g, settings) for g in goal.groups}
     if settings.select == "unit":
         return {"effect": Ranking(costs)}, measured, spent

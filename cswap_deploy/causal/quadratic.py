@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, fx
 
 from cswap_deploy.causal.effects import Cut, input_of
-from cswap_deploy.causal.interventions import StandIn
+from cswap_deploy.causal.interventions import Moments, StandIn
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.partition import Env, Graph
 from cswap_deploy.causal.scoring import not_finite
-from cswap_deploy.causal.units import channel_dim
+from cswap_deploy.causal.units import Group, channel_dim
 
 DIRECTIONS = 2
 """Eigenvectors of the Fisher information; more agree no better (benchmarks/LOG.md)."""
@@ -53,6 +53,22 @@ class Estimate:
     """(U, N) float64, nats, >= 0."""
     log_true: np.ndarray
     """(U, N) float64, change of the log-probability of the true class."""
+
+
+def guess(
+    graph: Graph,
+    wanted: Mapping[Group, Sequence[int]],
+    *,
+    images: Tensor,
+    labels: Tensor,
+    moments: Mapping[str, Moments],
+    budget: Budget | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> list[Estimate]:
+    """Estimate the effects of units, by group; see :func:`estimate`."""
+    cuts = [Cut(graph, group, units, moments) for group, units in wanted.items() if len(units)]
+    budget = budget if budget is not None else Budget.of()
+    return estimate(graph, cuts, images=images, labels=labels, budget=budget, tick=tick)
 
 
 def estimate(

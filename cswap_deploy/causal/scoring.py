@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -21,9 +22,88 @@ from cswap_deploy.causal.partition import Graph, bytes_of
 from cswap_deploy.causal.units import Group
 from cswap_deploy.errors import StageError
 
-_MOST_IMAGES = 64
+MOST_IMAGES = 64
 """Of one forward: more makes nothing faster."""
 Tick = Callable[[int], None]
+
+
+class Scorer(Protocol):
+    """Measures effects on one network and one set of images; here or elsewhere."""
+
+    def effects(
+        self,
+        wanted: Mapping[Group, Sequence[int]],
+        rows: Tensor | None = None,
+        *,
+        half: bool = False,
+        tick: Tick | None = None,
+    ) -> list[Effects]:
+        """What each unit does to the prediction on each image.
+
+        Args:
+            wanted: Group -> units by index; groups without units are left out.
+            rows: (n,) which images; all unless said.
+            half: Run what follows the cuts in bfloat16 instead of float32.
+            tick: Called with the number of (unit, image) pairs finished, for progress.
+
+        Returns:
+            Of each group, in the order of ``wanted`` and of its units.
+
+        Raises:
+            StageError: A prediction is not finite, or memory runs out for a single image.
+        """
+
+
+class Local:
+    """Measures in this process."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        images: Tensor,
+        labels: Tensor,
+        moments: Mapping[str, Moments],
+        budget: Budget | None = None,
+    ) -> None:
+        """Of one network and one set of images.
+
+        Args:
+            graph: The network as it stands.
+            images: (N, C, H, W) float32.
+            labels: (N,) int64, the true classes.
+            moments: Of the consumers' inputs; empty for the zero intervention.
+            budget: Of memory; a third of what is free unless said.
+        """
+        self._graph, self._images, self._labels, self._moments = graph, images, labels, moments
+        self._budget = budget if budget is not None else Budget.of()
+
+    def effects(
+        self,
+        wanted: Mapping[Group, Sequence[int]],
+        rows: Tensor | None = None,
+        *,
+        half: bool = False,
+        tick: Tick | None = None,
+    ) -> list[Effects]:
+        """See :class:`Scorer`."""
+        cuts = [Cut(self._graph, g, units, self._moments) for g, units in wanted.items() if units]
+        images = self._images if rows is None else self._images[rows]
+        labels = self._labels if rows is None else self._labels[rows]
+        rounded = HalfGraph(self._graph) if half else None
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cuts]
+        for part, truth in _parts(cuts, images, labels, self._budget):
+            measured = _measure_part(self._graph, cuts, part, truth, self._budget, rounded, tick)
+            for at, effects in measured:
+                found[at].append(effects)
+        return [
+            Effects(
+                group=cut.group.name,
+                units=cut.units,
+                true_class=torch.cat([xi for xi, _ in parts], 1).numpy(),
+                kl=torch.cat([kl for _, kl in parts], 1).numpy(),
+            )
+            for cut, parts in zip(cuts, found, strict=True)
+        ]
 
 
 def measure(
@@ -37,78 +117,32 @@ def measure(
     half: bool = False,
     tick: Tick | None = None,
 ) -> list[Effects]:
-    """Measure what each unit does to the prediction on each image.
-
-    Args:
-        graph: The network as it stands.
-        wanted: Group -> units by index; at least one.
-        images: (N, C, H, W) float32.
-        labels: (N,) int64, the true classes.
-        moments: Of the consumers' inputs; empty for the zero intervention.
-        budget: Of memory; a third of what is free unless said.
-        half: Run what follows the cuts in bfloat16 instead of float32.
-        tick: Called with the number of (unit, image) pairs finished, for progress.
-
-    Returns:
-        Of each group, in the order of ``wanted`` and of its units.
-
-    Raises:
-        StageError: A prediction is not finite, or memory runs out for a single image.
-    """
-    budget = budget if budget is not None else Budget.of()
-    cuts = [Cut(graph, group, units, moments) for group, units in wanted.items() if len(units)]
-    rounded = HalfGraph(graph) if half else None
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cuts]
-    for part, truth in _parts(cuts, images, labels, budget):
-        whole = [(at, cut, range(len(cut.units))) for at, cut in enumerate(cuts)]
-        for at, effects in measure_cuts(
-            graph, whole, part, truth, budget=budget, half=rounded, tick=tick
-        ):
-            found[at].append(effects)
-    return [
-        Effects(
-            group=cut.group.name,
-            units=cut.units,
-            true_class=torch.cat([xi for xi, _ in parts], 1).numpy(),
-            kl=torch.cat([kl for _, kl in parts], 1).numpy(),
-        )
-        for cut, parts in zip(cuts, found, strict=True)
-    ]
+    """Measure in this process; see :class:`Local` and :class:`Scorer`."""
+    return Local(graph, images, labels, moments, budget).effects(wanted, half=half, tick=tick)
 
 
-def measure_cuts(
+def _measure_part(
     graph: Graph,
-    cuts: Sequence[tuple[int, Cut, Sequence[int]]],
+    cuts: Sequence[Cut],
     images: Tensor,
     labels: Tensor,
-    *,
     budget: Budget,
-    half: HalfGraph | None = None,
-    tick: Tick | None = None,
+    half: HalfGraph | None,
+    tick: Tick | None,
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Measure some units on one part of the images.
-
-    Args:
-        graph: The network as it stands.
-        cuts: (what to call it, cut, positions of units); front to back is fastest.
-        images: (n, C, H, W).
-        labels: (n,).
-        budget: Of memory.
-        half: What runs behind the cuts, if not ``graph``.
-        tick: See :func:`measure`.
-
-    Yields:
-        (what it is called, (true-class effect, KL divergence), each (units, n) float64).
-    """
+    """(position of the cut, (true-class effect, KL divergence)), each (units, n) float64."""
     for pack in _packs(cuts, len(images), budget):
-        keep = frozenset().union(*(cut.keep for _, cut, _ in pack))
+        keep = frozenset().union(*(cuts[at].keep for at in pack))
         with torch.inference_mode():
             logits, kept = graph.run(images, keep=keep)
             if not torch.isfinite(logits).all():
                 raise not_finite(graph, images)
-            for name, cut, rows in pack:
-                work = partial(cut.measure, kept, logits, labels, rows=rows, half=half, tick=tick)
-                yield name, budget.retrying(work)
+            for at in pack:
+                rows = range(len(cuts[at].units))
+                work = partial(
+                    cuts[at].measure, kept, logits, labels, rows=rows, half=half, tick=tick
+                )
+                yield at, budget.retrying(work)
 
 
 def not_finite(graph: Graph, images: Tensor) -> StageError:
@@ -128,24 +162,22 @@ def _parts(
     together = sum(map(bytes_of, nodes))
     largest = max((cut.kept_bytes for cut in cuts), default=1)
     fit = budget.kept_bytes // max(together, 1)
-    if fit < _MOST_IMAGES // 4:  # better compute the prefix again than run few images at a time
-        fit = min(_MOST_IMAGES // 4, budget.kept_bytes // max(largest, 1))
-    count = max(1, min(_MOST_IMAGES, fit))
+    if fit < MOST_IMAGES // 4:  # better compute the prefix again than run few images at a time
+        fit = min(MOST_IMAGES // 4, budget.kept_bytes // max(largest, 1))
+    count = max(1, min(MOST_IMAGES, fit))
     yield from zip(torch.split(images, count), torch.split(labels, count), strict=True)
 
 
-def _packs(
-    cuts: Sequence[tuple[int, Cut, Sequence[int]]], images: int, budget: Budget
-) -> Iterator[list[tuple[int, Cut, Sequence[int]]]]:
-    """Neighbouring cuts that one forward serves; at least one each."""
-    pack: list[tuple[int, Cut, Sequence[int]]] = []
+def _packs(cuts: Sequence[Cut], images: int, budget: Budget) -> Iterator[list[int]]:
+    """Positions of neighbouring cuts that one forward serves; at least one each."""
+    pack: list[int] = []
     nodes: frozenset[fx.Node] = frozenset()
-    for entry in cuts:
-        wider = nodes | entry[1].keep
+    for at, cut in enumerate(cuts):
+        wider = nodes | cut.keep
         if pack and sum(map(bytes_of, wider)) * images > budget.kept_bytes:
             yield pack
-            pack, wider = [], entry[1].keep
-        pack.append(entry)
+            pack, wider = [], cut.keep
+        pack.append(at)
         nodes = wider
     if pack:
         yield pack

@@ -17,7 +17,8 @@ from cswap_deploy.causal.cost import BUDGET_MACS, MOST_IMAGES, affordable_images
 from cswap_deploy.causal.interventions import needs_bias
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import prune_progressively
+from cswap_deploy.causal.progressive import Scorers, prune_progressively
+from cswap_deploy.causal.scoring import Local
 from cswap_deploy.causal.selection import Limits
 from cswap_deploy.causal.sets import Order, Rival
 from cswap_deploy.causal.state import Settings, State
@@ -200,6 +201,7 @@ def remove_progressively(
     criterion: str = "cswap",
     scores: Order | None = None,
     budget: Budget | None = None,
+    scorers: Scorers = Local,
     watcher: Phases,
     state: State | None = None,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
@@ -214,6 +216,7 @@ def remove_progressively(
         criterion: ``cswap``, or the name of a baseline ranking.
         scores: An order of one's own instead of the criterion's.
         budget: Of memory, for measuring; a third of what is free unless said.
+        scorers: Who measures; this process unless said.
         watcher: Progress.
         state: Of an interrupted run; ``prepared.module`` must hold its weights.
         checkpoint: Called after every round.
@@ -240,6 +243,7 @@ def remove_progressively(
         rivals=_RIVALS,
         state=state,
         budget=budget,
+        scorers=scorers,
         watcher=watcher,
         checkpoint=checkpoint,
     )
@@ -261,6 +265,7 @@ def prune(
     settings: Settings,
     criterion: str,
     budget: Budget | None = None,
+    scorers: Scorers = Local,
     watcher: Phases,
     state: State | None = None,
     checkpoint: Callable[[State, nn.Module], None] | None = None,
@@ -274,6 +279,7 @@ def prune(
         settings: How to measure and remove.
         criterion: ``cswap``, or the name of a baseline ranking.
         budget: Of memory, for measuring; a third of what is free unless said.
+        scorers: Who measures; this process unless said.
         watcher: Progress.
         state: Of an interrupted run; ``prepared.module`` must hold its weights.
         checkpoint: Called after every round.
@@ -287,7 +293,7 @@ def prune(
     """
     state = remove_progressively(
         prepared, images=images, labels=labels, settings=settings, criterion=criterion,
-        budget=budget, watcher=watcher, state=state, checkpoint=checkpoint,
+        budget=budget, scorers=scorers, watcher=watcher, state=state, checkpoint=checkpoint,
     )  # fmt: skip
     module = delete_removed(
         prepared.module, prepared.example, state.removed, prepared.groups, images[:8]

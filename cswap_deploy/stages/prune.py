@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import (
     PrunePlan,
@@ -22,6 +24,10 @@ from cswap_deploy.stages.run import (
     tool_versions,
 )
 from cswap_deploy.store import compare_files, stage_key
+
+if TYPE_CHECKING:
+    from cswap_deploy.causal.progressive import Scorers
+    from cswap_deploy.pruning.plan import Prepared
 
 _VERSION = 4
 """Raised when this stage's code changes what it writes."""
@@ -123,15 +129,36 @@ def _prune(run: Run, key: str, out: Path) -> None:
         state = rounds.load(prepared.module, most=settings.rounds) if config.resume else None
         if state is not None:
             run.progress.note(f"going on after round {state.round} of an interrupted run")
-        result = prune(
-            prepared, images=images, labels=labels, settings=settings, criterion=config.criterion,
-            budget=Budget.of(config.memory_budget), watcher=run.progress, state=state,
-            checkpoint=rounds.save,
-        )  # fmt: skip
+        with _scorers(run, prepared) as scorers:
+            result = prune(
+                prepared, images=images, labels=labels, settings=settings,
+                criterion=config.criterion, budget=Budget.of(config.memory_budget),
+                scorers=scorers, watcher=run.progress, state=state, checkpoint=rounds.save,
+            )  # fmt: skip
         plan, module = result.plan, result.module
     (out / PLAN).write_text(plan.model_dump_json(indent=1))
     state_dict = {k: v.detach().contiguous() for k, v in module.state_dict().items()}
     save_file(state_dict, out / WEIGHTS, metadata={"format": "pt"})
+
+
+@contextmanager
+def _scorers(run: Run, prepared: Prepared) -> Iterator[Scorers]:
+    """Who measures: this process, or the workers that were asked for."""
+    from cswap_deploy.causal.scoring import Local
+
+    where = run.config.workers
+    if where is None:
+        yield Local
+        return
+    from cswap_deploy.pruning.workers import Recipe, pool_of
+
+    recipe = Recipe(run.spec, prepared.biased, prepared.example.numpy())
+    run.progress.begin(f"starting workers ({where})", 0)
+    with pool_of(where, recipe, memory_budget=run.config.memory_budget) as pool:
+        run.progress.end()
+        yield pool.scorer
+        if pool.lost:
+            run.fallbacks.append(f"{pool.lost} worker(s) died; their pieces were measured again")
 
 
 def _architecture(run: Run) -> dict[str, Any]:

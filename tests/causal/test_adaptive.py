@@ -11,8 +11,8 @@ from cswap_deploy.causal.adaptive import FIRST_IMAGES, Account, measure_adaptive
 from cswap_deploy.causal.effects import likely_harm
 from cswap_deploy.causal.interventions import input_moments
 from cswap_deploy.causal.partition import trace
-from cswap_deploy.causal.quadratic import Estimate
-from cswap_deploy.causal.scoring import measure
+from cswap_deploy.causal.quadratic import Estimate, guess
+from cswap_deploy.causal.scoring import Local, measure
 from cswap_deploy.causal.sets import consumers
 from cswap_deploy.pruning.groups import find_groups
 
@@ -37,7 +37,7 @@ class Made:
     def look(self, active, images) -> int:
         rows = active["group"]
         kl = self.kl[np.ix_(rows, images)]
-        self.account.add(rows.tolist(), images, np.expm1(-kl), kl)
+        self.account.add(rows, images, np.expm1(-kl), kl)
         self.measured[np.ix_(rows, images)] += 1
         self.looks.append((len(images), len(rows)))
         return kl.size
@@ -124,9 +124,10 @@ def _everything(effect):
         return {name: np.array([np.median(values)]) for name, values in costs.items()}
 
     exact = measure(graph, wanted, images=images, labels=labels, moments=moments)
+    guesses = guess(graph, wanted, images=images, labels=labels, moments=moments)
     found, spent = measure_adaptively(
-        graph, wanted, images=images, labels=labels, moments=moments, effect=effect, cuts=cuts,
-        error_rate=1e-300,
+        Local(graph, images, labels, moments), wanted, guesses,
+        effect=effect, cuts=cuts, error_rate=1e-300,
     )  # fmt: skip
     return exact, found, spent
 

@@ -14,7 +14,7 @@ from cswap_deploy.causal.interventions import StandIn, input_moments
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.partition import trace
 from cswap_deploy.causal.quadratic import estimate
-from cswap_deploy.causal.scoring import measure_cuts
+from cswap_deploy.causal.scoring import _measure_part
 from cswap_deploy.causal.sets import consumers
 from cswap_deploy.errors import StageError
 from cswap_deploy.pruning.groups import find_groups
@@ -51,8 +51,7 @@ def _estimates(make, intervention, *, part=1.0):
             if part < 1:
                 units[:] = [_weaker(unit, inputs, part) for unit in units]
     guesses = estimate(graph, cuts, images=IMAGES, labels=LABELS, budget=BUDGET)
-    rows = [(i, cut, range(len(cut.units))) for i, cut in enumerate(cuts)]
-    exact = dict(measure_cuts(graph, rows, IMAGES, LABELS, budget=BUDGET))
+    exact = dict(_measure_part(graph, cuts, IMAGES, LABELS, BUDGET, None, None))
     return {
         cut.group.name: (guess, exact[i][1].numpy(), exact[i][0].log1p().numpy())
         for i, (cut, guess) in enumerate(zip(cuts, guesses, strict=True))
