@@ -187,6 +187,19 @@ class RoundLog(Value):
     seconds: float
 
 
+class ScoringCost(Value):
+    """What measuring the effects took, over all rounds."""
+
+    measuring: str
+    """``exact``, ``adaptive`` or ``bf16``."""
+    images: int
+    """On which each unit's effect is known in a round."""
+    forwards: int
+    """Masked forwards in float32, one for each unit and image."""
+    forwards_exact: int
+    """What measuring the same units on all of these images would have taken."""
+
+
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
@@ -210,6 +223,19 @@ class PrunePlan(Value):
     rounds: tuple[RoundLog, ...] = ()
     alpha: float = 0.05
     """False-discovery rate of the verdicts."""
+
+    @property
+    def scoring(self) -> ScoringCost | None:
+        """What measuring took; ``None`` where nothing was measured."""
+        forwards = sum(r.forwards for r in self.rounds)
+        if not forwards:
+            return None
+        return ScoringCost(
+            measuring=str(self.settings.get("measuring", "exact")),
+            images=int(self.settings["scoring_samples"]),
+            forwards=forwards,
+            forwards_exact=sum(r.forwards_exact for r in self.rounds),
+        )
 
     def effective(self, of: RatioOf) -> float:
         """The fraction really removed."""
@@ -386,6 +412,8 @@ class Manifest(Value):
     torch_accuracy: AccuracyChange | None = None
     """Dense and pruned network in PyTorch."""
     targets: tuple[TargetResult, ...]
+    scoring: ScoringCost | None = None
+    """``None`` where nothing was measured."""
     settings: dict[str, Any]
     versions: dict[str, str]
     device: Device

@@ -32,6 +32,8 @@ FIRST_IMAGES = 8
 """Every look after the first doubles the images."""
 _SCREENED = 4.0
 """Where a unit need not be measured at all: estimated this many times beyond the highest cut."""
+_LEAST_GUESS = 1e-3
+"""Of a unit on an image, as a part of its group's mean."""
 _LEAST_ERROR = 0.02
 """Relative error of the estimate that is assumed at least, however well the first images fit."""
 
@@ -66,7 +68,10 @@ class Account:
             guess: Of all units and images.
             effect: What the cost is made of.
         """
-        self._guess, self._by_kl = guess, effect == "kl"
+        # A unit that the estimate is blind to must be able to show that it is wrong.
+        floor = _LEAST_GUESS * guess.kl.mean()
+        self._guess = Estimate(kl=np.maximum(guess.kl, floor), log_true=guess.log_true)
+        self._by_kl = effect == "kl"
         self.images = guess.kl.shape[1]
         self.measured = np.zeros(guess.kl.shape, dtype=bool)
         self._kl = np.zeros(guess.kl.shape)

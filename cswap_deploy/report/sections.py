@@ -288,10 +288,20 @@ def _progress(plan: PrunePlan) -> Section | None:
     if not plan.rounds:
         return None
     rows = tuple(
-        (str(r.round), f"{r.measured:,}", f"{r.removed:,}", f"{r.params:,}", f"{r.seconds:.1f} s")
+        (
+            str(r.round), f"{r.measured:,}", f"{r.forwards:,}" if r.forwards else "-",
+            f"{r.removed:,}", f"{r.params:,}", f"{r.seconds:.1f} s",
+        )
         for r in plan.rounds
-    )
+    )  # fmt: skip
     text = []
+    cost = plan.scoring
+    if cost is not None and cost.forwards < cost.forwards_exact:
+        text.append(
+            f"Measured as far as decisions needed ({cost.measuring}): {cost.forwards:,} masked "
+            f"forwards, {cost.forwards / cost.forwards_exact:.1%} of those of every unit on all "
+            f"{cost.images:,} images."
+        )
     if plan.refitted:
         text.append(
             f"Layers solved again in closed form, without training: {len(plan.refitted):,}."
@@ -303,7 +313,7 @@ def _progress(plan: PrunePlan) -> Section | None:
         )
     if plan.biased:
         text.append(f"Layers that gained a bias for what was folded in: {len(plan.biased):,}.")
-    head = ("round", "units measured", "removed", "parameters left", "time")
+    head = ("round", "units measured", "masked forwards", "removed", "parameters left", "time")
     return Section("Rounds", tuple(text), (Table(head, rows, 0),))
 
 

@@ -102,6 +102,7 @@ def validate_stage(
         export_parity=record.parity,
         torch_accuracy=read_value(scores / "accuracy.json", AccuracyChange),
         targets=tuple(results),
+        scoring=plan.scoring,
         settings=config.model_dump(mode="json"),
         versions=tool_versions(*ALL_TOOLS),
         device=device,

@@ -98,6 +98,20 @@ def test_screened_units_are_not_measured_but_the_near_ones_are() -> None:
     assert made.same() >= 0.98
 
 
+def test_units_that_the_estimate_is_blind_to_do_not_look_harmless() -> None:
+    """Estimated at nothing, and measured first on images where they do no more than elsewhere."""
+    made = Made(quality=1.0, seed=3)
+    blind = np.argsort(made.kl.mean(1))[80:140]
+    guess = made.account._guess.kl.copy()
+    guess[blind] = 0.0
+    made.kl[blind] = made.kl[blind].mean(1, keepdims=True)
+    made.account = Account(Estimate(kl=guess, log_true=-guess), "kl")
+    made.settle()
+    right = set(np.argsort(made.kl.mean(1))[:80])
+    gone = set(np.argsort(made.account.cost()[0])[:80])
+    assert len(right & gone) >= 76
+
+
 def test_standard_error_covers_what_is_missing() -> None:
     """Of 800 units half-way measured, about as many are within two errors as should be."""
     off = []
