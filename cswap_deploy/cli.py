@@ -137,6 +137,9 @@ def _build_command(until: Stage) -> Callable[..., None]:
         memory_budget: Annotated[
             str | None, typer.Option(metavar="SIZE", help="For measuring, as 2GiB (a third).")
         ] = None,
+        scoring_device: Annotated[
+            str | None, typer.Option(metavar="cpu|cuda", help="Where effects are measured (cpu).")
+        ] = None,
         workers: Annotated[
             str | None, typer.Option(metavar="N|ray://HOST:PORT", help="Who measures, over Ray.")
         ] = None,

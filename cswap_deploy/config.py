@@ -88,6 +88,8 @@ class BuildConfig(Value):
     select: Literal["set", "unit"] = "set"
     """``unit``: what goes is what has the least effect by itself. ``set``: several orders propose
     what goes, and the set with the least effect as a whole is taken."""
+    scoring_device: Literal["cpu", "cuda"] = "cpu"
+    """Where effects are measured."""
     workers: str | None = None
     """Who measures effects: so many processes (``4``), or a Ray cluster (``ray://HOST:PORT``); this
     process unless said. Changes no result."""
@@ -162,6 +164,8 @@ class BuildConfig(Value):
         given = [self.mean is not None, self.std is not None]
         if any(given) and not all(given):
             raise ValueError("mean and std go together")
+        if self.workers is not None and self.scoring_device != "cpu":
+            raise ValueError("workers measure on CPUs; scoring_device cuda is for this process")
         if self.max_batch < self.latency_batch:
             raise ValueError("latency_batch is above max_batch")
         return self

@@ -73,6 +73,25 @@ def test_unknown_criterion(refused: Refused) -> None:
     assert "fix: one of: cswap, magnitude, magnitude-l1, random" in said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measuring_on_a_gpu_that_is_not_there(refused: Refused) -> None:
+    said = refused(4, "--scoring-device", "cuda")
+    assert "finds no GPU it can use" in said
+    assert "or leave the flag out" in said
+
+
+@pytest.mark.parametrize("where", ["0", "-2", "many", "ray://", "http://host:1"])
+def test_workers_that_are_no_place(refused: Refused, where: str) -> None:
+    said = refused(2, f"--workers={where}")
+    assert "--workers: Value error, must be a number above zero, or ray://HOST:PORT" in said
+
+
+def test_a_memory_budget_that_is_no_size(refused: Refused) -> None:
+    said = refused(2, "--memory-budget", "plenty")
+    assert "'plenty' is no amount of memory" in said
+    assert "write 512MiB, 2GiB or bytes" in said
+
+
 def test_a_checkpoint_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
     state = small_models.small().state_dict()
     del state["conv1.weight"], state["conv1.bias"]

@@ -32,6 +32,7 @@ from cswap_deploy.causal.interventions import (
     stand_ins,
 )
 from cswap_deploy.causal.partition import Env, Graph, bytes_of, elements
+from cswap_deploy.causal.tails import Tail, tail_of
 from cswap_deploy.causal.units import Consumer, Group, channel_dim
 from cswap_deploy.errors import StageError
 
@@ -116,7 +117,13 @@ class Cut:
     """Some units of a group, ready to be measured: what a forward must keep, what runs again."""
 
     def __init__(
-        self, graph: Graph, group: Group, units: Sequence[int], moments: Mapping[str, Moments]
+        self,
+        graph: Graph,
+        group: Group,
+        units: Sequence[int],
+        moments: Mapping[str, Moments],
+        *,
+        fan: bool = False,
     ) -> None:
         """Find where the network is cut, and what takes each unit's place.
 
@@ -125,11 +132,21 @@ class Cut:
             group: Where the units are.
             units: Which of them, by index.
             moments: Of the consumers' inputs; empty for the zero intervention.
+            fan: Compute what follows the only consumer with :mod:`causal.fanout`, where that is
+                possible: on a GPU variants then leave it at the speed of memory.
         """
         self.graph, self.group = graph, group
         self.units = np.asarray(units, dtype=np.int64)
+        device = next(graph.module.parameters()).device
         self.consumers = [
-            (node, c.layer, stand_ins(moments.get(c.layer), [c.indices[u] for u in units]))
+            (
+                node,
+                c.layer,
+                [
+                    s.to(device)
+                    for s in stand_ins(moments.get(c.layer), [c.indices[u] for u in units])
+                ],
+            )
             for c in group.consumers
             for node in graph.readers(c.layer)
         ]
@@ -138,14 +155,25 @@ class Cut:
         self._consumers = [c for c in self.consumers if c[0] in inside]
         first = [c for c in self.consumers if input_of(c[0]) not in inside]
         self._first = {node for node, *_ in first}
+        self._tail = self._find_tail(inside) if fan else None
+        if self._tail is not None:
+            self._suffix = graph.suffix([self._tail.last], given=True)
+        others = {self._tail.other} if self._tail is not None and self._tail.other else set()
         self.keep = frozenset(
             {*self._suffix.cached, *(c[0] for c in first), *(input_of(c[0]) for c in first)}
+            | others
         )
         """Nodes whose values :meth:`measure` needs."""
         self.kept_bytes = sum(bytes_of(node) for node in self.keep)
         """Of one image."""
         self.largest = max((elements(n) for n in self._suffix.nodes), default=1)
         """Elements of the largest value behind the cut, of one image."""
+
+    def _find_tail(self, inside: set[fx.Node]) -> Tail | None:
+        if len(self._consumers) != 1 or len(self._first) != 1:
+            return None
+        ((node, layer, _),) = self._consumers
+        return tail_of(node, self.graph.module.get_submodule(layer), inside=inside)
 
     def measure(
         self,
@@ -202,6 +230,8 @@ class Cut:
     def _run(self, graph: Graph, kept: Env, chosen: Sequence[int] | None, images: int) -> Tensor:
         """Logits of some variants, or (``None``) of the network without any intervention."""
         cached = {n: kept[n] for n in self._suffix.cached}
+        if self._tail is not None and chosen is not None and graph is self.graph:
+            return self._fan_out(self._tail, kept, chosen, images)
         replace: dict[fx.Node, Callable[[fx.Node, Env], Tensor]] = {}
         for node, layer, units in self._consumers:
             output, input_ = kept.get(node), kept.get(input_of(node))
@@ -217,6 +247,16 @@ class Cut:
         return graph.run_suffix(
             self._suffix, cached, images=images, variants=variants_, replace=replace
         )
+
+    def _fan_out(self, tail: Tail, kept: Env, chosen: Sequence[int], images: int) -> Tensor:
+        ((_, name, units),) = self._consumers
+        layer: Consumer = self.graph.module.get_submodule(name)  # type: ignore[assignment]
+        value = tail.variants(self.graph, layer, [units[v] for v in chosen], kept)
+        cached = {n: kept[n] for n in self._suffix.cached}
+        return self.graph.run_suffix(
+            self._suffix, cached, images=images, variants=len(chosen),
+            replace={tail.last: partial(_given, value)},
+        )  # fmt: skip
 
 
 def _given(value: Tensor, node: fx.Node, env: Env) -> Tensor:
@@ -261,7 +301,9 @@ class _Intervention:
         maps = self.output.ndim == 4
         last = maps and self.output.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        out = torch.empty(shape, dtype=self.output.dtype, memory_format=layout)
+        out = torch.empty(
+            shape, dtype=self.output.dtype, device=self.output.device, memory_format=layout
+        )
         for part, stand_in in zip(out.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
             lost = contribution(self.layer, node, self.input, stand_in)
             torch.sub(self.output, lost, out=part)
@@ -291,7 +333,7 @@ def _compare(
             f"the network's output is not finite while the units of {group} are measured",
             fix="check the weights and the preprocessing (--mean, --std) of this model",
         )
-    rows = torch.arange(len(labels))
+    rows = torch.arange(len(labels), device=labels.device)
     p = F.softmax(base, -1)[rows, labels].clamp_min(torch.finfo(torch.float64).tiny)
     p_masked = F.softmax(changed, -1)[:, rows, labels]
     return relative_effect(p_masked, p), kl_divergence(changed, base)

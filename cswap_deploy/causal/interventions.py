@@ -51,6 +51,14 @@ class StandIn:
     constant: Tensor | None
     """(b,) c; ``None`` where it is zero."""
 
+    def to(self, device: torch.device) -> StandIn:
+        """On another device."""
+        return StandIn(
+            self.index.to(device),
+            None if self.weights is None else self.weights.to(device),
+            None if self.constant is None else self.constant.to(device),
+        )
+
 
 class Moments:
     """First and second moments of one layer's inputs over images and positions."""

@@ -9,6 +9,7 @@ Source: PyTorch documentation, "torch.export", "torch.fx".
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,6 +70,13 @@ class Graph:
         """The same graph on another module of the same architecture; no new export."""
         return Graph(self.program, module)
 
+    def to(self, device: torch.device) -> Graph:
+        """A copy of the network on another device."""
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(copy.deepcopy(self.program), device)
+        return Graph(program, copy.deepcopy(self.module).to(device))
+
     def readers(self, layer: str) -> Sequence[fx.Node]:
         """The convolution or linear nodes that read a layer's weight itself."""
         return self._readers.get(layer, ())
@@ -86,15 +94,21 @@ class Graph:
         position = {node: i for i, node in enumerate(self.nodes)}
         return sorted(layers, key=lambda layer: position[self._readers[layer][0]])
 
-    def suffix(self, changed: Iterable[fx.Node]) -> Suffix:
-        """Everything that depends on some nodes' outputs, those nodes first."""
-        dirty = set(changed)
+    def suffix(self, changed: Iterable[fx.Node], *, given: bool = False) -> Suffix:
+        """Everything that depends on some nodes' outputs, those nodes first.
+
+        Args:
+            changed: The nodes.
+            given: Their new values are; what they read is not needed then.
+        """
+        first = set(changed)
+        dirty = set(first)
         for node in self.nodes:
             if node not in dirty and any(a in dirty for a in node.all_input_nodes):
                 dirty.add(node)
         useful = ancestors(self.output)
         nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
-        inputs = {a for n in nodes for a in n.all_input_nodes}
+        inputs = {a for n in nodes if not (given and n in first) for a in n.all_input_nodes}
         cached = tuple(
             n for n in self.nodes if n in inputs and n not in dirty and n not in self.sizes
         )

@@ -64,6 +64,9 @@ class Local:
         labels: Tensor,
         moments: Mapping[str, Moments],
         budget: Budget | None = None,
+        *,
+        device: torch.device | None = None,
+        fan: bool | None = None,
     ) -> None:
         """Of one network and one set of images.
 
@@ -73,8 +76,13 @@ class Local:
             labels: (N,) int64, the true classes.
             moments: Of the consumers' inputs; empty for the zero intervention.
             budget: Of memory; a third of what is free unless said.
+            device: Where to measure; the CPU unless said. The network is copied there.
+            fan: See :class:`effects.Cut`; on a GPU unless said.
         """
-        self._graph, self._images, self._labels, self._moments = graph, images, labels, moments
+        self._device = device if device is not None else torch.device("cpu")
+        self._graph = graph if device is None else graph.to(device)
+        self._fan = fan if fan is not None else self._device.type == "cuda"
+        self._images, self._labels, self._moments = images, labels, moments
         self._budget = budget if budget is not None else Budget.of()
 
     def effects(
@@ -86,21 +94,28 @@ class Local:
         tick: Tick | None = None,
     ) -> list[Effects]:
         """See :class:`Scorer`."""
-        cuts = [Cut(self._graph, g, units, self._moments) for g, units in wanted.items() if units]
+        cuts = [
+            Cut(self._graph, group, units, self._moments, fan=self._fan)
+            for group, units in wanted.items()
+            if len(units)
+        ]
         images = self._images if rows is None else self._images[rows]
         labels = self._labels if rows is None else self._labels[rows]
         rounded = HalfGraph(self._graph) if half else None
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cuts]
         for part, truth in _parts(cuts, images, labels, self._budget):
-            measured = _measure_part(self._graph, cuts, part, truth, self._budget, rounded, tick)
+            measured = _measure_part(
+                self._graph, cuts, part.to(self._device), truth.to(self._device),
+                self._budget, rounded, tick,
+            )  # fmt: skip
             for at, effects in measured:
                 found[at].append(effects)
         return [
             Effects(
                 group=cut.group.name,
                 units=cut.units,
-                true_class=torch.cat([xi for xi, _ in parts], 1).numpy(),
-                kl=torch.cat([kl for _, kl in parts], 1).numpy(),
+                true_class=torch.cat([xi for xi, _ in parts], 1).cpu().numpy(),
+                kl=torch.cat([kl for _, kl in parts], 1).cpu().numpy(),
             )
             for cut, parts in zip(cuts, found, strict=True)
         ]

@@ -96,7 +96,7 @@ def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
         columns = weight[:, indices]
         return (columns.flatten(2).sum(2) if columns.ndim > 2 else columns) @ values
     per_group, rows = weight.shape[1], layer.out_channels // layer.groups
-    total = torch.zeros(layer.out_channels, dtype=weight.dtype)
+    total = weight.new_zeros(layer.out_channels)
     for index, value in zip(indices.tolist(), values, strict=True):
         group, slot = divmod(index, per_group)
         mine = slice(group * rows, (group + 1) * rows)

@@ -13,7 +13,7 @@ from cswap_deploy.artifacts import (
     sha256_text,
 )
 from cswap_deploy.bundle import PLAN, read_plan
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.errors import ArtifactError, MissingDependencyError
 from cswap_deploy.stages.run import (
     BUILD,
     WEIGHTS,
@@ -147,6 +147,9 @@ def _scorers(run: Run, prepared: Prepared) -> Iterator[Scorers]:
     from cswap_deploy.causal.scoring import Local
 
     where = run.config.workers
+    if run.config.scoring_device == "cuda":
+        yield _on_gpu(run.config.memory_budget)
+        return
     if where is None:
         yield Local
         return
@@ -159,6 +162,30 @@ def _scorers(run: Run, prepared: Prepared) -> Iterator[Scorers]:
         yield pool.scorer
         if pool.lost:
             run.fallbacks.append(f"{pool.lost} worker(s) died; their pieces were measured again")
+
+
+def _on_gpu(memory_budget: int | None) -> Scorers:
+    """Measures on the GPU, within a third of its free memory unless said.
+
+    Raises:
+        MissingDependencyError: There is none, or PyTorch cannot use it.
+    """
+    import torch
+
+    from cswap_deploy.causal.memory import Budget
+    from cswap_deploy.causal.scoring import Local
+
+    if not torch.cuda.is_available():
+        raise MissingDependencyError(
+            f"--scoring-device cuda: PyTorch {torch.__version__} finds no GPU it can use",
+            fix="install a CUDA build of PyTorch and the driver, or leave the flag out",
+        )
+    free, _ = torch.cuda.mem_get_info()
+    budget = Budget.of(memory_budget if memory_budget is not None else free // 3)
+    device = torch.device("cuda")
+    return lambda graph, images, labels, moments, _: Local(
+        graph, images, labels, moments, budget, device=device
+    )
 
 
 def _architecture(run: Run) -> dict[str, Any]:

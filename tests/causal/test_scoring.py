@@ -9,12 +9,13 @@ import pytest
 import torch
 from small_networks import pictures, small_cnn, small_vit
 
-from cswap_deploy.causal import memory
+from cswap_deploy.causal import memory, tails
+from cswap_deploy.causal.fanout import masked_fanout
 from cswap_deploy.causal.half import HalfGraph
 from cswap_deploy.causal.interventions import input_moments
 from cswap_deploy.causal.memory import Budget, free_memory, keep_freed_memory, parse_size
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.scoring import measure
+from cswap_deploy.causal.scoring import Local, measure
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.pruning.groups import find_groups
 
@@ -166,3 +167,54 @@ def test_bfloat16_leaves_the_network_alone() -> None:
     assert close.dtype == torch.float32, "the classifier stays whole"
     assert 0 < (close - logits).abs().max() < 0.05 * logits.abs().max()
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize("intervention", ["zero", "mean", "predicted"])
+@pytest.mark.parametrize("make", [small_cnn, small_vit])
+def test_what_a_gpu_computes_in_one_kernel_is_the_same(make, intervention, monkeypatch) -> None:
+    """The kernel's place is taken by its torch reference here; what it is given is what counts."""
+    calls: list[tuple] = []
+
+    def fanout(z, r, weight, **more):
+        calls.append((tuple(r.shape), more["epilogue"]))
+        return masked_fanout(z, r, weight, **more)
+
+    monkeypatch.setattr(tails, "masked_fanout", fanout)
+    module = make()
+    graph = trace(module, IMAGES[:2])
+    wanted = {g: list(range(g.units)) for g in find_groups(module, IMAGES[:2]).groups}
+    layers = [c.layer for g in wanted for c in g.consumers]
+    moments = input_moments(graph, layers, IMAGES, intervention=intervention, chunk=64)
+    plain = Local(graph, IMAGES, LABELS, moments, fan=False).effects(wanted)
+    assert not calls
+    fanned = Local(graph, IMAGES, LABELS, moments, fan=True, device=torch.device("cpu")).effects(
+        wanted
+    )
+    assert calls
+    for a, b in zip(plain, fanned, strict=True):
+        np.testing.assert_allclose(b.kl, a.kl, rtol=1e-4, atol=1e-6, err_msg=a.group)
+        np.testing.assert_allclose(b.true_class, a.true_class, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tail_reaches_to_the_activation_or_the_stream() -> None:
+    """SmallCNN: squeeze is read by excite; grouped by out, its norm and a ReLU."""
+    module = small_cnn()
+    graph = trace(module, IMAGES[:2])
+    found = {}
+    for name in ("out.0", "project.0", "down.0", "grouped.0", "depthwise.0"):
+        (node,) = graph.readers(name)
+        inside = set(graph.suffix([node]).nodes)
+        found[name] = tails.tail_of(node, module.get_submodule(name), inside=inside)
+    assert found["grouped.0"] is None, "a grouped convolution"
+    assert found["depthwise.0"] is None
+    out = found["out.0"]
+    assert out is not None
+    assert out.norm is not None
+    assert out.activation.kind == "relu"
+    down = found["down.0"]
+    assert down is not None
+    assert down.window.stride == (2, 2)
+    assert down.window.padding == (1, 1)
+    project = found["project.0"]
+    assert project is not None
+    assert project.other is not None, "the residual stream is from before the cut"
