@@ -32,7 +32,7 @@ from cswap_deploy.causal.memory import Budget, free_memory, keep_freed_memory
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.scoring import MOST_IMAGES, Local, Tick
 from cswap_deploy.causal.units import Group, give_bias
-from cswap_deploy.errors import StageError, UsageError, missing
+from cswap_deploy.errors import MissingDependencyError, StageError, UsageError, missing
 from cswap_deploy.measure.device import usable_cores
 from cswap_deploy.models.load import fresh_module, weights_digest
 
@@ -273,7 +273,7 @@ def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterato
 
     Raises:
         UsageError: The network cannot be built again from its name.
-        MissingDependencyError: Ray is not installed.
+        MissingDependencyError: Ray is not installed, or no cluster answers.
     """
     count = int(where) if where.isdigit() else None
     if recipe.spec.source == "factory" and ":" not in recipe.spec.name:
@@ -289,14 +289,21 @@ def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterato
     # Ray would otherwise start every worker with "uv run" or send usage statistics
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started = not ray.is_initialized()
-    if started:
+    if started and count is not None:
         ray.init(
-            address=where if count is None else "local",
-            num_cpus=None if count is None else count,
-            include_dashboard=False if count is not None else None,
-            log_to_driver=False,
+            address="local", num_cpus=count, include_dashboard=False, log_to_driver=False,
             logging_level=logging.ERROR,
-        )
+        )  # fmt: skip
+    elif started:
+        try:
+            ray.init(where, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as err:
+            raise MissingDependencyError(
+                f"no Ray cluster answers at {where}: {err}",
+                fix="start one with `ray start --head --ray-client-server-port=10001`, with the "
+                "same Python, Ray and cswap-deploy on all machines; if it wants a token, set "
+                "RAY_AUTH_MODE=token here too",
+            ) from err
     try:
         found = count if count is not None else max(1, int(ray.cluster_resources().get("CPU", 1)))
         share = free_memory() // (3 * found) if count is not None else free_memory() // 3
