@@ -68,7 +68,7 @@ class BuildConfig(Value):
     """``exact``: every unit on every one of these images. ``adaptive``: until its side of the cut
     is certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
     float32 where that leaves its side of the cut open. auto: exact unless it costs more than
-    ``causal.cost.BUDGET_MACS``."""
+    ``causal.cost.BUDGET_MACS``, else adaptive within that."""
     error_rate: float = Field(default=0.05, gt=0.0, lt=1.0)
     """Of ``adaptive``: probability of the wrong side at which a unit's measuring ends."""
     memory_budget: int | None = Field(default=None, ge=1)

@@ -163,6 +163,7 @@ def measure_adaptively(
     cuts: Cuts,
     error_rate: float,
     everyone: bool = True,
+    most: int | None = None,
     tick: Tick | None = None,
 ) -> tuple[list[Effects], Spent]:
     """Measure until each unit's side of every cut is certain.
@@ -176,6 +177,8 @@ def measure_adaptively(
         error_rate: Probability of being on the wrong side that ends a unit's measuring.
         everyone: Measure every unit on some images; otherwise those whose estimate is far beyond
             the cuts are not measured, nor returned.
+        most: Forwards that may be spent; when they run short the most doubtful units come first,
+            and what is open in the end is decided with the help of the estimate.
         tick: Called with the number of (unit, image) pairs measured.
 
     Returns:
@@ -195,7 +198,7 @@ def measure_adaptively(
             accounts[effects.group].add(rows, images, effects.true_class, effects.kl)
         return sum(effects.kl.size for effects in found)
 
-    forwards = settle(accounts, look, cuts, error_rate=error_rate, everyone=everyone)
+    forwards = settle(accounts, look, cuts, error_rate=error_rate, everyone=everyone, most=most)
     found = []
     for group, asked in units.items():
         account = accounts[group.name]
@@ -228,6 +231,7 @@ def settle(
     *,
     error_rate: float,
     everyone: bool,
+    most: int | None = None,
 ) -> int:
     """Look at more images until no unit's side of a cut is open; what is closed stays so.
 
@@ -238,6 +242,7 @@ def settle(
         cuts: See :func:`measure_adaptively`.
         error_rate: Likewise.
         everyone: Likewise.
+        most: Likewise.
 
     Returns:
         Forwards taken.
@@ -246,11 +251,15 @@ def settle(
     active = _first(accounts, cuts, everyone=everyone)
     forwards = 0
     for count, looks in _schedule(images):
-        chosen = _heaviest(accounts, active, count)
-        forwards += look(active, chosen)
+        forwards += look(active, _heaviest(accounts, active, count))
         z = -NormalDist().inv_cdf(error_rate / (2 * looks))
-        open_ = _open(accounts, cuts, z)
-        active = {name: np.intersect1d(rows, open_[name]) for name, rows in active.items()}
+        doubt = _doubt(accounts, cuts)
+        active = {
+            name: rows[doubt[name][rows] >= 1 / z] if z > 0 else rows[:0]
+            for name, rows in active.items()
+        }
+        if most is not None:
+            active = _most_doubtful(active, doubt, (most - forwards) // (2 * count))
         if not any(map(len, active.values())):
             break
     return forwards
@@ -278,17 +287,28 @@ def _first(accounts: Mapping[str, Account], cuts: Cuts, *, everyone: bool) -> di
     }
 
 
-def _open(accounts: Mapping[str, Account], cuts: Cuts, z: float) -> dict[str, np.ndarray]:
-    """Units that may be on the other side of a cut."""
+def _doubt(accounts: Mapping[str, Account], cuts: Cuts) -> dict[str, np.ndarray]:
+    """Group -> (U,) standard error over the distance to the nearest cut."""
     known = {name: account.cost() for name, account in accounts.items()}
     ends = cuts({name: cost for name, (cost, _) in known.items()})
     found = {}
     for name, (cost, error) in known.items():
-        near = np.zeros(len(cost), dtype=bool)
+        near = np.full(len(cost), np.inf)
         for end in ends[name]:
-            near |= np.abs(cost - end) <= z * error
-        found[name] = np.flatnonzero(near)
+            near = np.minimum(near, np.abs(cost - end))
+        found[name] = error / np.maximum(near, np.finfo(float).tiny)
     return found
+
+
+def _most_doubtful(
+    active: Mapping[str, np.ndarray], doubt: Mapping[str, np.ndarray], most: int
+) -> dict[str, np.ndarray]:
+    """The units whose side is least certain, so many at most over all groups."""
+    every = np.concatenate([doubt[name][rows] for name, rows in active.items()])
+    if len(every) <= most:
+        return dict(active)
+    least = np.sort(every)[::-1][most - 1] if most > 0 else np.inf
+    return {name: rows[doubt[name][rows] >= least] for name, rows in active.items()}
 
 
 def _heaviest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.quadratic import DIRECTIONS
@@ -15,7 +15,7 @@ MOST_IMAGES = 256
 FEWEST_IMAGES = 8
 _ADAPTIVE_IMAGES = 14
 """On which adaptive measuring measures a unit, on average, about."""
-_LATER_ROUNDS = 0.3
+LATER_ROUNDS = 0.3
 """Part of the units that a round after the first measures again, about."""
 
 
@@ -37,10 +37,16 @@ def loop_macs(
     """Multiply-accumulates of the whole loop, about."""
     per_image = measuring_macs(graph, groups)
     if not adaptive:
-        return round(per_image * images * (1 + _LATER_ROUNDS * (rounds - 1)))
+        return round(per_image * images * (1 + LATER_ROUNDS * (rounds - 1)))
     estimate = graph.macs(graph.nodes) * images * (1 + 2 * (1 + DIRECTIONS))
     measured = per_image * min(images, _ADAPTIVE_IMAGES)
-    return round(measured * (1 + _LATER_ROUNDS * (rounds - 1)) + estimate * rounds)
+    return round(measured * (1 + LATER_ROUNDS * (rounds - 1)) + estimate * rounds)
+
+
+def affordable_forwards(graph: Graph, groups: Sequence[Group], *, rounds: int) -> int:
+    """How many (unit, image) pairs the first round may measure within the budget."""
+    one = measuring_macs(graph, groups) / max(sum(g.units for g in groups), 1)
+    return round(BUDGET_MACS / (1 + LATER_ROUNDS * (rounds - 1)) / max(one, 1))
 
 
 def affordable_images(graph: Graph, groups: Iterable[Group], *, rounds: int) -> int:

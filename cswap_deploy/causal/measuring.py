@@ -15,6 +15,7 @@ from cswap_deploy.causal.adaptive import (
     as_guesses,
     measure_adaptively,
 )
+from cswap_deploy.causal.cost import LATER_ROUNDS
 from cswap_deploy.causal.effects import Effects, likely_harm
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.causal.memory import Budget
@@ -79,12 +80,14 @@ class Round:
                 self.graph, alive, images=self.images, labels=self.labels, moments=self.moments,
                 budget=self.budget, tick=watcher.advance,
             )  # fmt: skip
-        first = self.state.round == 1
+        first, most = self.state.round == 1, self.settings.most_forwards
+        if most is not None and not first:
+            most = round(LATER_ROUNDS * most)
         watcher.begin(f"measuring effects as far as needed, {self._where}", units if first else 0)
         found = measure_adaptively(
             self.scorer, alive, guesses,
             effect=self.settings.effect, cuts=partial(self._cuts, alive),
-            error_rate=self.settings.error_rate, everyone=first,
+            error_rate=self.settings.error_rate, everyone=first, most=most,
             tick=_Steps(watcher, min(FIRST_IMAGES, len(self.images))),
         )  # fmt: skip
         watcher.end()

@@ -31,6 +31,8 @@ class Settings:
     select: Literal["set", "unit"] = "set"
     measuring: Literal["exact", "bf16", "adaptive"] = "exact"
     error_rate: float = 0.05
+    most_forwards: int | None = None
+    """Of adaptive measuring in the first round; later ones may take ``cost.LATER_ROUNDS`` of it."""
     seed: int = 0
 
 

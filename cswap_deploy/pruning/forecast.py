@@ -39,7 +39,7 @@ def forecast_pruning(
         loaded.module, images=images, ratio=config.ratio, ratio_of=config.ratio_of,
         round_to=config.round_to,
     )  # fmt: skip
-    n, measuring = scoring(config, prepared, len(images))
+    n, measuring, _ = scoring(config, prepared, len(images))
     macs = loop_macs(
         prepared.graph, prepared.groups, images=n, rounds=config.rounds,
         adaptive=measuring == "adaptive",

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
 from cswap_deploy.causal.compensate import solvable
-from cswap_deploy.causal.cost import BUDGET_MACS, MOST_IMAGES, affordable_images, loop_macs
+from cswap_deploy.causal.cost import (
+    BUDGET_MACS,
+    MOST_IMAGES,
+    affordable_forwards,
+    affordable_images,
+    loop_macs,
+)
 from cswap_deploy.causal.interventions import needs_bias
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.partition import Graph, trace
@@ -141,13 +147,17 @@ def prepare(
 
 def scoring(
     config: BuildConfig, prepared: Prepared, images: int
-) -> tuple[int, Literal["exact", "bf16", "adaptive"]]:
-    """Images that each unit's effect is known on, and how: as asked, or what costs allow.
+) -> tuple[int, Literal["exact", "bf16", "adaptive"], int | None]:
+    """How effects are measured: as asked, or what costs allow.
 
     Args:
         config: What was asked for.
         prepared: The network.
         images: How many calibration images there are.
+
+    Returns:
+        Images that each unit's effect is known on, how, and the most forwards of the first round
+        (``None``: no limit).
     """
     graph, groups, rounds = prepared.graph, prepared.groups, config.rounds
     asked = config.scoring_samples
@@ -159,9 +169,10 @@ def scoring(
         count = MOST_IMAGES
     count = min(count, images)
     if config.measuring != "auto":
-        return count, config.measuring
-    macs = loop_macs(graph, groups, images=count, rounds=rounds)
-    return count, "exact" if macs <= BUDGET_MACS else "adaptive"
+        return count, config.measuring, None
+    if loop_macs(graph, groups, images=count, rounds=rounds) <= BUDGET_MACS:
+        return count, "exact", None
+    return count, "adaptive", affordable_forwards(graph, groups, rounds=rounds)
 
 
 def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Settings:
@@ -172,7 +183,7 @@ def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Setti
         prepared: The network.
         images: How many calibration images there are.
     """
-    count, measuring = scoring(config, prepared, images)
+    count, measuring, most = scoring(config, prepared, images)
     return Settings(
         ratio=config.ratio,
         ratio_of=config.ratio_of,
@@ -180,6 +191,7 @@ def loop_settings(config: BuildConfig, prepared: Prepared, images: int) -> Setti
         scoring_samples=count,
         measuring=measuring,
         error_rate=config.error_rate,
+        most_forwards=most,
         effect=config.effect,
         intervention=config.intervention,
         select=config.select,

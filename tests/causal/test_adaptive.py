@@ -46,10 +46,11 @@ class Made:
         ordered = np.sort(costs["group"])
         return {"group": np.array([ordered[79:81].mean()])}
 
-    def settle(self, error_rate=0.05, *, everyone=True) -> int:
+    def settle(self, error_rate=0.05, *, everyone=True, most=None) -> int:
         return settle(
-            {"group": self.account}, self.look, self.cuts, error_rate=error_rate, everyone=everyone
-        )
+            {"group": self.account}, self.look, self.cuts, error_rate=error_rate,
+            everyone=everyone, most=most,
+        )  # fmt: skip
 
     def same(self) -> float:
         """Part of the 80 units with the least effects that are the right ones."""
@@ -86,6 +87,20 @@ def test_a_smaller_error_rate_measures_more() -> None:
     taken = [Made(quality=1.0, seed=5).settle(rate) for rate in (0.5, 0.05, 1e-4)]
     assert taken == sorted(taken)
     assert taken[0] < taken[-1]
+
+
+def test_within_a_budget_the_most_doubtful_units_come_first() -> None:
+    whole, short = Made(quality=0.5, seed=1), Made(quality=0.5, seed=1)
+    taken = whole.settle()
+    first = FIRST_IMAGES * UNITS
+    limit = first + (taken - first) // 3
+    assert first < short.settle(most=limit) <= limit
+    more = np.flatnonzero(short.measured.sum(1) > FIRST_IMAGES)
+    end = np.sort(short.kl.mean(1))[79:81].mean()
+    off = np.abs(np.log(short.kl.mean(1) / end))
+    assert np.median(off[more]) < np.median(off)
+    assert short.same() > 0.95
+    assert Made(quality=0.5, seed=1).settle(most=0) == first, "everyone is looked at once"
 
 
 def test_screened_units_are_not_measured_but_the_near_ones_are() -> None:
