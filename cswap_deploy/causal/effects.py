@@ -183,6 +183,7 @@ class Cut:
         *,
         rows: Sequence[int],
         variant_bytes: int,
+        together: bool = True,
         half: HalfGraph | None = None,
         tick: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -195,6 +196,8 @@ class Cut:
             rows: Which of ``units``, by position.
             variant_bytes: Variants are batched until the largest value behind the cut has this
                 many bytes.
+            together: Whether images and variants may share a batch as they come; otherwise each
+                variant runs by itself, on all N images.
             half: Runs what follows the cut in bfloat16; the unmasked network is then run in the
                 same arithmetic for comparison.
             tick: Called with the number of (unit, image) pairs finished.
@@ -207,13 +210,13 @@ class Cut:
             StageError: A prediction is not finite.
         """
         per_image = (2 if half is not None else 4) * self.largest
-        chunk = max(1, min(len(logits), variant_bytes // per_image))
+        chunk = max(1, min(len(logits), variant_bytes // per_image)) if together else len(logits)
         found = []
         for begin in range(0, len(logits), chunk):
             part = slice(begin, begin + chunk)
             values = {n: v[part] if batched(n) else v for n, v in kept.items() if n in self.keep}
             count = len(logits[part])
-            step = max(1, variant_bytes // (per_image * count))
+            step = max(1, variant_bytes // (per_image * count)) if together else 1
             graph: Graph = self.graph if half is None else half
             base = logits[part] if half is None else self._run(graph, values, None, count)
             effects = []

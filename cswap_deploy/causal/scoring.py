@@ -67,6 +67,7 @@ class Local:
         *,
         device: torch.device | None = None,
         fan: bool | None = None,
+        together: bool = True,
     ) -> None:
         """Of one network and one set of images.
 
@@ -78,7 +79,9 @@ class Local:
             budget: Of memory; a third of what is free unless said.
             device: Where to measure; the CPU unless said. The network is copied there.
             fan: See :class:`effects.Cut`; on a GPU unless said.
+            together: Whether images do not see each other; see :func:`independent`.
         """
+        self._together = together
         self._device = device if device is not None else torch.device("cpu")
         self._graph = graph if device is None else graph.to(device)
         self._fan = fan if fan is not None else self._device.type == "cuda"
@@ -106,7 +109,7 @@ class Local:
         for part, truth in _parts(cuts, images, labels, self._budget):
             measured = _measure_part(
                 self._graph, cuts, part.to(self._device), truth.to(self._device),
-                self._budget, rounded, tick,
+                self._budget, rounded, tick, together=self._together,
             )  # fmt: skip
             for at, effects in measured:
                 found[at].append(effects)
@@ -144,6 +147,8 @@ def _measure_part(
     budget: Budget,
     half: HalfGraph | None,
     tick: Tick | None,
+    *,
+    together: bool = True,
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """(position of the cut, (true-class effect, KL divergence)), each (units, n) float64."""
     for pack in _packs(cuts, len(images), budget):
@@ -155,9 +160,26 @@ def _measure_part(
             for at in pack:
                 rows = range(len(cuts[at].units))
                 work = partial(
-                    cuts[at].measure, kept, logits, labels, rows=rows, half=half, tick=tick
-                )
+                    cuts[at].measure, kept, logits, labels, rows=rows, together=together,
+                    half=half, tick=tick,
+                )  # fmt: skip
                 yield at, budget.retrying(work)
+
+
+def independent(graph: Graph, images: Tensor) -> bool:
+    """Whether an image's prediction does not depend on the others of its batch.
+
+    Networks that normalise over the batch, for example, cannot run many variants in one batch.
+
+    Args:
+        graph: The network.
+        images: (N, C, H, W), some real ones, N >= 4.
+    """
+    few = images[:4]
+    with torch.inference_mode():
+        together = graph.run(few)[0]
+        apart = torch.cat([graph.run(part)[0] for part in torch.split(few, 2)])
+    return bool(torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max())))
 
 
 def not_finite(graph: Graph, images: Tensor) -> StageError:

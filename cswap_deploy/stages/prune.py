@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from cswap_deploy.stages.run import (
 from cswap_deploy.store import compare_files, stage_key
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cswap_deploy.causal.progressive import Scorers
     from cswap_deploy.pruning.plan import Prepared
 
@@ -129,7 +132,7 @@ def _prune(run: Run, key: str, out: Path) -> None:
         state = rounds.load(prepared.module, most=settings.rounds) if config.resume else None
         if state is not None:
             run.progress.note(f"going on after round {state.round} of an interrupted run")
-        with _scorers(run, prepared) as scorers:
+        with _scorers(run, prepared, images) as scorers:
             result = prune(
                 prepared, images=images, labels=labels, settings=settings,
                 criterion=config.criterion, budget=Budget.of(config.memory_budget),
@@ -142,10 +145,19 @@ def _prune(run: Run, key: str, out: Path) -> None:
 
 
 @contextmanager
-def _scorers(run: Run, prepared: Prepared) -> Iterator[Scorers]:
+def _scorers(run: Run, prepared: Prepared, images: Tensor) -> Iterator[Scorers]:
     """Who measures: this process, or the workers that were asked for."""
-    from cswap_deploy.causal.scoring import Local
+    from cswap_deploy.causal.scoring import Local, independent
 
+    if len(images) >= 4 and not independent(prepared.graph, images):
+        note = (
+            "an image's prediction depends on the others of its batch: each unit is measured by "
+            "whole forwards of its own, which is slow"
+        )
+        run.progress.note(note)
+        run.fallbacks.append(note)
+        yield partial(Local, together=False)
+        return
     where = run.config.workers
     if run.config.scoring_device == "cuda":
         yield _on_gpu(run.config.memory_budget)

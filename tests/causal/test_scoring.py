@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import numpy as np
 import pytest
 import torch
-from small_networks import pictures, small_cnn, small_vit
+from small_networks import lively, pictures, small_cnn, small_vit
+from torch import nn
 
 from cswap_deploy.causal import memory, tails
+from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.causal.fanout import masked_fanout
 from cswap_deploy.causal.half import HalfGraph
 from cswap_deploy.causal.interventions import input_moments
 from cswap_deploy.causal.memory import Budget, free_memory, keep_freed_memory, parse_size
 from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.scoring import Local, measure
+from cswap_deploy.causal.scoring import Local, independent, measure
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.pruning.groups import find_groups
 
@@ -218,3 +221,39 @@ def test_a_tail_reaches_to_the_activation_or_the_stream() -> None:
     project = found["project.0"]
     assert project is not None
     assert project.other is not None, "the residual stream is from before the cut"
+
+
+class BatchNormalised(nn.Module):
+    """Centres its features over the batch, at inference too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, padding=1)
+        self.classifier = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = self.second(x)
+        return self.classifier(torch.relu(x - x.mean(0, keepdim=True)).mean((2, 3)))
+
+
+def test_images_that_see_each_other_are_measured_by_whole_forwards() -> None:
+    torch.manual_seed(0)
+    module = lively(BatchNormalised())
+    graph = trace(module, IMAGES[:2])
+    assert not independent(graph, IMAGES)
+    assert independent(trace(small_cnn(), IMAGES[:2]), IMAGES)
+    groups = [g for g in find_groups(module, IMAGES[:2]).groups if g.name == "first"]
+    (effects,) = Local(graph, IMAGES, LABELS, {}, together=False).effects(
+        {groups[0]: list(range(8))}
+    )
+    (batched,) = Local(graph, IMAGES, LABELS, {}).effects({groups[0]: list(range(8))})
+    with torch.no_grad():
+        base = module(IMAGES).double()
+        for unit in range(8):
+            masked = copy.deepcopy(module)
+            masked.second.weight[:, unit] = 0.0
+            slow = kl_divergence(masked(IMAGES).double()[None], base)[0].numpy()
+            np.testing.assert_allclose(effects.kl[unit], slow, rtol=1e-3, atol=1e-7)
+    assert not np.allclose(batched.kl, effects.kl, rtol=1e-2), "the comparison is not empty"
