@@ -27,6 +27,9 @@ from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ExportError
 
 Env = dict[fx.Node, Any]
+_MANY_ROWS = 256
+"""From which on a convolution is worth its set-up."""
+_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 _CONSUMING = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
 
 
@@ -58,7 +61,7 @@ class Graph:
                 self.output: fx.Node = node.args[0][0]
             elif node.op == "call_function":
                 self.nodes.append(node)
-                self.targets[node] = _functional(node.target)
+                self.targets[node] = _faster(_functional(node.target))
         self.nodes = streams_first(self.nodes)
         self.sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
         self._last_use = _last_uses(self.nodes)
@@ -366,6 +369,26 @@ def _functional(target: Any) -> Callable[..., Any]:
     _, name, overload = str(target).split(".")
     twin: Callable[..., Any] = getattr(getattr(torch.ops.aten, name.removesuffix("_")), overload)
     return twin
+
+
+def _faster(target: Callable[..., Any]) -> Callable[..., Any]:
+    return _linear if target is torch.ops.aten.linear.default else target
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer; in float32 on a CPU as the 1x1 convolution that it is.
+
+    PyTorch multiplies matrices with MKL, which on AMD's CPUs reaches less than half of what its
+    convolutions reach with oneDNN (benchmarks/LOG.md).
+    """
+    inputs = x.shape[-1]
+    rows = x.numel() // max(inputs, 1)
+    whole = x.device.type == "cpu" and x.dtype is torch.float32
+    if not (whole and _ONEDNN and rows >= _MANY_ROWS):
+        return torch.nn.functional.linear(x, weight, bias)
+    as_map = x.reshape(1, rows, 1, inputs).permute(0, 3, 1, 2)
+    out = torch.nn.functional.conv2d(as_map, weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
