@@ -133,7 +133,7 @@ class Cut:
             units: Which of them, by index.
             moments: Of the consumers' inputs; empty for the zero intervention.
             fan: Compute what follows the only consumer with :mod:`causal.fanout`, where that is
-                possible: on a GPU variants then leave it at the speed of memory.
+                possible: on a GPU variants then leave it at the speed of memory. Not in bfloat16.
         """
         self.graph, self.group = graph, group
         self.units = np.asarray(units, dtype=np.int64)
@@ -181,19 +181,17 @@ class Cut:
         logits: Tensor,
         labels: Tensor,
         *,
-        rows: Sequence[int],
         variant_bytes: int,
         together: bool = True,
         half: HalfGraph | None = None,
         tick: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both effects of some of the units on the images of one forward.
+        """Both effects of the units on the images of one forward.
 
         Args:
             kept: Values of ``keep``, for N images.
             logits: (N, classes), of the same forward.
             labels: (N,).
-            rows: Which of ``units``, by position.
             variant_bytes: Variants are batched until the largest value behind the cut has this
                 many bytes.
             together: Whether images and variants may share a batch as they come; otherwise each
@@ -204,7 +202,7 @@ class Cut:
 
         Returns:
             Relative change of the true class's probability and KL divergence, each
-            (rows, N) float64.
+            (units, N) float64.
 
         Raises:
             StageError: A prediction is not finite.
@@ -220,8 +218,8 @@ class Cut:
             graph: Graph = self.graph if half is None else half
             base = logits[part] if half is None else self._run(graph, values, None, count)
             effects = []
-            for at in range(0, len(rows), step):
-                chosen = rows[at : at + step]
+            for at in range(0, len(self.units), step):
+                chosen = range(at, min(at + step, len(self.units)))
                 masked = self._run(graph, values, chosen, count)
                 effects.append(_compare(masked, base, labels[part], len(chosen), self.group.name))
                 if tick is not None:
@@ -233,7 +231,7 @@ class Cut:
     def _run(self, graph: Graph, kept: Env, chosen: Sequence[int] | None, images: int) -> Tensor:
         """Logits of some variants, or (``None``) of the network without any intervention."""
         cached = {n: kept[n] for n in self._suffix.cached}
-        if self._tail is not None and chosen is not None and graph is self.graph:
+        if self._tail is not None and chosen is not None:
             return self._fan_out(self._tail, kept, chosen, images)
         replace: dict[fx.Node, Callable[[fx.Node, Env], Tensor]] = {}
         for node, layer, units in self._consumers:

@@ -98,7 +98,7 @@ class Local:
     ) -> list[Effects]:
         """See :class:`Scorer`."""
         cuts = [
-            Cut(self._graph, group, units, self._moments, fan=self._fan)
+            Cut(self._graph, group, units, self._moments, fan=self._fan and not half)
             for group, units in wanted.items()
             if len(units)
         ]
@@ -158,11 +158,9 @@ def _measure_part(
             if not torch.isfinite(logits).all():
                 raise not_finite(graph, images)
             for at in pack:
-                rows = range(len(cuts[at].units))
                 work = partial(
-                    cuts[at].measure, kept, logits, labels, rows=rows, together=together,
-                    half=half, tick=tick,
-                )  # fmt: skip
+                    cuts[at].measure, kept, logits, labels, together=together, half=half, tick=tick
+                )
                 yield at, budget.retrying(work)
 
 
