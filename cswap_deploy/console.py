@@ -179,10 +179,10 @@ class _Teller:
             return
         counted = total > 0
         bar = [BarColumn(bar_width=30), MofNCompleteColumn()] if counted else []
-        left = [TimeRemainingColumn()] if counted else []
+        left = [TimeRemainingColumn(), TextColumn("left,")] if counted else []
         self._bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), *bar, _Rate(), *left,
-            TimeElapsedColumn(), _Memory(), console=self._console, transient=True,
+            TimeElapsedColumn(), TextColumn("so far"), _Memory(), console=self._console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task(what, total=total if counted else None)
         self._bar.start()
