@@ -182,7 +182,8 @@ class _Teller:
         left = [TimeRemainingColumn(), TextColumn("left,")] if counted else []
         self._bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), *bar, _Rate(), *left,
-            TimeElapsedColumn(), TextColumn("so far"), _Memory(), console=self._console, transient=True,
+            TimeElapsedColumn(), TextColumn("so far"), _Memory(), console=self._console,
+            transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task(what, total=total if counted else None)
         self._bar.start()
