@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from cswap_deploy.causal import memory
 from cswap_deploy.causal.adaptive import as_guesses, measure_adaptively
-from cswap_deploy.causal.effects import Effects, kl_divergence
+from cswap_deploy.causal.effects import Effects, join, kl_divergence
 from cswap_deploy.causal.interventions import Moments, input_moments
-from cswap_deploy.causal.mixtures import lightly_mixed
+from cswap_deploy.causal.mixtures import half_mixed
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.progressive import balanced_order
 from cswap_deploy.causal.quadratic import DIRECTIONS, Estimate, guess
@@ -199,8 +199,7 @@ def _network(case: Case) -> tuple[Model, Prepared, Tensor, Tensor]:
         labels = torch.from_numpy(drawn.labels)
         order = torch.from_numpy(balanced_order(drawn.labels))[: case.images]
         images, labels = images[order], labels[order]
-        half = len(images) // 2
-        images = torch.cat([images[:half], lightly_mixed(images, seed=1)[half:]])
+        images = half_mixed(images, seed=1)
         # as in the loop: classes and mixtures are spread over the parts
         shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         images, labels = images[shuffled], labels[shuffled]
@@ -366,9 +365,7 @@ def _decisions(
         left = goes(np.concatenate([e.kl.mean(1) for e in found]))
         return seconds, spent.forwards / spent.exact, left
 
-    whole = {
-        half: [_joined(parts) for parts in zip(*e, strict=True)] for half, e in effects.items()
-    }
+    whole = {half: [join(parts) for parts in zip(*e, strict=True)] for half, e in effects.items()}
     exact = goes(np.concatenate([e.kl.mean(1) for e in whole[False]]))
     seconds, _, left = decide(as_guesses(whole[True]))
     result.bf16_s += seconds
@@ -377,16 +374,6 @@ def _decisions(
     result.adaptive_s = float(np.median([seconds for seconds, *_ in runs]))
     result.measured_fraction = runs[0][1]
     result.same_units_adaptive = len(exact & runs[0][2]) / count
-
-
-def _joined(parts: tuple[Effects, ...]) -> Effects:
-    """Of the parts of the images, in order."""
-    return Effects(
-        parts[0].group,
-        parts[0].units,
-        np.concatenate([e.true_class for e in parts], 1),
-        np.concatenate([e.kl for e in parts], 1),
-    )
 
 
 def growth(tell: Callable[[str], None]) -> dict[str, tuple[float, float]]:

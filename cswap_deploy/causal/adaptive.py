@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cswap_deploy.causal.effects import Effects, likely_harm
+from cswap_deploy.causal.effects import Effects, likely_harm, log_change
 from cswap_deploy.causal.quadratic import Estimate
 from cswap_deploy.causal.scoring import Scorer, Tick
 from cswap_deploy.causal.units import Group
@@ -39,7 +39,6 @@ _LEAST_ERROR = 0.02
 
 _TYPICAL = 0.9
 """Quantile of a group's units; a few that the estimate misses by far speak for themselves."""
-_LOG_FLOOR = -1 + 1e-12
 
 Cuts = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 """Group -> (U,) costs; to group -> costs at which staying ends and going begins."""
@@ -82,7 +81,7 @@ class Account:
         at = np.ix_(rows, images)
         self.measured[at] = True
         self._kl[at] = kl
-        self._log[at] = np.log1p(np.maximum(xi, _LOG_FLOOR))
+        self._log[at] = log_change(xi)
 
     def completed(self) -> tuple[np.ndarray, np.ndarray]:
         """(U, N) KL divergence and (U, N) change of the true class's log-probability."""
@@ -219,9 +218,7 @@ def measure_adaptively(
 
 def as_guesses(effects: Sequence[Effects]) -> list[Estimate]:
     """Effects in bfloat16 as what to begin with: where they leave a side open, float32 decides."""
-    return [
-        Estimate(kl=e.kl, log_true=np.log1p(np.maximum(e.true_class, _LOG_FLOOR))) for e in effects
-    ]
+    return [Estimate(kl=e.kl, log_true=log_change(e.true_class)) for e in effects]
 
 
 def settle(

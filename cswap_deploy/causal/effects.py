@@ -75,6 +75,12 @@ def relative_effect(p_masked: Tensor, p: Tensor) -> Tensor:
     return (p_masked - p) / p
 
 
+def log_change(effect: np.ndarray) -> np.ndarray:
+    """log(1 + xi) = log(p_masked / p), bounded where the true class all but vanishes."""
+    logs: np.ndarray = np.log1p(np.maximum(effect, -1 + _LEAST_RATIO))
+    return logs
+
+
 def likely_harm(effect: np.ndarray) -> np.ndarray:
     """From a unit's effects on single images to what removing it costs among many.
 
@@ -91,7 +97,7 @@ def likely_harm(effect: np.ndarray) -> np.ndarray:
     Returns:
         (U,) nats; the smallest goes first.
     """
-    logs = np.log1p(np.maximum(effect, -1 + _LEAST_RATIO))
+    logs = log_change(effect)
     harm: np.ndarray = logs.std(1) / 2 - logs.mean(1)
     return harm
 
@@ -111,6 +117,16 @@ def kl_divergence(logits_masked: Tensor, logits: Tensor) -> Tensor:
     log_p = F.log_softmax(logits, -1)
     log_q = F.log_softmax(logits_masked, -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
+
+
+def join(parts: Sequence[Effects]) -> Effects:
+    """The same units on several parts of the images, in order."""
+    return Effects(
+        group=parts[0].group,
+        units=parts[0].units,
+        true_class=np.concatenate([part.true_class for part in parts], 1),
+        kl=np.concatenate([part.kl for part in parts], 1),
+    )
 
 
 class Cut:

@@ -34,27 +34,17 @@ class HalfGraph(Graph):
         self._whole = graph
         self._large = {node for node in self.nodes if _has_positions(node)}
 
-    def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
-        """One node: on rounded values where its own are large, else in float32."""
-        large = node in self._large
-
-        def read(n: fx.Node) -> Any:
-            if n in self.sizes:
-                return self.size(n, env, batch)
-            if n.op == "placeholder" and n not in env:
-                # a norm keeps its float32 statistics beside rounded values
-                source = self if large and node.target not in _NORMS else self._whole
-                return source.value(n, env)
-            value = self.value(n, env)
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value.to(torch.bfloat16 if large else torch.float32)
-            return value
-
-        if node in self.sizes:
-            return self.size(node, env, batch)
-        args = fx.node.map_arg(node.args, read)
-        kwargs = fx.node.map_arg(node.kwargs, read)
-        return self.targets[node](*args, **kwargs)
+    def argument(self, source: fx.Node, env: Env, reader: fx.Node) -> Any:
+        """Rounded where the reader's own value is large, else in float32."""
+        large = reader in self._large
+        if source.op == "placeholder" and source not in env:
+            # a norm keeps its float32 statistics beside rounded values
+            rounded = large and reader.target not in _NORMS
+            return (self if rounded else self._whole).value(source, env)
+        value = self.value(source, env)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(torch.bfloat16 if large else torch.float32)
+        return value
 
 
 def _has_positions(node: fx.Node) -> bool:

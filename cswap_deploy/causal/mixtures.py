@@ -35,3 +35,9 @@ def lightly_mixed(images: Tensor, *, seed: int = 0) -> Tensor:
     other = torch.randperm(len(images), generator=generator)
     own = _LEAST + (1 - _LEAST) * torch.rand(len(images), 1, 1, 1, generator=generator)
     return torch.lerp(images[other], images, own)
+
+
+def half_mixed(images: Tensor, *, seed: int) -> Tensor:
+    """The first half as they are, the others lightly mixed with any of them."""
+    half = len(images) // 2
+    return torch.cat([images[:half], lightly_mixed(images, seed=seed)[half:]])

@@ -54,16 +54,16 @@ class Graph:
         self.nodes: list[fx.Node] = []
         """Operations, in the order in which they run."""
         self._bound: dict[fx.Node, Callable[[], Any]] = {}
-        self.targets: dict[fx.Node, Callable[..., Any]] = {}
+        self._targets: dict[fx.Node, Callable[..., Any]] = {}
         self._bind_inputs(program)
         for node in program.graph.nodes:
             if node.op == "output":
                 self.output: fx.Node = node.args[0][0]
             elif node.op == "call_function":
                 self.nodes.append(node)
-                self.targets[node] = _faster(_functional(node.target))
+                self._targets[node] = _faster(_functional(node.target))
         self.nodes = streams_first(self.nodes)
-        self.sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        self._sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
         self._last_use = _last_uses(self.nodes)
         self._readers = self._find_readers()
         self.code = program.graph_module.code
@@ -113,7 +113,7 @@ class Graph:
         nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
         inputs = {a for n in nodes if not (given and n in first) for a in n.all_input_nodes}
         cached = tuple(
-            n for n in self.nodes if n in inputs and n not in dirty and n not in self.sizes
+            n for n in self.nodes if n in inputs and n not in dirty and n not in self._sizes
         )
         if self._input in inputs:
             cached = (self._input, *cached)
@@ -230,13 +230,17 @@ class Graph:
         """One node, on values from ``env`` and on live parameters."""
 
         def read(n: fx.Node) -> Any:
-            return self.size(n, env, batch) if n in self.sizes else self.value(n, env)
+            return self._size(n, env, batch) if n in self._sizes else self.argument(n, env, node)
 
-        if node in self.sizes:
-            return self.size(node, env, batch)
+        if node in self._sizes:
+            return self._size(node, env, batch)
         args = fx.node.map_arg(node.args, read)
         kwargs = fx.node.map_arg(node.kwargs, read)
-        return self.targets[node](*args, **kwargs)
+        return self._targets[node](*args, **kwargs)
+
+    def argument(self, source: fx.Node, env: Env, reader: fx.Node) -> Any:
+        """A value as one of the nodes that read it gets it."""
+        return self.value(source, env)
 
     def value(self, node: fx.Node, env: Env) -> Any:
         """A node's value: a live parameter, or what was computed."""
@@ -247,7 +251,7 @@ class Graph:
             found = env[node] = found.tensor()
         return found
 
-    def size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
+    def _size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
         """A scalar that depends on the batch only."""
         if node.target is torch.ops.aten.sym_size.int:
             source, dim = node.args
@@ -255,7 +259,7 @@ class Graph:
             if dim == 0 and batch is not None:
                 return batch
             return env[node] if node in env else env[source].shape[dim]
-        args = fx.node.map_arg(node.args, lambda n: self.size(n, env, batch))
+        args = fx.node.map_arg(node.args, lambda n: self._size(n, env, batch))
         assert callable(node.target)
         return node.target(*args)
 

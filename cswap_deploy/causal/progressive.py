@@ -23,7 +23,7 @@ from cswap_deploy.causal.adaptive import NOTHING, Spent
 from cswap_deploy.causal.interventions import Moments, input_moments
 from cswap_deploy.causal.measuring import Round
 from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.mixtures import lightly_mixed
+from cswap_deploy.causal.mixtures import half_mixed
 from cswap_deploy.causal.partition import Graph
 from cswap_deploy.causal.scoring import Local, Scorer
 from cswap_deploy.causal.selection import Limits, Ranking
@@ -193,7 +193,7 @@ def _propose(
     rows = _window(order, state.round, settings.scoring_samples)
     shown = images[rows]
     if settings.mix:
-        shown = _half_mixed(shown, seed=state.round)
+        shown = half_mixed(shown, seed=state.round)
     proposed = {name: rival.scores(graph.module, goal.groups) for name, rival in rivals.items()}
     spreads = {name: values for name, values in proposed.items() if rivals[name].own_spread}
     truth = labels[rows]
@@ -220,12 +220,6 @@ def _window(order: Tensor, round_: int, size: int) -> Tensor:
     """The images of a round: the next ones, so that a lucky effect is not believed twice."""
     start = (round_ - 1) * size
     return order[torch.arange(start, start + min(size, len(order))) % len(order)]
-
-
-def _half_mixed(images: Tensor, *, seed: int) -> Tensor:
-    """The first half as they are, the others lightly mixed; see :mod:`causal.mixtures`."""
-    half = len(images) // 2
-    return torch.cat([images[:half], lightly_mixed(images, seed=seed)[half:]])
 
 
 def _put_back(graph: Graph, dense: Graph, sizes: SizeModel, state: State) -> None:

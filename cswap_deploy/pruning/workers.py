@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from cswap_deploy.artifacts import ModelSpec
-from cswap_deploy.causal.effects import Effects
+from cswap_deploy.causal.effects import Effects, join
 from cswap_deploy.causal.interventions import Moments
-from cswap_deploy.causal.memory import Budget, free_memory, keep_freed_memory
+from cswap_deploy.causal.memory import Budget, keep_freed_memory
 from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.scoring import MOST_IMAGES, Local, Tick
 from cswap_deploy.causal.units import Group, give_bias
@@ -93,8 +93,8 @@ class Worker:
         groups: list[tuple[Group, list[int]]],
         rows: np.ndarray,
         half: bool,
-    ) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-        """One piece: (group, units, true-class effects, KL divergences) each.
+    ) -> list[Effects]:
+        """One piece.
 
         Args:
             name: Of the task; one that is known is not fetched again.
@@ -108,8 +108,7 @@ class Worker:
 
             self._scorer, self._task = self._load(ray.get(task[0])), name
         assert self._scorer is not None
-        found = self._scorer.effects(dict(groups), torch.from_numpy(rows.copy()), half=half)
-        return [(e.group, e.units, e.true_class, e.kl) for e in found]
+        return self._scorer.effects(dict(groups), torch.from_numpy(rows.copy()), half=half)
 
     def _load(self, task: Task) -> Local:
         from safetensors.torch import load
@@ -207,24 +206,15 @@ class Remote:
             for at, part in enumerate(parts)
             for groups in _shares(asked, self.pool.count * _PIECES_A_WORKER)
         ]
-        done: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        done: dict[tuple[str, int], Effects] = {}
         for at, found in self._run(pieces, half):
-            for group, units, xi, kl in found:
-                done[group, at] = units, xi, kl
+            for effects in found:
+                done[effects.group, at] = effects
                 if tick is not None:
-                    tick(kl.size)
-        order = range(len(parts))
-        return [
-            Effects(
-                group=g.name,
-                units=done[g.name, 0][0],
-                true_class=np.concatenate([done[g.name, at][1] for at in order], 1),
-                kl=np.concatenate([done[g.name, at][2] for at in order], 1),
-            )
-            for g, _ in asked
-        ]
+                    tick(effects.kl.size)
+        return [join([done[g.name, at] for at in range(len(parts))]) for g, _ in asked]
 
-    def _run(self, pieces: list[Piece], half: bool) -> Iterator[tuple[int, Any]]:
+    def _run(self, pieces: list[Piece], half: bool) -> Iterator[tuple[int, list[Effects]]]:
         """Give the pieces out, one to each worker at a time; those of the dead again."""
         ray, pool = self.pool.ray, self.pool
         waiting = deque((piece, _LIVES) for piece in pieces)
@@ -306,7 +296,7 @@ def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterato
             ) from err
     try:
         found = count if count is not None else max(1, int(ray.cluster_resources().get("CPU", 1)))
-        share = free_memory() // (3 * found) if count is not None else free_memory() // 3
+        share = Budget.of().total // (found if count is not None else 1)
         pool = Pool(
             recipe=recipe,
             count=found,
