@@ -13,6 +13,7 @@ from torch import nn
 from cswap_deploy.artifacts import OnnxArtifact, TensorSpec, sha256_file
 from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ArtifactError, ExportError
+from cswap_deploy.export.names import exported_modules, name_nodes
 
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 _PROTOBUF_LIMIT = 2**31
@@ -27,7 +28,9 @@ def export_onnx(
 
     torch's exporter folds a BatchNorm into the convolution before it; where one is left over, the
     artefact's notes say so. The stack traces that it stores in every node (with this machine's
-    paths) are taken out, so the same network gives the same bytes everywhere.
+    paths) are taken out, so the same network gives the same bytes everywhere. What it stores about
+    the module that a node came from becomes the node's name, ``layer1.0.conv1/Conv``: runtimes'
+    parsers, layer lists and profilers then speak of PyTorch's modules.
 
     Args:
         module: Maps (N, C, H, W) float32 to logits (N, classes); set to eval mode here.
@@ -81,6 +84,7 @@ def export_onnx(
     if program is None:
         raise ExportError(f"torch {torch.__version__} returned no graph for {what}")
     proto = program.model_proto
+    name_nodes(proto.graph, modules=exported_modules(proto.graph))
     _strip_metadata(proto.graph)
     _check_interface(proto.graph, what=what)
     honoured = _opset(proto)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cswap_deploy.artifacts import OnnxArtifact
 from cswap_deploy.errors import ArtifactError, missing
+from cswap_deploy.export.names import module_of, name_nodes
 from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx
 
 # A process of its own: onnxsim is native code that may crash, and it prints past Python's stdout.
@@ -55,7 +56,20 @@ def simplify_onnx(onnx: OnnxArtifact, *, path: Path) -> OnnxArtifact:
         shutil.copyfile(onnx.path, path)
         note = f"graph not simplified, kept as exported: onnxsim failed: {refusal}"
         return original.model_copy(update={"path": path, "notes": (*onnx.notes, note)})
-    return simple.model_copy(update={"notes": batch_norm_notes(path)})
+    _restore_names(path, onnx.path)
+    named = describe_onnx(path)
+    return named.model_copy(update={"notes": batch_norm_notes(path)})
+
+
+def _restore_names(path: Path, original: Path) -> None:
+    """Name the nodes that onnxsim made after what they replace; tensors keep their names."""
+    import onnx
+
+    before = onnx.load(original).graph
+    modules = {name: module_of(node.name) for node in before.node for name in node.output}
+    simple = onnx.load(path)
+    name_nodes(simple.graph, modules=modules)
+    onnx.save(simple, path)
 
 
 def _run_onnxsim(source: Path, target: Path) -> str:

@@ -1,0 +1,77 @@
+"""Node names that say which PyTorch module a node came from: ``layer1.0.conv1/Conv``."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_nodes(graph: Any, *, modules: Mapping[str, str]) -> None:
+    """Name every node ``MODULE/OPERATOR`` after the PyTorch module it came from.
+
+    A weight's name (``layer1.0.conv1.weight``) says most, as it outlives what is folded into it. A
+    node that a graph pass made is in no module's record: its module is that of what reads it. The
+    second, third ... node of the same name gets ``_1``, ``_2`` ...
+
+    Args:
+        graph: ``onnx.GraphProto``, in topological order; changed in place.
+        modules: Name of a tensor -> path of the module that made it; ``""`` is the network itself.
+    """
+    owners = {
+        tensor.name: owner
+        for tensor in graph.initializer
+        for owner, _, kind in [tensor.name.rpartition(".")]
+        if kind in ("weight", "bias")
+    }
+    readers: dict[str, str] = {}
+    names: list[str] = []
+    for node in reversed(graph.node):
+        said = [owners[name] for name in node.input if name in owners]
+        said += [modules[name] for name in node.output if name in modules]
+        said += [readers[name] for name in node.output if name in readers]
+        module = said[0] if said else ""
+        for name in node.input:
+            readers.setdefault(name, module)
+        names.append(f"{module}/{node.op_type}" if module else node.op_type)
+    taken: Counter[str] = Counter()
+    for node, name in zip(graph.node, reversed(names), strict=True):
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
+
+
+def module_of(node_name: str) -> str:
+    """The PyTorch module in a node's name; empty for the network itself."""
+    return node_name.rpartition("/")[0]
+
+
+def exported_modules(graph: Any) -> dict[str, str]:
+    """Which module made which tensor, as torch's exporter stored it.
+
+    Args:
+        graph: ``onnx.GraphProto`` as ``torch.onnx.export`` makes it, metadata and all.
+
+    Returns:
+        Name of a tensor -> path of a module; ``""`` is the network itself.
+    """
+    found: dict[str, str] = {}
+    for node in graph.node:
+        # A list as text: the modules from the outside in, and last the operator.
+        stored = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
+        scopes = [] if stored is None else ast.literal_eval(stored)
+        # Nodes of shape arithmetic carry a placeholder instead of the network's own scope.
+        if len(scopes) > 1 and scopes[0] == "":
+            found |= dict.fromkeys(node.output, scopes[-2])
+    return found
+
+
+def node_names(path: Path) -> tuple[str, ...]:
+    """The nodes of an ONNX file, in its order; the operator where one has no name."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return tuple(node.name or node.op_type for node in graph.node)
