@@ -53,7 +53,7 @@ install: $(STAMP)
 
 # The stamp is written last: after an interruption the next run starts the set-up again.
 # torch stands in the same command as what needs it, or pip may fetch two builds of it.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/runtime/headers.txt
 	@python=; for one in $(CANDIDATES); do \
 		if $$one -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			python=$$one; break; fi; done; \
@@ -69,6 +69,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		-c constraints.txt torch==$(TORCH_VERSION) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) --no-deps \
+		-r tests/runtime/headers.txt
 	@touch $@
 
 clean:
