@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cswap_deploy.errors import ArtifactError
 
@@ -274,11 +274,50 @@ class OnnxArtifact(Value):
 
 
 class BatchRange(Value):
-    """Smallest, tuned-for and largest batch (samples)."""
+    """Smallest, tuned-for and largest batch (samples); as text ``1:8:64``."""
 
     min: int = 1
     opt: int = 1
     max: int = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = value.split(":")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError("MIN:OPT:MAX is wanted, for example 1:8:64")
+        return dict(zip(("min", "opt", "max"), map(int, parts), strict=True))
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batches must ascend from 1: {self}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+class EngineOptions(Value):
+    """What a TensorRT builder can be told; each names the packages that have it (see
+    ``targets.tensorrt``)."""
+
+    workspace_mib: int | None = Field(default=None, ge=1)
+    """Cap on the builder's scratch memory (MiB of GPU memory); the GPU's memory unless said."""
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    """How long the builder looks for fast kernels; TensorRT's own 3 unless said."""
+    hardware_compat: Literal["none", "ampere+", "same-cc"] = "none"
+    """Which other GPUs the engine runs on."""
+    version_compatible: bool = False
+    """Runs with later minor versions of TensorRT too; brings the lean runtime in the engine."""
+    compute_capability: tuple[str, ...] = ()
+    """Of the GPUs that an ahead-of-time engine is for, for example ``8.9``."""
+    strip_weights: bool = False
+    """Leave the weights out: the engine gets them from ``model.onnx`` when it is loaded."""
+    refit_engine: bool = False
+    """Let the weights be replaced in the finished engine."""
 
 
 class EngineArtifact(Value):
@@ -298,8 +337,58 @@ class EngineArtifact(Value):
     """Of the runtime and what it links."""
     device: str = ""
     """What it was built for: provider, GPU, compute capabilities."""
+    batch: BatchRange | None = None
+    """What it accepts; ``None`` where any batch runs."""
+    options: EngineOptions | None = None
+    """What its builder was told; ``None`` where the runtime has no such options."""
+    compute_capability: str = ""
+    """Of the GPU it was built on; empty where it is not bound to one."""
+    stripped: bool = False
+    """Without weights; see ``EngineOptions.strip_weights``."""
+    extra_files: tuple[str, ...] = ()
+    """Files beside ``path`` that belong to it, by name, for example ``layers.json``."""
     notes: tuple[str, ...] = ()
     """Fallbacks taken."""
+
+
+# --- precision -----------------------------------------------------------------------------------
+
+
+class KeptLayer(Value):
+    """A layer that stays in a wider type than the precision asks for."""
+
+    node: str
+    """Name in the graph: the PyTorch module, a slash, the operator."""
+    operator: str
+    reason: Literal["range", "accuracy", "asked"]
+    """``range``: its values exceed what the type can hold. ``accuracy``: the network predicts too
+    differently without it. ``asked``: by the user."""
+    value: float | None = None
+    """``range``: the largest absolute value. ``accuracy``: KL divergence of the prediction (nats)
+    when only this layer is narrowed."""
+
+
+class PrecisionResult(Value):
+    """How a graph came to its number formats, and what that did to its predictions."""
+
+    precision: str
+    layers: int
+    """That could be narrowed."""
+    kept: tuple[KeptLayer, ...] = ()
+    calibration: str = ""
+    """How int8 ranges were found: the method taken."""
+    tried: tuple[str, ...] = ()
+    """What was measured on the way, a line each."""
+    images: int
+    """Calibration images that it was judged on."""
+    kl: float
+    """Mean KL divergence from the float32 graph on them (nats)."""
+    agreement: Fraction
+    """Of them that get the float32 graph's class."""
+    drop_limit: float
+    """Largest loss of top-1 against the float32 graph that the gate allows (fraction)."""
+    emulated: bool = False
+    """Judged by rounding float32 results after every operator, as a GPU would: 16-bit types."""
 
 
 # --- measurements --------------------------------------------------------------------------------
@@ -311,7 +400,8 @@ class Parity(Value):
     reference: str
     candidate: str
     max_abs: float
-    tolerance: float
+    tolerance: float | None
+    """``None`` where accuracy decides instead: a graph of reduced precision."""
     images: int
     batches: tuple[int, ...]
     """Batch sizes compared."""
@@ -319,7 +409,7 @@ class Parity(Value):
     @property
     def ok(self) -> bool:
         """Within tolerance."""
-        return self.max_abs <= self.tolerance
+        return self.tolerance is None or self.max_abs <= self.tolerance
 
 
 class Accuracy(Value):
@@ -345,8 +435,57 @@ class AccuracyChange(Value):
     """Images on which both predict the same class."""
 
 
+class Spread(Value):
+    """What a reading ranged over."""
+
+    min: float
+    median: float
+    max: float
+
+
+class DeviceTimes(Value):
+    """Where a call's time went on the GPU, by CUDA events on its stream (milliseconds)."""
+
+    host_to_device_ms: tuple[float, ...]
+    """Raw, in the order taken, as all three."""
+    compute_ms: tuple[float, ...]
+    device_to_host_ms: tuple[float, ...]
+    p50_ms: float
+    """Of ``compute_ms``, as are the next three: copies are not in it."""
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    host_to_device_p50_ms: float
+    device_to_host_p50_ms: float
+    clock: Literal["CUDA events"] = "CUDA events"
+
+
+class GpuState(Value):
+    """The GPU while it was timed, as NVML tells it; see ``measure.gpu``."""
+
+    name: str = ""
+    uuid: str = ""
+    pci_bus_id: str = ""
+    """Of CUDA device 0, by which NVML's device was chosen."""
+    driver: str = ""
+    persistence_mode: bool | None = None
+    compute_mode: str = ""
+    samples: int = 0
+    sm_clock_mhz: Spread | None = None
+    sm_clock_max_mhz: float | None = None
+    """The highest that this GPU has."""
+    memory_clock_mhz: Spread | None = None
+    power_w: Spread | None = None
+    power_limit_w: float | None = None
+    temperature_c: Spread | None = None
+    throttling: dict[str, int] | None = None
+    """What held the clocks down -> in how many of the samples; ``None`` where NVML did not say."""
+    notes: tuple[str, ...] = ()
+    """What NVML did not tell, and why."""
+
+
 class Latency(Value):
-    """Host wall clock of one inference call, copies included."""
+    """Host wall clock of one inference call, copies included; beside it what the GPU says."""
 
     batch: int
     samples_ms: tuple[float, ...]
@@ -359,6 +498,14 @@ class Latency(Value):
     threads: int
     provider: str
     """What really executed, asked of the runtime."""
+    clock: Literal["host wall clock"] = "host wall clock"
+    """Of every figure above, so that CPU and GPU targets mean the same."""
+    device: DeviceTimes | None = None
+    """The parts on the GPU, where the runtime records CUDA events."""
+    gpu: GpuState | None = None
+    """``None`` for what runs on the CPU."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """How it was measured; see ``measure.latency``. Empty in manifests of older versions."""
 
 
 class TargetResult(Value):
@@ -367,6 +514,10 @@ class TargetResult(Value):
     engine: EngineArtifact
     parity: Parity | None = None
     accuracy: AccuracyChange | None = None
+    reduced: AccuracyChange | None = None
+    """From the pruned float32 network (``dense`` here) to the graph of reduced precision."""
+    judged_by: str = ""
+    """What ``reduced`` was measured on: the engine, or a stand-in where it does not run here."""
     latency: Latency | None = None
     dense_latency: Latency | None = None
     """The dense graph on the same runtime, interleaved with ``latency``."""
@@ -412,6 +563,8 @@ class Manifest(Value):
     torch_accuracy: AccuracyChange | None = None
     """Dense and pruned network in PyTorch."""
     targets: tuple[TargetResult, ...]
+    precision: PrecisionResult | None = None
+    """``None`` for float32."""
     scoring: ScoringCost | None = None
     """``None`` where nothing was measured."""
     settings: dict[str, Any]

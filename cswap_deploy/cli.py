@@ -43,7 +43,10 @@ Output = Annotated[
 ]
 Target = Annotated[
     list[str] | None,
-    typer.Option(help="onnxruntime (default), tensorrt-rtx, tensorrt; repeat for several."),
+    typer.Option(
+        metavar="NAME",
+        help="onnxruntime (default), onnxruntime-cuda, tensorrt, tensorrt-rtx, openvino; repeat.",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -59,6 +62,52 @@ ClassMap = Annotated[
 ]
 Budget = Annotated[
     Path | None, typer.Option(metavar="FILE.toml", help="Fail (exit 3) if a limit is exceeded.")
+]
+Precision = Annotated[
+    str | None, typer.Option(metavar="fp32|fp16|bf16|int8|mixed", help="Of the engine (fp32).")
+]
+PrecisionDrop = Annotated[
+    float | None,
+    typer.Option(help="Top-1 it may cost, a fraction (fp16 .001, bf16 .005, int8 .01), or exit 3."),
+]
+KeepFp32 = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers that keep their type, as 'blocks.0.attn/*'."),
+]
+Int8Calibration = Annotated[
+    str | None, typer.Option(metavar="auto|entropy|percentile|minmax", help="Of activations.")
+]
+Opset = Annotated[
+    str | None, typer.Option(metavar="N|auto", help="ONNX opset (the lowest that does).")
+]
+Batch = Annotated[
+    str | None, typer.Option(metavar="MIN:OPT:MAX", help="Batches of the engine (1:1:16).")
+]
+Workspace = Annotated[
+    int | None, typer.Option(metavar="MIB", help="TensorRT: scratch memory of the builder.")
+]
+OptimizationLevel = Annotated[
+    int | None, typer.Option(metavar="0..5", help="TensorRT: effort of the builder (3).")
+]
+HardwareCompat = Annotated[
+    str | None,
+    typer.Option(metavar="none|ampere+|same-cc", help="TensorRT: other GPUs that may run it."),
+]
+VersionCompatible = Annotated[
+    bool | None,
+    typer.Option("--version-compatible", help="TensorRT: later versions may run it."),
+]
+ComputeCapability = Annotated[
+    list[str] | None,
+    typer.Option(metavar="X.Y", help="TensorRT-RTX: GPUs to build for; repeat for several."),
+]
+StripWeights = Annotated[
+    bool | None,
+    typer.Option("--strip-weights", help="TensorRT: take the weights from model.onnx on loading."),
+]
+RefitEngine = Annotated[
+    bool | None,
+    typer.Option("--refit-engine", help="TensorRT: weights of the engine may be replaced."),
 ]
 StoreDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where finished stages are kept.")
@@ -168,11 +217,19 @@ def _build_command(until: Stage) -> Callable[..., None]:
             bool | None,
             typer.Option(help="And let the units that stay take over, in closed form (default)."),
         ] = None,
-        precision: Annotated[str | None, typer.Option(metavar="fp32")] = None,
-        opset: Annotated[int | None, typer.Option(metavar="N", help="ONNX opset (18).")] = None,
-        max_batch: Annotated[
-            int | None, typer.Option(metavar="N", help="Largest batch of the engine (16).")
-        ] = None,
+        precision: Precision = None,
+        precision_drop: PrecisionDrop = None,
+        keep_fp32: KeepFp32 = None,
+        int8_calibration: Int8Calibration = None,
+        opset: Opset = None,
+        batch: Batch = None,
+        workspace_mib: Workspace = None,
+        optimization_level: OptimizationLevel = None,
+        hardware_compat: HardwareCompat = None,
+        version_compatible: VersionCompatible = None,
+        compute_capability: ComputeCapability = None,
+        strip_weights: StripWeights = None,
+        refit_engine: RefitEngine = None,
         latency_batch: Annotated[
             int | None, typer.Option(metavar="N", help="Batch that is timed (1).")
         ] = None,
@@ -206,6 +263,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
         given["std"] = _numbers(std, float, "--std")
         given["round_to"] = _maybe_int(round_to)
         given["scoring_samples"] = _maybe_int(scoring_samples)
+        given["opset"] = _maybe_int(opset)
         from cswap_deploy.config import load_config
 
         settings = load_config(config, **given)
@@ -230,30 +288,49 @@ def _continue_command(until: Stage) -> Callable[..., None]:
     """The later stages of ``build``, on the folder that an earlier one left."""
 
     def command(
-        folder: Annotated[Path, typer.Argument(help="What prune, export, engine or build left.")],
+        folder: Annotated[Path, typer.Argument(help="What an earlier stage left.")],
         output: Output = None,
         target: Target = None,
         data: Data = None,
         validation_data: ValidationData = None,
         class_map: ClassMap = None,
-        opset: Annotated[int | None, typer.Option(metavar="N")] = None,
-        max_batch: Annotated[int | None, typer.Option(metavar="N")] = None,
+        precision: Precision = None,
+        precision_drop: PrecisionDrop = None,
+        keep_fp32: KeepFp32 = None,
+        int8_calibration: Int8Calibration = None,
+        opset: Opset = None,
+        batch: Batch = None,
+        workspace_mib: Workspace = None,
+        optimization_level: OptimizationLevel = None,
+        hardware_compat: HardwareCompat = None,
+        version_compatible: VersionCompatible = None,
+        compute_capability: ComputeCapability = None,
+        strip_weights: StripWeights = None,
+        refit_engine: RefitEngine = None,
         latency_batch: Annotated[int | None, typer.Option(metavar="N")] = None,
         latency_runs: Annotated[int | None, typer.Option(metavar="N")] = None,
         threads: Annotated[int | None, typer.Option(metavar="N")] = None,
         budget: Budget = None,
         store: StoreDir = None,
         resume: Resume = None,
+        check_ops: bool = typer.Option(
+            False, "--check-ops", hidden=until != "engine",
+            help="Only ask TensorRT's parser whether it supports an ONNX file; needs no GPU.",
+        ),
         as_json: Json = False,
         quiet: Quiet = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         given = dict(locals())
-        for name in ("folder", "as_json", "quiet", "until"):
+        for name in ("folder", "check_ops", "as_json", "quiet", "until"):
             given.pop(name, None)
+        if check_ops:
+            _check_ops(folder, target, _console(as_json=as_json, quiet=quiet))
+            return
         from cswap_deploy.config import load_config
         from cswap_deploy.pipeline import settings_of
 
         before = settings_of(folder).model_dump()
+        given["opset"] = _maybe_int(opset)
         given = {name: value for name, value in given.items() if value is not None}
         settings = load_config(**(before | {"output": folder} | given))
         _build(settings, until, folder, _console(as_json=as_json, quiet=quiet))
@@ -418,6 +495,26 @@ def _build(settings: BuildConfig, until: Stage, source: Path | None, console: Co
     console.bundle(_result(bundle))
     if bundle.verdicts:
         _judge(bundle.verdicts, console, extra=None)
+
+
+def _check_ops(path: Path, targets: list[str] | None, console: Console) -> None:
+    """Whether a graph's operators are supported, by the parsers' own word; exit 5 if not."""
+    from cswap_deploy.errors import BuildError, UsageError
+    from cswap_deploy.targets import get_target
+
+    graph = path / "model.onnx" if path.is_dir() else path
+    problems: dict[str, list[str]] = {}
+    for name in targets or ["tensorrt-rtx"]:
+        check = getattr(get_target(name), "check_ops", None)
+        if check is None:
+            raise UsageError(
+                f"{name} has no parser to ask", fix="--target tensorrt-rtx, or --target tensorrt"
+            )
+        problems[name] = list(check(graph))
+    lines = [f"{name}: {line}" for name, found in problems.items() for line in found]
+    if lines:
+        raise BuildError(f"{graph} is not supported:\n  " + "\n  ".join(lines))
+    console.result({"onnx": str(graph), "supported_by": list(problems)})
 
 
 def _result(bundle: Bundle) -> dict[str, Any]:

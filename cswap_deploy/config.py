@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cswap_deploy.artifacts import RatioOf, Value
+from cswap_deploy.artifacts import BatchRange, EngineOptions, RatioOf
 from cswap_deploy.errors import UsageError
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
@@ -32,8 +32,20 @@ method as published (arXiv:2510.18636), ``cswap`` the best that was measured
 (benchmarks/LOG.md)."""
 
 
-class BuildConfig(Value):
-    """The settings of a build; every flag of ``cswap-deploy build`` is a field of the same name."""
+Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
+OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
+"""Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
+convolutions in bfloat16 with 22."""
+DROP_LIMITS: dict[str, float] = {
+    "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
+}  # fmt: skip
+
+
+class BuildConfig(EngineOptions):
+    """The settings of a build; every flag of ``cswap-deploy build`` is a field of the same name.
+
+    The options of the TensorRT builders are among them; see ``artifacts.EngineOptions``.
+    """
 
     # model
     model: str
@@ -105,10 +117,22 @@ class BuildConfig(Value):
 
     # export, targets
     target: tuple[str, ...] = ("onnxruntime",)
-    precision: Literal["fp32"] = "fp32"
-    opset: int = Field(default=18, ge=18)
-    max_batch: int = Field(default=16, ge=1)
-    latency_batch: int = Field(default=1, ge=1)
+    precision: Precision = "fp32"
+    """Number formats of graph and engine: ``int8`` leaves in float32 what is not quantised,
+    ``mixed`` in float16."""
+    precision_drop: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Largest loss of top-1 that the precision may cost, against the pruned float32 network; .001
+    for fp16, .005 for bf16, .01 with int8 unless said. One image is always allowed."""
+    keep_fp32: tuple[str, ...] = ()
+    """Layers that keep their type: patterns of node names, ``blocks.0.attn/*``."""
+    int8_calibration: Literal["auto", "entropy", "percentile", "minmax"] = "auto"
+    """How the range of an activation is found; auto: the best of the three by measured effect."""
+    opset: int | Literal["auto"] = "auto"
+    """Of ONNX; auto: the lowest that has the operators in this precision, 18, 21 or 22."""
+    batch: BatchRange = BatchRange()
+    """Smallest, tuned-for and largest batch of an engine."""
+    latency_batch: int | None = Field(default=None, ge=1)
+    """Timed; the batch that the engine is tuned for unless said."""
     latency_runs: int = Field(default=200, ge=10)
     threads: int | None = Field(default=None, ge=1)
     """Threads of the CPU runtime; the machine's cores unless said."""
@@ -152,6 +176,13 @@ class BuildConfig(Value):
             raise ValueError("must be a number above zero, or ray://HOST:PORT")
         return text
 
+    @field_validator("opset")
+    @classmethod
+    def _known_opset(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 18:
+            raise ValueError("must be 18 or higher, or auto")
+        return value
+
     @field_validator("round_to", "scoring_samples")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
@@ -166,9 +197,42 @@ class BuildConfig(Value):
             raise ValueError("mean and std go together")
         if self.workers is not None and self.scoring_device != "cpu":
             raise ValueError("workers measure on CPUs; scoring_device cuda is for this process")
-        if self.max_batch < self.latency_batch:
-            raise ValueError("latency_batch is above max_batch")
+        if not self.batch.min <= self.timed_batch <= self.batch.max:
+            raise ValueError(
+                f"latency_batch {self.timed_batch} is outside the profile --batch {self.batch}"
+            )
+        if isinstance(self.opset, int) and self.opset < OPSETS[self.precision]:
+            raise ValueError(
+                f"{self.precision} needs opset {OPSETS[self.precision]} or higher, got {self.opset}"
+            )
+        builders = [target for target in self.target if target.startswith("tensorrt")]
+        options = ", ".join(self.engine_options.model_dump(exclude_defaults=True))
+        if options and not builders:
+            raise ValueError(f"{options}: for the tensorrt targets, not {', '.join(self.target)}")
+        if self.precision == "bf16" and set(self.target) - set(builders):
+            raise ValueError("bf16 runs on the tensorrt targets alone; add --target tensorrt-rtx")
         return self
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """What is for the TensorRT builders alone."""
+        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.model_fields})
+
+    @property
+    def timed_batch(self) -> int:
+        """Samples in a timed call."""
+        return self.batch.opt if self.latency_batch is None else self.latency_batch
+
+    @property
+    def graph_opset(self) -> int:
+        """Opset of the exported graph."""
+        return OPSETS[self.precision] if self.opset == "auto" else self.opset
+
+    @property
+    def drop_limit(self) -> float:
+        """What ``precision_drop`` comes to."""
+        given = self.precision_drop
+        return DROP_LIMITS[self.precision] if given is None else given
 
     def bundle_path(self) -> Path:
         """Where the bundle goes."""

@@ -253,7 +253,7 @@ print(json.dumps(answer))
 
 def _tensorrt(name: str, module: str, extra: str) -> Finding:
     """Import, then the creation of a builder; being findable says nothing."""
-    from cswap_deploy.measure.device import cuda_problem
+    from cswap_deploy.runtime.host import cuda_problem
 
     fix = f"pip install 'cswap-deploy[{extra}]'"
     answer, words = _probe(_TENSORRT.format(module=module))
@@ -275,7 +275,8 @@ def _tensorrt(name: str, module: str, extra: str) -> Finding:
 
 
 def _gpu() -> Finding:
-    from cswap_deploy.measure.device import cuda_problem, list_gpus
+    from cswap_deploy.measure.device import list_gpus
+    from cswap_deploy.runtime.host import cuda_problem
 
     problem = cuda_problem()
     gpus = ", ".join(list_gpus())

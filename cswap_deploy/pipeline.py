@@ -24,6 +24,7 @@ from cswap_deploy.stages import (
     State,
     engine_stage,
     export_stage,
+    precision_stage,
     prune_stage,
     read_record,
     take_pruned,
@@ -91,14 +92,15 @@ def build(
     folders["prune"], plan = prune_stage(run) if source is None else take_pruned(run, source)
     if _reached(until, "export"):
         folders["export"] = export_stage(run, folders["prune"], plan)
+        graphs = precision_stage(run, folders["export"])
     engines: dict[str, Path] = {}
     if _reached(until, "engine"):
         for target in config.target:
-            engines[target] = engine_stage(run, target, folders["export"])
+            engines[target] = engine_stage(run, target, graphs)
             folders[f"engine/{target}"] = engines[target]
     manifest = None
     if _reached(until, "validate"):
-        manifest = validate_stage(run, plan, folders["prune"], folders["export"], engines)
+        manifest = validate_stage(run, plan, folders["prune"], folders["export"], graphs, engines)
     verdicts: tuple[BudgetVerdict, ...] = ()
     if manifest is not None and budgets is not None:
         verdicts = check_budgets(manifest, budgets)
@@ -114,7 +116,7 @@ def build(
         )
         (folder / BUILD).write_text(record.model_dump_json(indent=1))
         if "export" in folders:
-            shutil.copyfile(folders["export"] / MODEL, folder / MODEL)
+            shutil.copyfile(graphs.folder / MODEL, folder / MODEL)
         for target, made in engines.items():
             _place_engine(folder / "engine" / target, made)
         if manifest is not None:
@@ -233,7 +235,8 @@ def _place_engine(place: Path, made: Path) -> None:
     engine = read_value(made / "result.json", TargetResult).engine
     if (made / engine.path).is_file():
         place.mkdir(parents=True)
-        shutil.copyfile(made / engine.path, place / engine.path.name)
+        for name in (engine.path.name, *engine.extra_files):
+            shutil.copyfile(made / name, place / name)
 
 
 def _finish(

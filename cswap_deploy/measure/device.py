@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from cswap_deploy.artifacts import Device
+from cswap_deploy.runtime.host import usable_cores
 
 
 def describe_device() -> Device:
@@ -29,13 +29,6 @@ def describe_device() -> Device:
     )
 
 
-def usable_cores() -> int:
-    """Cores that this process may be scheduled on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def list_gpus() -> tuple[str, ...]:
     """Name, driver and memory of each NVIDIA GPU, by ``nvidia-smi``; empty without a driver."""
     tool = shutil.which("nvidia-smi")
@@ -53,25 +46,6 @@ def list_gpus() -> tuple[str, ...]:
         name, driver, memory = (part.strip() for part in line.rsplit(",", 2))
         gpus.append(f"{name} (driver {driver}, {memory})")
     return tuple(gpus)
-
-
-def cuda_problem() -> str:
-    """Why no CUDA work can run here, in the driver's words; empty where it can.
-
-    Source:
-        CUDA driver API: ``cuInit``, ``cuDeviceGetCount``, ``cuGetErrorString``.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as err:
-        return f"no NVIDIA driver: {err}"
-    count = ctypes.c_int(0)
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status:
-        words = ctypes.c_char_p()
-        driver.cuGetErrorString(status, ctypes.byref(words))
-        return f"the NVIDIA driver does not start: {(words.value or b'').decode()} ({status})"
-    return "" if count.value else "the NVIDIA driver finds no GPU"
 
 
 def _cpu_model() -> str:

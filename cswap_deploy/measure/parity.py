@@ -20,7 +20,7 @@ def parity(
     *,
     reference_name: str,
     candidate_name: str,
-    tolerance: float,
+    tolerance: float | None,
     batches: tuple[int, ...] = (1, 8),
 ) -> Parity:
     """Compare two networks on the same images, at several batch sizes.
@@ -35,7 +35,7 @@ def parity(
         images: (N, C, H, W) float32, N > 0. Every image goes through at every batch size.
         reference_name: For the report, for example ``torch``.
         candidate_name: For the report, for example ``onnx``.
-        tolerance: Largest difference that counts as the same (logits).
+        tolerance: Largest difference that counts as the same (logits); ``None`` to only measure.
         batches: Batch sizes (samples); one above N becomes N.
 
     Returns:

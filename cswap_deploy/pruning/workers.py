@@ -33,8 +33,8 @@ from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.scoring import MOST_IMAGES, Local, Tick
 from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.errors import MissingDependencyError, StageError, UsageError, missing
-from cswap_deploy.measure.device import usable_cores
 from cswap_deploy.models.load import fresh_module, weights_digest
+from cswap_deploy.runtime.host import usable_cores
 
 _log = logging.getLogger(__name__)
 _PIECES_A_WORKER = 3

@@ -99,12 +99,22 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
         out.append(Tile(f"p50, {result.engine.target}", ms(result.latency.p50_ms), note))
     if not timed:
         out.append(Tile("latency", "not measured", "no engine was run on this machine"))
-    out.append(Tile("ONNX", size(manifest.onnx.size_bytes), f"opset {manifest.onnx.opset}"))
-    compared = [*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity)]
+    out.append(
+        Tile(
+            "ONNX",
+            size(manifest.onnx.size_bytes),
+            f"{manifest.onnx.precision}, opset {manifest.onnx.opset}",
+        )
+    )
+    compared = [
+        (p.ok, p.max_abs / p.tolerance, p.max_abs, p.tolerance)
+        for p in (*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity))
+        if p.tolerance is not None
+    ]
     if compared:
-        worst = max(compared, key=lambda p: (not p.ok, p.max_abs / p.tolerance))
-        note = f"largest difference of logits; at most {worst.tolerance:g} allowed"
-        out.append(Tile("parity", f"{worst.max_abs:.1e}", note))
+        _, _, largest, tolerance = max(compared, key=lambda p: (not p[0], p[1]))
+        note = f"largest difference of logits; at most {tolerance:g} allowed"
+        out.append(Tile("parity", f"{largest:.1e}", note))
     else:
         out.append(Tile("parity", "not measured", "no graph was compared"))
     return tuple(out)
@@ -133,6 +143,6 @@ def warnings(manifest: Manifest) -> tuple[str, ...]:
         if not parity.ok:
             out.append(
                 f"Parity is lost: {parity.candidate} differs from {parity.reference} by "
-                f"{parity.max_abs:.2g} (at most {parity.tolerance:g} allowed)."
+                f"{parity.max_abs:.2g} (at most {parity.tolerance or 0:g} allowed)."
             )
     return tuple(out)

@@ -13,14 +13,17 @@ from typing import Any
 from cswap_deploy.artifacts import (
     Accuracy,
     DataSpec,
+    GpuState,
     Latency,
     Manifest,
     PrunePlan,
+    Spread,
     TargetResult,
 )
 from cswap_deploy.bundle import tensor_text
 from cswap_deploy.explain import VERDICTS, Explanation, Unit, explain
 from cswap_deploy.gate.budgets import BudgetVerdict
+from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
 from cswap_deploy.report import figures
 from cswap_deploy.report.words import (
     effect_interval,
@@ -89,6 +92,7 @@ def sections(
     made = (
         _budgets(verdicts),
         _accuracy(manifest, draw=draw),
+        _precision(manifest),
         _targets(manifest, draw=draw),
         _removed(told, plan, draw=draw),
         _effects(told, plan, draw=draw),
@@ -140,6 +144,55 @@ def _accuracy(manifest: Manifest, *, draw: bool) -> Section:
     )
 
 
+def _precision(manifest: Manifest) -> Section | None:
+    """What the number formats cost, and which layers they left out."""
+    result = manifest.precision
+    if result is None:
+        return None
+    text = [
+        f"The graph is {result.precision}. On {result.images:,} calibration images "
+        f"{percent(result.agreement)} of its predictions are the float32 graph's (KL divergence "
+        f"{nats(result.kl)} nats); the gate allows a loss of {points(result.drop_limit)} of top-1.",
+        *(f"Tried: {line}." for line in result.tried),
+    ]
+    rows = tuple(
+        (
+            r.engine.target, r.judged_by, _interval(r.reduced.dense), _interval(r.reduced.pruned),
+            points(r.reduced.drop), percent(r.reduced.agreement), f"{r.reduced.pruned.images:,}",
+        )
+        for r in manifest.targets
+        if r.reduced is not None
+    )  # fmt: skip
+    head = ("target", "measured on", "pruned, float32", f"pruned, {result.precision}", "drop")
+    tables = [Table((*head, "same class", "images"), rows, 2)] if rows else []
+    if result.kept:
+        tables.append(
+            Table(
+                ("layers kept wider", "operator", "because of", "value"),
+                tuple(
+                    (
+                        k.node, k.operator, _REASONS[k.reason],
+                        "-" if k.value is None else f"{k.value:.3g}",
+                    )
+                    for k in result.kept
+                ),
+                3,
+            )
+        )  # fmt: skip
+        text.append(
+            f"{len(result.kept):,} of {result.layers:,} layers keep a wider type. The value is the "
+            "largest one met, or the KL divergence (nats) when this layer alone is narrowed."
+        )
+    return Section("Precision", tuple(text), tuple(tables))
+
+
+_REASONS = {
+    "range": "values beyond the type's range",
+    "accuracy": "its effect on the predictions",
+    "asked": "--keep-fp32",
+}
+
+
 def _targets(manifest: Manifest, *, draw: bool) -> Section | None:
     if not manifest.targets:
         return None
@@ -161,6 +214,7 @@ def _targets(manifest: Manifest, *, draw: bool) -> Section | None:
     if rows:
         head = ("target", "network", "provider", "p50", "p90", "p99", "batch", "calls")
         tables.append(Table((*head, "warm-up", "threads"), tuple(rows), 3))
+    tables += _gpu_tables(manifest)
     text = [
         f"{r.engine.target} was not run on this machine: {r.engine.reason or 'no reason recorded'}."
         for r in manifest.targets
@@ -172,16 +226,13 @@ def _targets(manifest: Manifest, *, draw: bool) -> Section | None:
             f"{manifest.device.cpu} ({manifest.device.cores} cores); dense and pruned calls "
             "alternate."
         )
+    text += _gpu_text(manifest)
     picture = figures.latency_figure(manifest) if draw else None
     caption = "Share of calls that ended within a given time; further left is faster."
     return Section("Engines and latency", tuple(text), tuple(tables), _figure(picture, caption))
 
 
 def _latency_rows(result: TargetResult) -> list[tuple[str, ...]]:
-    pairs: list[tuple[str, Latency | None]] = [
-        ("dense", result.dense_latency),
-        ("pruned", result.latency),
-    ]
     return [
         (
             result.engine.target,
@@ -195,9 +246,95 @@ def _latency_rows(result: TargetResult) -> list[tuple[str, ...]]:
             str(latency.warmup),
             str(latency.threads),
         )
-        for name, latency in pairs
-        if latency is not None
+        for name, latency in _timed(result)
     ]
+
+
+def _timed(result: TargetResult) -> list[tuple[str, Latency]]:
+    pairs = (("dense", result.dense_latency), ("pruned", result.latency))
+    return [(name, latency) for name, latency in pairs if latency is not None]
+
+
+def _gpu_tables(manifest: Manifest) -> list[Table]:
+    """Where a call's time goes on a GPU, the GPU's state, and how to time the engine elsewhere."""
+    parts: list[tuple[str, ...]] = []
+    states: list[tuple[str, ...]] = []
+    commands: list[tuple[str, ...]] = []
+    for result in manifest.targets:
+        target, latency = result.engine.target, result.latency
+        for name, timed in _timed(result):
+            if timed.device is not None:
+                d, graph = timed.device, "yes" if timed.settings.get("cuda_graph") else "no"
+                times = (d.p50_ms, d.p90_ms, d.p99_ms)
+                copies = (d.host_to_device_p50_ms, d.device_to_host_p50_ms)
+                parts.append((target, name, d.clock, graph, *map(ms, times + copies)))
+        if latency is not None and latency.gpu is not None and latency.gpu.samples:
+            states.append((target, *_gpu_row(latency.gpu)))
+        if latency is not None and latency.device is not None and target in TOOLS:
+            commands.append((target, "pruned", trtexec_line(result.engine, latency)))
+    copied = ("copied in, p50", "copied out, p50")
+    heads: tuple[tuple[tuple[str, ...], int], ...] = (
+        (("target", "network", "clock", "CUDA graph", "compute p50", "p90", "p99", *copied), 4),
+        (
+            (
+                "target", "GPU", "driver", "held down by", "SM clock", "memory clock", "power",
+                "temperature", "samples",
+            ),
+            4,
+        ),
+        (("target", "network", "the same with NVIDIA's tool, in the bundle's folder"), 3),
+    )  # fmt: skip
+    return [
+        Table(head, tuple(rows), text_columns)
+        for (head, text_columns), rows in zip(heads, (parts, states, commands), strict=True)
+        if rows
+    ]
+
+
+def _gpu_row(gpu: GpuState) -> tuple[str, ...]:
+    def spread(values: Spread | None, unit: str, limit: float | None = None) -> str:
+        if values is None:
+            return "not known"
+        most = "" if limit is None else f", at most {limit:,.0f}"
+        return f"{values.median:,.0f} {unit} ({values.min:,.0f} to {values.max:,.0f}{most})"
+
+    held = "not known"
+    if gpu.throttling is not None:
+        counts = (f"{why} ({n} of {gpu.samples})" for why, n in gpu.throttling.items())
+        held = ", ".join(counts) or "nothing"
+    return (
+        gpu.name or gpu.pci_bus_id,
+        gpu.driver or "not known",
+        held,
+        spread(gpu.sm_clock_mhz, "MHz", gpu.sm_clock_max_mhz),
+        spread(gpu.memory_clock_mhz, "MHz"),
+        spread(gpu.power_w, "W", gpu.power_limit_w),
+        spread(gpu.temperature_c, "°C"),
+        f"{gpu.samples:,}",
+    )
+
+
+def _gpu_text(manifest: Manifest) -> list[str]:
+    text = []
+    timed = [(r.engine.target, r.latency) for r in manifest.targets if r.latency is not None]
+    if any(latency.device is not None for _, latency in timed):
+        text.append(
+            "On the GPU a call is split by CUDA events on its stream: copying in, computing, "
+            "copying out. The wall clock also holds the host's share. NVIDIA's tool feeds random "
+            "data; its GPU Compute Time is the computing here."
+        )
+    text += [
+        f"{target} has the host's wall clock only: ONNX Runtime records no CUDA events."
+        for target, latency in timed
+        if latency.gpu is not None and latency.device is None
+    ]
+    text += [
+        f"{target}: {note}."
+        for target, latency in timed
+        if latency.gpu is not None
+        for note in latency.gpu.notes
+    ]
+    return text
 
 
 def _removed(told: Explanation, plan: PrunePlan, *, draw: bool) -> Section:
@@ -322,9 +459,9 @@ def _parity(manifest: Manifest) -> Section:
         (
             p.reference,
             p.candidate,
-            "yes" if p.ok else "NO",
+            "not asked" if p.tolerance is None else "yes" if p.ok else "NO",
             f"{p.max_abs:.2e}",
-            f"{p.tolerance:g}",
+            "-" if p.tolerance is None else f"{p.tolerance:g}",
             f"{p.images:,}",
             ", ".join(map(str, p.batches)),
         )

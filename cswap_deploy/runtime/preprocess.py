@@ -5,11 +5,17 @@ Pixels are identical to timm's evaluation transform (``crop_mode="center"``) bef
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cswap_deploy.artifacts import Preprocessing
+if TYPE_CHECKING:
+    from cswap_deploy.artifacts import Preprocessing as Recorded
+    from cswap_deploy.runtime.bundle import Transform
+
+    Preprocessing = Recorded | Transform
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,

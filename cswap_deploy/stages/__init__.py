@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cswap_deploy.stages.engine import engine_stage
 from cswap_deploy.stages.export import export_stage
+from cswap_deploy.stages.precision import precision_stage
 from cswap_deploy.stages.prune import prune_stage, read_record, take_pruned
 from cswap_deploy.stages.run import BUILD, MODEL, WEIGHTS, BuildRecord, Run, State
 from cswap_deploy.stages.validate import validate_stage
@@ -21,6 +22,7 @@ __all__ = [
     "State",
     "engine_stage",
     "export_stage",
+    "precision_stage",
     "prune_stage",
     "read_record",
     "take_pruned",

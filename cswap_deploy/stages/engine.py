@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from cswap_deploy.artifacts import (
-    BatchRange,
-    TargetResult,
-    read_value,
-)
-from cswap_deploy.stages.run import (
-    MODEL,
-    ExportRecord,
-    Run,
-    once,
-)
+from cswap_deploy.artifacts import TargetResult, read_value
+from cswap_deploy.stages.precision import Graphs
+from cswap_deploy.stages.run import MODEL, Run, calibration, once
 from cswap_deploy.store import stage_key
 
-if TYPE_CHECKING:
-    pass
-
-
-_VERSION = 1
+_VERSION = 2
 """Raised when this stage's code changes what it writes."""
 
 
-def engine_stage(run: Run, target: str, exported: Path) -> Path:
+def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
     """One target's engine; a folder with ``result.json`` and, where it has one, its file."""
     from cswap_deploy.targets import get_target
 
     config = run.config
     run.progress.stage("engine", target)
     adapter = get_target(target)
-    record = read_value(exported / "export.json", ExportRecord)
+    # Such a runtime quantises by itself: the layers it fuses are not those of TensorRT.
+    itself = adapter.own_int8 and config.precision in ("int8", "mixed")
+    graph = graphs.float32 if itself else graphs.model
+    settings: dict[str, Any] = {
+        "target": target,
+        "batch": str(config.batch),
+        "options": config.engine_options.model_dump(mode="json"),
+    }
+    inputs = {"onnx": graph.sha256}
+    if itself:
+        settings |= {"precision": config.precision}
+        inputs |= {"calibration": run.samples.calibration.spec.sha256}
     key = run.keys[f"engine/{target}"] = stage_key(
-        "engine",
-        version=_VERSION,
-        inputs={"onnx": record.model.sha256},
-        settings={"target": target, "max_batch": config.max_batch, "opt": config.latency_batch},
-        tools=adapter.versions(),
+        "engine", version=_VERSION, inputs=inputs, settings=settings, tools=adapter.versions()
     )
 
     def make(out: Path) -> None:
-        graph = record.model.model_copy(update={"path": exported / MODEL})
-        batch = BatchRange(min=1, opt=config.latency_batch, max=config.max_batch)
-        engine = adapter.build(graph, batch=batch, out_dir=out)
+        run.progress.begin(f"building the {target} engine", 0)
+        engine = adapter.build(
+            graph, batch=config.batch, out_dir=out, options=config.engine_options,
+            calibration=calibration(run)[0].contiguous().numpy() if itself else None,
+            progress=run.progress,
+        )  # fmt: skip
+        run.progress.end()
         inside = engine.path.is_relative_to(out)
         relative = engine.path.relative_to(out) if inside else Path("..") / MODEL
         result = TargetResult(engine=engine.model_copy(update={"path": relative}))

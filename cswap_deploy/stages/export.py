@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-_VERSION = 1
+_VERSION = 2
 """Raised when this stage's code changes what it writes."""
 EXPORT_TOOLS = (
     "cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime",
@@ -41,14 +41,12 @@ EXPORT_TOOLS = (
 def export_stage(run: Run, pruned: Path, plan: PrunePlan) -> Path:
     """Both networks as ONNX, simplified, each pass compared with PyTorch."""
     config = run.config
-    run.progress.stage("export", f"ONNX opset {config.opset}")
+    run.progress.stage("export", f"ONNX opset {config.graph_opset}")
     key = run.keys["export"] = stage_key(
         "export",
         version=_VERSION,
         inputs={"pruned": run.keys["prune"], "weights": sha256_file(pruned / WEIGHTS)},
-        settings={
-            name: getattr(config, name) for name in ("opset", "precision", "parity_tolerance")
-        },
+        settings={"opset": config.graph_opset, "parity_tolerance": config.parity_tolerance},
         tools=tool_versions(*EXPORT_TOOLS),
     )
     folder = once(run, "export", key, lambda out: _export(run, pruned, plan, out))
@@ -64,7 +62,6 @@ def export_stage(run: Run, pruned: Path, plan: PrunePlan) -> Path:
 
 def _export(run: Run, pruned: Path, plan: PrunePlan, out: Path) -> None:
     from cswap_deploy.export.onnx import export_onnx
-    from cswap_deploy.export.precision import cast_precision
     from cswap_deploy.export.simplify import simplify_onnx
 
     images = parity_images(run)
@@ -75,10 +72,9 @@ def _export(run: Run, pruned: Path, plan: PrunePlan, out: Path) -> None:
         run.progress.begin(f"exporting the {'pruned' if name == 'model' else 'dense'} network", 0)
         exported = export_onnx(
             module, input_size=run.spec.preprocessing.input_size,
-            path=out / f"{name}.exported.onnx", opset=run.config.opset,
+            path=out / f"{name}.exported.onnx", opset=run.config.graph_opset,
         )  # fmt: skip
-        simple = simplify_onnx(exported, path=out / f"{name}.onnx")
-        graph = cast_precision(simple, precision=run.config.precision, path=out / f"{name}.onnx")
+        graph = simplify_onnx(exported, path=out / f"{name}.onnx")
         run.progress.end()
         steps = (
             {"exported": exported, "simplified": graph}
@@ -100,10 +96,10 @@ def _onnx_parity(
 ) -> Parity:
     """A graph in ONNX Runtime against the network in PyTorch."""
     from cswap_deploy.measure.parity import parity
-    from cswap_deploy.targets.onnxruntime import CpuSession
+    from cswap_deploy.runtime.onnx_session import OnnxSession
 
     return parity(
-        runner(module), CpuSession(graph.path, threads=None).run, images,
+        runner(module), OnnxSession(graph.path, threads=None).run, images,
         reference_name="PyTorch", candidate_name=f"ONNX, {label}",
         tolerance=run.config.parity_tolerance, batches=PARITY_BATCHES,
     )  # fmt: skip

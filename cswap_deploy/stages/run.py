@@ -87,6 +87,7 @@ def once(run: Run, stage: str, key: str, make: Callable[[Path], None]) -> Path:
     found = run.store.find(key) if run.config.resume else None
     run.stages[stage] = "run" if found is None else "reused"
     if found is None:
+        run.store.remove(key)  # what is there is not wanted, or create() would keep it
         with run.store.create(key) as out:
             make(out)
         found = run.store.find(key)

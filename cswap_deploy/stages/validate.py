@@ -12,7 +12,6 @@ import numpy as np
 
 from cswap_deploy.artifacts import (
     AccuracyChange,
-    BatchRange,
     Latency,
     Manifest,
     PrunePlan,
@@ -20,7 +19,10 @@ from cswap_deploy.artifacts import (
     read_value,
     sha256_text,
 )
+from cswap_deploy.errors import GateError
+from cswap_deploy.stages.precision import Graphs
 from cswap_deploy.stages.run import (
+    MODEL,
     PARITY_BATCHES,
     SCORING_BATCH,
     ExportRecord,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from cswap_deploy.targets import Session, Target
 
 
-_VERSION = 1
+_VERSION = 2
 """Raised when this stage's code changes what it writes."""
 ALL_TOOLS = (
     "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxscript", "onnxsim", "onnxruntime",
@@ -49,7 +51,12 @@ ALL_TOOLS = (
 
 
 def validate_stage(
-    run: Run, plan: PrunePlan, pruned: Path, exported: Path, engines: Mapping[str, Path]
+    run: Run,
+    plan: PrunePlan,
+    pruned: Path,
+    exported: Path,
+    graphs: Graphs,
+    engines: Mapping[str, Path],
 ) -> Manifest:
     """Accuracy, parity and latency of every engine that this machine can run."""
     from cswap_deploy import __version__
@@ -60,10 +67,12 @@ def validate_stage(
     config = run.config
     settings = {
         name: getattr(config, name)
-        for name in ("latency_batch", "latency_runs", "threads", "parity_tolerance")
-    }
+        for name in (
+            "timed_batch", "latency_runs", "threads", "parity_tolerance", "precision", "drop_limit",
+        )
+    }  # fmt: skip
     inputs = {
-        "onnx": record.model.sha256,
+        "onnx": graphs.model.sha256,
         "dense": record.dense.sha256,
         "validation": run.samples.validation.spec.sha256,
         "device": sha256_text(device.canonical_json()),
@@ -82,7 +91,7 @@ def validate_stage(
         )
         done = once(
             run, name, key,
-            partial(_validate, run, plan, pruned, exported, folder, scores / "classes.npz"),
+            partial(_validate, run, plan, pruned, graphs, folder, scores / "classes.npz"),
         )  # fmt: skip
         results.append(read_value(done / "result.json", TargetResult))
         run.progress.done(_summary(results[-1]), reused=run.stages[name] == "reused")
@@ -98,7 +107,8 @@ def validate_stage(
         ratio_effective={of: plan.effective(of) for of in ("params", "channels", "macs")},
         dense=plan.dense,
         pruned=plan.pruned,
-        onnx=record.model,
+        onnx=graphs.model.model_copy(update={"path": Path(MODEL)}),
+        precision=graphs.precision,
         export_parity=record.parity,
         torch_accuracy=read_value(scores / "accuracy.json", AccuracyChange),
         targets=tuple(results),
@@ -141,13 +151,7 @@ def score_stage(run: Run, plan: PrunePlan, pruned: Path) -> Path:
 
 
 def _validate(
-    run: Run,
-    plan: PrunePlan,
-    pruned: Path,
-    exported: Path,
-    folder: Path,
-    classes: Path,
-    out: Path,
+    run: Run, plan: PrunePlan, pruned: Path, graphs: Graphs, folder: Path, classes: Path, out: Path
 ) -> None:
     from cswap_deploy.measure.accuracy import accuracy_change
     from cswap_deploy.measure.parity import parity
@@ -155,24 +159,52 @@ def _validate(
 
     config = run.config
     result = read_value(folder / "result.json", TargetResult)
-    engine = result.engine.model_copy(update={"path": _engine_file(result, folder, exported)})
+    path = _engine_file(result, folder, graphs)
+    engine = result.engine.model_copy(update={"path": path})
+    before, labels = np.load(classes), run.samples.validation.labels
+    found = None
     if engine.runnable:
         adapter = get_target(engine.target)
         session = adapter.load(engine, threads=config.threads)
         compared = parity(
             runner(pruned_module(run, pruned, plan)), session.run, parity_images(run),
             reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
-            tolerance=config.parity_tolerance, batches=PARITY_BATCHES,
+            tolerance=config.parity_tolerance if config.precision == "fp32" else None,
+            batches=tuple(size for size in PARITY_BATCHES if size <= config.batch.max),
         )  # fmt: skip
-        found = _classify(run, session.run, f"the engine of {engine.target}")
-        dense = np.load(classes)["dense"]
-        change = accuracy_change(dense, found, run.samples.validation.labels)
-        latency, dense_latency = _latency(run, adapter, session, exported)
+        found, judge = _classify(run, session.run, f"the engine of {engine.target}"), "this engine"
+        latency, dense_latency = _latency(run, adapter, session, graphs)
         result = TargetResult(
-            engine=result.engine, parity=require_parity(compared), accuracy=change, latency=latency,
-            dense_latency=dense_latency,
+            engine=result.engine, parity=require_parity(compared), latency=latency,
+            accuracy=accuracy_change(before["dense"], found, labels), dense_latency=dense_latency,
         )  # fmt: skip
+    elif config.precision != "fp32":
+        stand_in, judge = graphs.stand_in()
+        found = _classify(run, stand_in, f"the {config.precision} graph")
+    if found is not None and config.precision != "fp32":
+        reduced = accuracy_change(before["pruned"], found, labels)
+        require_precision(reduced, engine.target, config.precision, config.drop_limit, judge)
+        result = result.model_copy(update={"reduced": reduced, "judged_by": judge})
     (out / "result.json").write_text(result.canonical_json())
+
+
+def require_precision(
+    change: AccuracyChange, target: str, precision: str, limit: float, judge: str
+) -> None:
+    """The gate that every reduced precision must pass; a single image never fails it.
+
+    Raises:
+        GateError: More of the top-1 is lost than allowed.
+    """
+    images = change.dense.images
+    if change.drop * images > max(1.0, limit * images) + 1e-6:
+        raise GateError(
+            f"{target} in {precision} loses {100 * change.drop:.2f} points of top-1 against the "
+            f"pruned float32 network ({change.dense.top1:.2%} -> {change.pruned.top1:.2%} on "
+            f"{images} images, by {judge}); allowed are {100 * limit:.2f}",
+            fix="--precision fp16 or fp32, --keep-fp32 for what is sensitive, or raise "
+            "--precision-drop",
+        )
 
 
 def _classify(run: Run, network: Callable[[Floats], Floats], what: str) -> Any:
@@ -188,26 +220,25 @@ def _classify(run: Run, network: Callable[[Floats], Floats], what: str) -> Any:
             yield batch
             run.progress.advance(len(batch))
 
-    logits = predict(network, batches(), batch=min(SCORING_BATCH, run.config.max_batch))
+    logits = predict(network, batches(), batch=min(SCORING_BATCH, run.config.batch.max))
     run.progress.end()
     return logits.argmax(1)
 
 
 def _latency(
-    run: Run, adapter: Target, session: Session, exported: Path
+    run: Run, adapter: Target, session: Session, graphs: Graphs
 ) -> tuple[Latency, Latency]:
-    """Pruned and dense graph on the same runtime, interleaved."""
+    """The engine and the dense float32 graph on the same runtime, interleaved."""
     from cswap_deploy.measure.latency import measure_latency
 
     config = run.config
-    record = read_value(exported / "export.json", ExportRecord)
-    graph = record.dense.model_copy(update={"path": exported / "dense.onnx"})
     run.progress.begin(f"timing {config.latency_runs} calls of each network", 0)
-    batch = BatchRange(min=1, opt=config.latency_batch, max=config.max_batch)
     with run.store.scratch() as folder:
-        dense = adapter.build(graph, batch=batch, out_dir=folder)
+        dense = adapter.build(
+            graphs.dense, batch=config.batch, out_dir=folder, options=config.engine_options
+        )
         images = calibration(run)[0].contiguous().numpy()
-        rows = np.arange(config.latency_batch) % len(images)
+        rows = np.arange(config.timed_batch) % len(images)
         times = measure_latency(
             {"pruned": session, "dense": adapter.load(dense, threads=config.threads)},
             images=images[rows], runs=config.latency_runs,
@@ -216,16 +247,19 @@ def _latency(
     return times["pruned"], times["dense"]
 
 
-def _engine_file(result: TargetResult, folder: Path, exported: Path) -> Path:
+def _engine_file(result: TargetResult, folder: Path, graphs: Graphs) -> Path:
     """Where an engine's file lies in the store: its own folder, or the graph itself."""
     name = result.engine.path.name
     own = folder / name
-    return own if own.is_file() else exported / name
+    return own if own.is_file() else graphs.folder / name
 
 
 def _summary(result: TargetResult) -> str:
     if result.accuracy is None or result.latency is None:
-        return f"not run on this machine: {result.engine.reason}"
+        text = f"not run on this machine: {result.engine.reason}"
+        if result.reduced is not None:
+            text += f"; {result.reduced.pruned.top1:.2%} top-1 by {result.judged_by}"
+        return text
     change = result.accuracy
     text = f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}"
     if result.dense_latency is not None:

@@ -9,8 +9,15 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import BatchRange, EngineArtifact, OnnxArtifact, sha256_file
+from cswap_deploy.artifacts import (
+    BatchRange,
+    EngineArtifact,
+    EngineOptions,
+    OnnxArtifact,
+    sha256_file,
+)
 from cswap_deploy.errors import ArtifactError, UsageError
+from cswap_deploy.progress import Progress
 
 Images = npt.NDArray[np.float32]
 
@@ -31,14 +38,29 @@ class Target(Protocol):
     """A runtime: makes engines, and loads them where this machine can run them."""
 
     name: str
+    own_int8: bool
+    """Takes the float32 graph for int8 too, and calibrates and quantises by itself."""
 
-    def build(self, onnx: OnnxArtifact, *, batch: BatchRange, out_dir: Path) -> EngineArtifact:
+    def build(
+        self,
+        onnx: OnnxArtifact,
+        *,
+        batch: BatchRange,
+        out_dir: Path,
+        options: EngineOptions | None = None,
+        calibration: Images | None = None,
+        progress: Progress | None = None,
+    ) -> EngineArtifact:
         """Make the runtime's engine from a graph.
 
         Args:
-            onnx: Simplified graph with a dynamic batch axis.
+            onnx: Simplified graph with a dynamic batch axis; its dtypes are the engine's.
             batch: Smallest, tuned-for and largest batch (samples).
             out_dir: Existing folder, owned by the caller.
+            options: For TensorRT's builders; other runtimes have none of these.
+            calibration: (N, C, H, W) float32, normalised: the engine is to be int8. Only where
+                ``own_int8``.
+            progress: Told of the builder's steps.
 
         Returns:
             The engine, with ``runnable`` and, where false, the reason.
@@ -76,6 +98,8 @@ class Target(Protocol):
 
 TARGETS: dict[str, str] = {
     "onnxruntime": "cswap_deploy.targets.onnxruntime:OnnxRuntime",
+    "onnxruntime-cuda": "cswap_deploy.targets.onnxruntime:OnnxRuntimeCuda",
+    "openvino": "cswap_deploy.targets.openvino:OpenVino",
     "tensorrt-rtx": "cswap_deploy.targets.tensorrt_rtx:TensorRtRtx",
     "tensorrt": "cswap_deploy.targets.tensorrt:TensorRt",
 }

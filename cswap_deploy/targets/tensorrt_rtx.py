@@ -19,8 +19,3 @@ class TensorRtRtx(TensorRt):
     name = "tensorrt-rtx"
     module = "tensorrt_rtx"
     extra = "trt-rtx"
-    file_name = "model.engine"
-    needs_gpu = False
-
-    def _device(self) -> str:
-        return "built ahead of time for compute capability 8.0, 8.6, 8.9, 12.0 and later"

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from cswap_deploy.artifacts import OnnxArtifact
-from cswap_deploy.errors import ArtifactError, UsageError
+from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export.onnx import describe_onnx
-from cswap_deploy.export.precision import cast_precision
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.parity import parity
 
@@ -124,13 +123,3 @@ def test_damaged_input_is_an_error_and_no_fallback(tmp_path: Path) -> None:
     before.path.write_bytes(before.path.read_bytes()[:50])
     with pytest.raises(ArtifactError, match=r"a\.onnx is not an ONNX file, or is damaged"):
         simplify_onnx(before, path=tmp_path / "b.onnx")
-
-
-def test_only_fp32_is_cast(tmp_path: Path) -> None:
-    graph = save_graph(tmp_path / "a.onnx", REDUNDANT)
-    assert cast_precision(graph, precision="fp32", path=tmp_path / "b.onnx") is graph
-    with pytest.raises(UsageError, match="precision 'fp16' is not supported; supported: fp32"):
-        cast_precision(graph, precision="fp16", path=tmp_path / "b.onnx")
-    half = graph.model_copy(update={"precision": "fp16"})
-    with pytest.raises(UsageError, match="is fp16 already and is not cast to fp32"):
-        cast_precision(half, precision="fp32", path=tmp_path / "b.onnx")

@@ -9,9 +9,10 @@ import pytest
 
 from cswap_deploy.errors import StageError
 from cswap_deploy.measure.accuracy import accuracy, accuracy_change, predict
-from cswap_deploy.measure.device import cuda_problem, describe_device, list_gpus
+from cswap_deploy.measure.device import describe_device, list_gpus
 from cswap_deploy.measure.latency import SETTLED, WARMUP_LIMIT, measure_latency
 from cswap_deploy.measure.parity import parity
+from cswap_deploy.runtime.host import cuda_problem
 
 NAMES = {"reference_name": "torch", "candidate_name": "onnx", "tolerance": 1e-3}
 

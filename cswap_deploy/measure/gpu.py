@@ -1,0 +1,254 @@
+"""The GPU while it is timed: clocks, power, temperature, and what holds the clocks down.
+
+Asking NVML takes a few milliseconds. Done during a timed call it would lengthen that call, since a
+second thread holds the interpreter when the first wants to go on; done while nothing runs it would
+show a GPU that is going to sleep. So the timing loop stops, a thread takes the sample, and untimed
+calls keep the GPU as busy as it is being measured until the thread is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self
+
+from cswap_deploy.artifacts import GpuState, Spread
+from cswap_deploy.errors import missing
+from cswap_deploy.runtime.host import cuda_problem
+
+INTERVAL = 0.1
+"""Seconds between samples; more where a sample takes over a tenth of that."""
+_JETSON = Path("/etc/nv_tegra_release")
+_REASONS = {
+    0x1: "GPU idle",
+    0x2: "application clocks",
+    0x4: "power cap (software)",
+    0x8: "slowdown (hardware)",
+    0x10: "sync boost",
+    0x20: "temperature (software)",
+    0x40: "temperature (hardware)",
+    0x80: "power brake (hardware)",
+    0x100: "display clocks",
+    0x200: "board limit",
+    0x400: "reliability",
+}
+"""Bits of NVML's mask: ``nvmlClocksEventReason…``, before driver 535 ``nvmlClocksThrottleReason…``;
+``nvml.h`` says what each means."""
+_COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
+
+
+class GpuMonitor:
+    """Samples the GPU that CUDA calls device 0; whatever NVML does not tell becomes a note.
+
+    Source:
+        NVML API reference; the package ``nvidia-ml-py``.
+    """
+
+    def __init__(self, *, device: int = 0, interval: float = INTERVAL) -> None:
+        """Nothing is asked before the ``with`` block begins.
+
+        Args:
+            device: CUDA's number of the GPU, of those that ``CUDA_VISIBLE_DEVICES`` leaves.
+            interval: Shortest time between samples (seconds).
+        """
+        self._device, self._interval = device, interval
+        self._nvml: Any = None
+        self._handle: Any = None
+        self._facts: dict[str, Any] = {}
+        self._readings: dict[str, list[float]] = {}
+        self._throttling: Counter[str] | None = None
+        self._notes: dict[str, str] = {}
+        self._samples = 0
+        self._due = 0.0
+
+    def __enter__(self) -> Self:
+        """Find the GPU."""
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError as err:
+            state = str(missing("pynvml", "gpu", err)).splitlines()[0]
+            self._note("GPU state", f"{state}; fix: pip install nvidia-ml-py")
+            return self
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError as err:
+            jetson = "; Jetson boards have none, tegrastats tells the same" if _on_jetson() else ""
+            self._note("GPU state", f"NVML does not start: {err}{jetson}")
+            return self
+        self._nvml = nvml
+        bus = cuda_pci_bus_id(self._device)
+        if not bus:
+            why = cuda_problem() or f"CUDA does not tell the PCI address of device {self._device}"
+            self._note("GPU state", why)
+            return self
+        try:
+            # NVML counts all GPUs of the machine by their slots, CUDA the visible ones.
+            self._handle = nvml.nvmlDeviceGetHandleByPciBusId(bus)
+        except nvml.NVMLError as err:
+            self._note("GPU state", f"NVML does not know the GPU at {bus}: {err}")
+            return self
+        self._describe(bus)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let NVML go."""
+        self._handle = None
+        if self._nvml is not None:
+            try:
+                self._nvml.nvmlShutdown()
+            except self._nvml.NVMLError as err:
+                self._note("shutdown", str(err))
+
+    def between(self, work: Callable[[], object]) -> None:
+        """Take a sample if one is due; called between timed calls."""
+        if self._handle is not None and time.perf_counter() >= self._due:
+            self.sample(work)
+
+    def sample(self, work: Callable[[], object]) -> None:
+        """Take a sample now.
+
+        Args:
+            work: What keeps the GPU busy meanwhile, not timed: called again and again.
+        """
+        if self._handle is None:
+            return
+        start = time.perf_counter()
+        reader = Thread(target=self._read, name="nvml")
+        reader.start()
+        try:
+            while reader.is_alive():
+                work()
+        finally:
+            reader.join()
+        end = time.perf_counter()
+        self._due = end + max(self._interval, 9 * (end - start))
+
+    def state(self) -> GpuState:
+        """What was found so far."""
+        readings = {name: _spread(values) for name, values in self._readings.items()}
+        return GpuState(
+            **self._facts | readings,
+            samples=self._samples,
+            throttling=None if self._throttling is None else dict(self._throttling),
+            notes=tuple(self._notes.values()),
+        )
+
+    def _describe(self, bus: str) -> None:
+        """What does not change while it is timed."""
+        nvml, handle = self._nvml, self._handle
+        told = {
+            "name": self._ask("name", ("nvmlDeviceGetName",), handle),
+            "uuid": self._ask("UUID", ("nvmlDeviceGetUUID",), handle),
+            "driver": self._ask("driver version", ("nvmlSystemGetDriverVersion",)),
+            "persistence_mode": self._ask(
+                "persistence mode", ("nvmlDeviceGetPersistenceMode",), handle
+            ),
+            "compute_mode": self._ask("compute mode", ("nvmlDeviceGetComputeMode",), handle),
+            "sm_clock_max_mhz": self._ask(
+                "highest SM clock", ("nvmlDeviceGetMaxClockInfo",), handle, nvml.NVML_CLOCK_SM
+            ),
+            "power_limit_w": self._ask("power limit", ("nvmlDeviceGetEnforcedPowerLimit",), handle),
+        }
+        known = {name: value for name, value in told.items() if value is not None}
+        if "persistence_mode" in known:
+            known["persistence_mode"] = bool(known["persistence_mode"])
+        if "compute_mode" in known:
+            mode = known["compute_mode"]
+            known["compute_mode"] = _COMPUTE_MODES.get(mode, f"mode {mode}")
+        if "power_limit_w" in known:
+            known["power_limit_w"] /= 1000  # milliwatts
+        self._facts = {"pci_bus_id": bus, **known}
+
+    def _read(self) -> None:
+        """One sample, in the thread."""
+        nvml, handle = self._nvml, self._handle
+        told = {
+            "sm_clock_mhz": self._ask(
+                "SM clock", ("nvmlDeviceGetClockInfo",), handle, nvml.NVML_CLOCK_SM
+            ),
+            "memory_clock_mhz": self._ask(
+                "memory clock", ("nvmlDeviceGetClockInfo",), handle, nvml.NVML_CLOCK_MEM
+            ),
+            "power_w": self._ask("power", ("nvmlDeviceGetPowerUsage",), handle),
+            "temperature_c": self._ask(
+                "temperature",
+                ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"),
+                handle,
+                nvml.NVML_TEMPERATURE_GPU,
+            ),
+        }
+        for name, value in told.items():
+            if value is not None:
+                reading = value / 1000 if name == "power_w" else value  # milliwatts
+                self._readings.setdefault(name, []).append(float(reading))
+        mask = self._ask(
+            "throttle reasons",
+            (
+                "nvmlDeviceGetCurrentClocksEventReasons",
+                "nvmlDeviceGetCurrentClocksThrottleReasons",
+            ),
+            handle,
+        )
+        if mask is not None:
+            self._throttling = self._throttling or Counter()
+            self._throttling.update(throttle_reasons(mask))
+        self._samples += 1
+
+    def _ask(self, what: str, functions: tuple[str, ...], *arguments: Any) -> Any:
+        """The first of the functions that answers: newer packages and drivers rename some."""
+        words = f"this nvidia-ml-py has no {' or '.join(functions)}"
+        for name in functions:
+            function = getattr(self._nvml, name, None)
+            if function is None:
+                continue
+            try:
+                return function(*arguments)
+            except self._nvml.NVMLError as err:
+                words = str(err)
+        self._note(what, words)
+        return None
+
+    def _note(self, what: str, words: str) -> None:
+        self._notes.setdefault(what, f"{what} not known: {words}")
+
+
+def throttle_reasons(mask: int) -> tuple[str, ...]:
+    """What holds the clocks down, by NVML's bit mask; a bit without a name is shown as it is."""
+    bits = [1 << k for k in range(mask.bit_length()) if mask >> k & 1]
+    return tuple(_REASONS.get(bit, f"bit {bit:#x}") for bit in bits)
+
+
+def cuda_pci_bus_id(device: int = 0) -> str:
+    """Where CUDA's GPU of this number sits, for example ``0000:3B:00.0``; empty without one.
+
+    Source:
+        CUDA driver API: ``cuDeviceGet``, ``cuDeviceGetPCIBusId``.
+    """
+    if cuda_problem():
+        return ""
+    driver = ctypes.CDLL("libcuda.so.1")
+    handle, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    status = driver.cuDeviceGet(ctypes.byref(handle), device) or driver.cuDeviceGetPCIBusId(
+        text, len(text), handle
+    )
+    return "" if status else text.value.decode()
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(min=min(values), median=statistics.median(values), max=max(values))
+
+
+def _on_jetson() -> bool:
+    return _JETSON.exists()

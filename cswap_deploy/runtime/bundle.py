@@ -1,0 +1,146 @@
+"""A bundle as the device sees it: plain JSON, NumPy and Pillow, Python 3.10 and later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cswap_deploy.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From a picture to the network's input; the words are those of ``artifacts.Preprocessing``."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_shorter: int
+    interpolation: str
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """One target's engine in the bundle."""
+
+    target: str
+    path: str
+    """Relative to the bundle."""
+    sha256: str
+    precision: str
+    version: str
+    """Of the runtime it was built with."""
+    compute_capability: str
+    """Of the one GPU it runs on; empty where it is not bound to one."""
+    version_compatible: bool
+    stripped: bool
+
+
+@dataclass(frozen=True)
+class DeviceBundle:
+    """What running a bundle needs of its manifest."""
+
+    folder: Path
+    model: str
+    precision: str
+    onnx_path: str
+    transform: Transform
+    class_names: tuple[str, ...]
+    engines: tuple[EngineFile, ...]
+    digests: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> DeviceBundle:
+        """Read the manifest; files are verified when they are used.
+
+        Raises:
+            ArtifactError: There is no manifest, or it is damaged or of another schema version.
+        """
+        path = folder / "manifest.json"
+        try:
+            told = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{folder} is not a bundle: it has no manifest.json",
+                fix="name the folder that `cswap-deploy build -o` wrote",
+            ) from None
+        except (OSError, ValueError) as err:
+            raise ArtifactError(f"cannot read {path}: {err}", fix="copy the bundle again") from err
+        try:
+            return cls._from(folder, told)
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise ArtifactError(
+                f"{path} is not a manifest of schema version {SCHEMA_VERSION}: "
+                f"{type(err).__name__} {err}",
+                fix="build the bundle again with this version of cswap-deploy",
+            ) from err
+
+    @classmethod
+    def _from(cls, folder: Path, told: dict[str, Any]) -> DeviceBundle:
+        if told["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {told['schema_version']}")
+        model, steps = told["model"], told["model"]["preprocessing"]
+        return cls(
+            folder=folder,
+            model=model["name"],
+            precision=told["onnx"]["precision"],
+            onnx_path=told["onnx"]["path"],
+            transform=Transform(
+                input_size=tuple(steps["input_size"]), mean=tuple(steps["mean"]),
+                std=tuple(steps["std"]), resize_shorter=steps["resize_shorter"],
+                interpolation=steps["interpolation"],
+            ),
+            class_names=tuple(model["class_names"]),
+            engines=tuple(_engine(result["engine"]) for result in told["targets"]),
+            digests={ref["path"]: ref["sha256"] for ref in told["files"]},
+        )  # fmt: skip
+
+    def read(self, name: str) -> bytes:
+        """A file of the bundle, once its digest is the recorded one.
+
+        What is returned is what was hashed: deserialising an engine runs native code, so not a
+        byte of it is read twice.
+
+        Args:
+            name: Relative to the bundle.
+
+        Raises:
+            ArtifactError: It is absent, not listed, outside the bundle, or altered.
+        """
+        recorded = self.digests.get(name)
+        if recorded is None or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{self.folder / name} is not listed in the manifest")
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError as err:
+            raise ArtifactError(
+                f"cannot read {self.folder / name}: {err.strerror or err}",
+                fix="copy the bundle again",
+            ) from err
+        found = hashlib.sha256(content).hexdigest()
+        if found != recorded:
+            raise ArtifactError(
+                f"{self.folder / name} is not the file that was built: sha256 {found[:12]}…, "
+                f"recorded {recorded[:12]}…",
+                fix="copy the bundle again, or build it again",
+            )
+        return content
+
+
+def _engine(told: dict[str, Any]) -> EngineFile:
+    options = told.get("options") or {}
+    return EngineFile(
+        target=told["target"],
+        path=told["path"],
+        sha256=told["sha256"],
+        precision=told["precision"],
+        version=told["versions"].get(told["target"], ""),
+        compute_capability=told.get("compute_capability", ""),
+        version_compatible=bool(options.get("version_compatible", False)),
+        stripped=bool(told.get("stripped", False)),
+    )

@@ -1,0 +1,151 @@
+"""The command ``cswap-run``: classify pictures with a bundle, on the device.
+
+Needs NumPy, Pillow and a runtime for the engine; never torch. Results go to stdout, everything else
+to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from cswap_deploy.runtime.classifier import Guess
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit codes are those of ``cswap-deploy``."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = _run(options)
+        sys.stdout.flush()
+        return code
+    except CswapError as err:
+        print(f"error: {err}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"error": str(err), "exit_code": err.exit_code}))
+        return err.exit_code
+    except OSError as err:  # of stdout: what is read has errors of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
+        if isinstance(err, BrokenPipeError):  # whoever read it has left
+            return 0
+        print(f"error: cannot write the results: {err.strerror}", file=sys.stderr)
+        return MissingDependencyError.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cswap-run", description="Classify pictures with a bundle of cswap-deploy."
+    )
+    add = parser.add_argument
+    add("bundle", type=Path, help="the folder that `cswap-deploy build` left")
+    add("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="pictures, or folders of them")
+    add("--top", type=_positive, default=5, metavar="N", help="classes for each picture (5)")
+    add("--batch", type=_positive, default=1, metavar="N", help="pictures that run together (1)")
+    add(
+        "--target", metavar="NAME",
+        help="tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda (what runs best here)",
+    )  # fmt: skip
+    add("--threads", type=_positive, metavar="N", help="of onnxruntime on the CPU (all cores)")
+    add("--cuda-graph", action="store_true", help="replay the engine's work as a CUDA graph")
+    add("--save-input", type=Path, metavar="FILE.npy", help="also write the network's input")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from cswap_deploy.runtime.classifier import Classifier
+    from cswap_deploy.runtime.preprocess import normalise
+
+    files = _pictures(options.images)
+    classifier = Classifier.open(
+        options.bundle, target=options.target, threads=options.threads,
+        cuda_graph=options.cuda_graph,
+    )  # fmt: skip
+    classifier.check_batch(options.batch, pictures=len(files))
+    for note in classifier.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{classifier.bundle.model} on {classifier.provider}", file=sys.stderr)
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
+    seen = []
+    for start in range(0, len(files), options.batch):
+        readable = []
+        for file in files[start : start + options.batch]:
+            try:
+                readable.append((file, classifier.prepare(file)))
+            except UsageError as err:
+                failed.append(str(file))
+                print(f"error: {err}", file=sys.stderr)
+        pixels = [picture for _, picture in readable]
+        if options.save_input is not None:
+            seen += pixels
+        for (file, _), guesses in zip(readable, classifier.classify(pixels, top=options.top)):  # noqa: B905
+            results.append({"image": str(file), "top": [_plain(guess) for guess in guesses]})
+            if not options.json:
+                _show(results[-1])
+    if seen:
+        try:
+            np.save(options.save_input, normalise(np.stack(seen), classifier.bundle.transform))
+        except OSError as err:
+            raise UsageError(f"cannot write {options.save_input}: {err.strerror or err}") from err
+    if options.json:
+        told = {"target": classifier.target, "provider": classifier.provider}
+        print(json.dumps(told | {"images": results, "unreadable": failed}))
+    return UsageError.exit_code if failed else 0
+
+
+def _plain(guess: Guess) -> dict[str, Any]:
+    return {"class": guess.index, "name": guess.name, "probability": guess.probability}
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(result["image"])
+    for guess in result["top"]:
+        print(f"  {100 * guess['probability']:6.2f} %  {guess['name']}")
+
+
+def _pictures(given: Sequence[Path]) -> list[Path]:
+    """Files as they are; of a folder what is a picture by its name, at any depth, sorted."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if _is_picture(p))
+            if not inside:
+                raise UsageError(f"{path} holds no pictures ({', '.join(sorted(PICTURES))})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError(f"{path} does not exist")
+    return found
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name; the hidden files that some systems put beside pictures are none."""
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in PICTURES and not hidden and path.is_file()
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
