@@ -1,16 +1,20 @@
-"""The README's Python example runs as it stands."""
+"""The README's Python examples run as they stand."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from cswap_deploy.models.zoo import ZOO_DIR
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_python_example(
+def test_python_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Defaults that make it quick; the example's own arguments are untouched.
@@ -23,13 +27,18 @@ def test_python_example(
     monkeypatch.setenv("CSWAP_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(examples) == 1
-    exec(compile(examples[0], str(README), "exec"), {})
+    build, classify = examples
+    exec(compile(build, str(README), "exec"), {})
     printed = capsys.readouterr().out
     removed = re.search(r"([\d.]+)% of the parameters are gone", printed)
     assert removed is not None
     assert 38 <= float(removed[1]) <= 42
     assert (tmp_path / "my-bundle" / "report.html").is_file()
+
+    pictures = np.load(ZOO_DIR / "fashion-mnist-test.npz")["images"]
+    Image.fromarray(pictures[0][..., 0]).save("photo.jpg")
+    exec(compile(classify, str(README), "exec"), {})
+    assert "CPUExecutionProvider" in capsys.readouterr().out
 
 
 def test_every_command_in_the_readme_exists() -> None:

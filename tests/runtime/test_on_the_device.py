@@ -56,9 +56,9 @@ def save_every_kind(folder: Path) -> int:
     put(picture(304, (31, 22), "P"), "gif", transparency=3)
     put(picture(305, (31, 22), "P"), "png", transparency=7)
     put(picture(306, (31, 22), "L"), "pgm")
-    deep = np.random.default_rng(9).integers(0, 65536, (22, 31)).astype(np.uint16)
-    put(Image.fromarray(deep), "png")
-    put(Image.fromarray(deep), "tif")
+    deep = np.random.default_rng(9).integers(0, 65536, (2, 22, 31)).astype(np.uint16)
+    put(Image.fromarray(deep[0]), "png")
+    put(Image.fromarray(deep[1]), "tif")
     turned = Image.Exif()
     turned[0x0112] = 6  # "rotate me"
     put(picture(307, (31, 22)), "jpg", exif=turned)
@@ -109,6 +109,11 @@ def test_pixels_are_those_of_the_build(
 WITHOUT = """
 import json, sys
 
+def tops():
+    return {name.partition(".")[0] for name in sys.modules}
+
+before = tops()
+
 class Absent:
     names = set(sys.argv[1].split(","))
 
@@ -120,8 +125,7 @@ sys.meta_path.insert(0, Absent())
 from cswap_deploy.runtime.cli import main
 
 code = main(sys.argv[2:])
-tops = {name.partition(".")[0] for name in sys.modules}
-print(json.dumps(sorted(tops - sys.stdlib_module_names)), file=sys.stderr)
+print(json.dumps(sorted(tops() - before - sys.stdlib_module_names)), file=sys.stderr)
 sys.exit(code)
 """
 ABSENT = (
@@ -144,12 +148,9 @@ def test_it_classifies_with_numpy_pillow_and_onnxruntime_alone(tmp_path: Path) -
     expected = Classifier.open(bundle, threads=1).predict(files)
     for image, guesses in zip(told["images"], expected, strict=True):
         assert [guess["class"] for guess in image["top"]] == [guess.index for guess in guesses]
-    imported = {
-        name
-        for name in json.loads(done.stderr.splitlines()[-1])
-        if not name.startswith(("_", "sitecustomize", "distutils"))
-    }
-    assert imported <= {"cswap_deploy", "numpy", "PIL", "onnxruntime", "yaml", "cython_runtime"}
+    imported = json.loads(done.stderr.splitlines()[-1])
+    public = {name for name in imported if not name.startswith("_")}
+    assert public == {"cswap_deploy", "numpy", "PIL", "onnxruntime"}
 
 
 @pytest.mark.parametrize("module", ["bundle", "classifier", "cli", "host", "tensorrt_session"])
@@ -178,12 +179,7 @@ LATER = {
     "warnings.deprecated", "shutil.ignore_errors", "threading.setprofile_all_threads",
 }  # fmt: skip
 """What the standard library has gained in 3.11 and later, as far as such code is tempted by it."""
-LATER_BUILT_IN = {
-    "ExceptionGroup",
-    "BaseExceptionGroup",
-    "EncodingWarning",
-    "PythonFinalizationError",
-}
+LATER_BUILT_IN = {"ExceptionGroup", "BaseExceptionGroup", "PythonFinalizationError"}
 LATER_METHODS = {"walk", "add_note", "file_digest", "is_junction", "full_match", "from_uri"}
 """Of paths, exceptions and others."""
 
@@ -216,7 +212,8 @@ def test_the_source_is_that_of_python_3_10(source: Path) -> None:
     assert not found & LATER
     assert not {f"builtins.{name}" for name in LATER_BUILT_IN} & found
     assert not {f"?.{name}" for name in LATER_METHODS} & found
-    assert "from __future__ import annotations" in source.read_text()
+    later_types = "from __future__ import annotations" in source.read_text()
+    assert later_types or source.stem == "__init__"
 
 
 @functools.cache

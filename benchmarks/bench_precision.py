@@ -1,0 +1,145 @@
+"""What number formats cost: top-1 in float32, float16, bfloat16, int8 and mixed, on real images.
+
+Dense networks, so that only the format differs. Graphs run in ONNX Runtime on the CPU; 16-bit ones
+as float32 graphs that round after every operator, as a GPU would. TensorRT for RTX builds every
+graph where it is installed. No time is measured: these formats are for GPUs.
+
+    python benchmarks/bench_precision.py --quick
+    CSWAP_DATA=... python benchmarks/bench_precision.py --models demo-resnet demo-vit \\
+        tf_efficientnet_lite0 --json benchmarks/results/precision-cpu.json
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from cswap_deploy.artifacts import BatchRange, OnnxArtifact
+from cswap_deploy.config import DROP_LIMITS, OPSETS
+from cswap_deploy.data import load_samples, normalised
+from cswap_deploy.export.onnx import export_onnx
+from cswap_deploy.export.precision import ROUNDED, reduce_precision
+from cswap_deploy.export.simplify import simplify_onnx
+from cswap_deploy.models.load import load_model
+from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network in one format."""
+
+    model: str
+    precision: str
+    top1: float
+    drop: float
+    """Against float32, a fraction."""
+    agreement: float
+    images: int
+    kept: int
+    layers: int
+    calibration: str
+    graph_mib: float
+    engine_mib: float | None
+    """Of TensorRT for RTX, built ahead of time and not run."""
+
+
+def classes(graph: Path, images: np.ndarray) -> np.ndarray:
+    session = OnnxSession(graph, threads=None)
+    parts = [session.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    return np.concatenate(parts).argmax(1)
+
+
+def engine_mib(graph: OnnxArtifact, folder: Path) -> float | None:
+    if find_spec("tensorrt_rtx") is None:
+        return None
+    built = TensorRtRtx().build(graph, batch=BatchRange(max=8), out_dir=folder)
+    return built.size_bytes / 2**20
+
+
+def measure(name: str, precisions: list[str]) -> list[Row]:
+    loaded = load_model(name)
+    photos = Path(os.environ.get("CSWAP_DATA", "../shared/data")) / "imagenet-sample"
+    samples = load_samples(
+        data=None if name.startswith("demo-") else str(photos), validation_data=None,
+        model=loaded.spec, calibration_samples=320, validation_samples=2000, class_map=None,
+        allow_overlap=False, seed=0,
+    )  # fmt: skip
+    steps = loaded.spec.preprocessing
+    calibration, test = (normalised(s, steps) for s in (samples.calibration, samples.validation))
+    rows: list[Row] = []
+    exact: np.ndarray | None = None
+    for precision in precisions:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            exported = export_onnx(
+                loaded.module, input_size=steps.input_size, path=folder / "e.onnx",
+                opset=OPSETS[precision],
+            )  # fmt: skip
+            graph = simplify_onnx(exported, path=folder / "model.onnx")
+            judged, kept, layers, ranges = graph.path, 0, 0, ""
+            if precision != "fp32":
+                graph, result = reduce_precision(
+                    graph, precision=precision, images=calibration,
+                    labels=samples.calibration.labels, drop_limit=DROP_LIMITS[precision],
+                    path=folder / "narrow.onnx",
+                )  # fmt: skip
+                judged = folder / ROUNDED if result.emulated else graph.path
+                kept, layers, ranges = len(result.kept), result.layers, result.calibration
+            found = classes(judged, test)
+            exact = found if exact is None else exact
+            right = float((found == samples.validation.labels).mean())
+            first = rows[0].top1 if rows else right
+            rows.append(
+                Row(
+                    name,
+                    precision,
+                    right,
+                    first - right,
+                    float((found == exact).mean()),
+                    len(found),
+                    kept,
+                    layers,
+                    ranges,
+                    graph.size_bytes / 2**20,
+                    engine_mib(graph, folder),
+                )
+            )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["demo-resnet", "demo-vit"])
+    parser.add_argument("--quick", action="store_true", help="demo-resnet alone, three formats")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    models = ["demo-resnet"] if options.quick else options.models
+    precisions = ["fp32", "fp16", "int8"] if options.quick else list(OPSETS)
+    precisions.sort(key=lambda p: p != "fp32")
+    rows = [row for name in models for row in measure(name, precisions)]
+    packages = ("torch", "onnx", "onnxruntime", "cswap-deploy")
+    told = {
+        "versions": {name: version(name) for name in packages},
+        "rows": [asdict(row) for row in rows],
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
