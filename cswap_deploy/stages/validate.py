@@ -202,8 +202,7 @@ def require_precision(
             f"{target} in {precision} loses {100 * change.drop:.2f} points of top-1 against the "
             f"pruned float32 network ({change.dense.top1:.2%} -> {change.pruned.top1:.2%} on "
             f"{images} images, by {judge}); allowed are {100 * limit:.2f}",
-            fix="--precision fp16 or fp32, --keep-fp32 for what is sensitive, or raise "
-            "--precision-drop",
+            fix="a wider --precision, --keep-fp32 for what is sensitive, or raise --precision-drop",
         )
 
 

@@ -1,0 +1,149 @@
+"""Whole builds in reduced precision: what the manifest says, and the gate that closes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RTX, Made, Ran
+
+from cswap_deploy.artifacts import Manifest, read_value
+from cswap_deploy.bundle import verify_bundle
+from cswap_deploy.errors import GateError
+from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.stages.validate import require_precision
+
+Command = Callable[..., Ran]
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_build_says_what_its_format_cost(
+    made: Made, store: Path, tmp_path: Path, command: Command, precision: str
+) -> None:
+    out = tmp_path / "bundle"
+    ran = command(
+        "build", *made.flags, "--precision", precision, "--int8-calibration", "minmax",
+        "--batch", "1:2:4", "-o", out, "--store", store, "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    manifest = verify_bundle(out).manifest
+    assert manifest.onnx.precision == precision
+    assert manifest.precision is not None
+    assert manifest.precision.precision == precision
+    assert manifest.stages["prune"] == manifest.stages["export"] == "reused"
+    types = {i.data_type for i in onnx.load(out / "model.onnx").graph.initializer}
+    assert {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}[precision] in types
+    own = manifest.targets[0]
+    assert own.reduced is not None
+    assert own.accuracy is not None
+    assert own.judged_by == "this engine"
+    assert own.reduced.pruned == own.accuracy.pruned
+    assert manifest.torch_accuracy is not None
+    assert own.reduced.dense == manifest.torch_accuracy.pruned
+    assert own.parity is not None
+    assert own.parity.tolerance is None
+    assert "## Precision" in (out / "report.md").read_text()
+    if RTX:
+        rtx = manifest.targets[1]
+        assert rtx.engine.precision == precision
+        assert str(rtx.engine.batch) == "1:2:4"
+        layers = json.loads((out / "engine" / "tensorrt-rtx" / "layers.json").read_text())
+        assert [shape[0] for shape in layers["profile"]] == [1, 2, 4]
+        assert rtx.reduced is not None
+        assert "ONNX Runtime" in rtx.judged_by, "it does not run here, and that is said"
+        assert rtx.accuracy is None
+
+
+def test_the_gate_fails_the_build_and_leaves_nothing(
+    made: Made, store: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrowing that goes wrong after it was judged: the head's weights are lost."""
+    from cswap_deploy.export import precision
+
+    real = precision.reduce_precision
+
+    def ruined(graph: Any, **settings: Any) -> Any:
+        narrow, result = real(graph, **settings)
+        model = onnx.load(narrow.path)
+        weights = [i for i in model.graph.initializer if len(i.dims) == 2][-1]
+        array = onnx.numpy_helper.to_array(weights)
+        weights.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(array), weights.name))
+        onnx.save(model, narrow.path)
+        (narrow.path.parent / precision.ROUNDED).unlink()
+        from cswap_deploy.export.onnx import describe_onnx
+
+        return describe_onnx(narrow.path).model_copy(update={"precision": "fp16"}), result
+
+    monkeypatch.setattr(precision, "reduce_precision", ruined)
+    out = tmp_path / "bundle"
+    ran = command(
+        "build", *made.flags, "--precision", "fp16", "-o", out, "--store", store, "--seed", "0"
+    )
+    assert ran.code == 3, ran.err
+    assert "error: onnxruntime in fp16 loses" in ran.err
+    assert "points of top-1 against the pruned float32 network" in ran.err
+    assert "fix: a wider --precision" in ran.err
+    assert not out.exists()
+
+
+def test_one_image_never_fails_the_gate_and_two_may() -> None:
+    labels = np.zeros(500, dtype=np.int64)
+    right, wrong = labels.copy(), labels.copy()
+    wrong[0] = 1
+    require_precision(accuracy_change(right, wrong, labels), "t", "fp16", 0.001, "this engine")
+    wrong[1] = 1
+    with pytest.raises(GateError, match=r"loses 0\.40 points .* allowed are 0\.10") as caught:
+        require_precision(accuracy_change(right, wrong, labels), "t", "fp16", 0.001, "this engine")
+    assert caught.value.exit_code == 3
+    require_precision(accuracy_change(right, wrong, labels), "t", "int8", 0.01, "this engine")
+
+
+def test_what_does_not_fit_together_is_said_before_any_work(
+    made: Made, tmp_path: Path, command: Command
+) -> None:
+    for flags, words in (
+        (("--batch", "1:1:2", "--latency-batch", "4"), "is outside the profile --batch 1:1:2"),
+        (("--precision", "bf16", "--target", "onnxruntime"), "bf16 runs on the tensorrt targets"),
+        (("--keep-fp32", "nothing/*", "--precision", "fp16"), "matches none of the graph's"),
+    ):
+        ran = command("build", *made.flags, *flags, "-o", tmp_path / "b", "--store", made.store)
+        assert ran.code == 2, ran.err
+        assert words in ran.err
+        assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(not RTX, reason="tensorrt-rtx is not installed")
+def test_the_parser_is_asked_without_a_build(made: Made, tmp_path: Path, command: Command) -> None:
+    ran = command("engine", made.bundle, "--check-ops", "--json")
+    assert (ran.code, ran.json()["supported_by"]) == (0, ["tensorrt-rtx"])
+    model = onnx.load(made.bundle / "model.onnx")
+    culprit = next(n for n in model.graph.node if n.op_type == "Conv")
+    culprit.op_type, culprit.domain = "Wobble", "made.up"
+    model.opset_import.append(onnx.helper.make_opsetid("made.up", 1))
+    onnx.save(model, tmp_path / "wobble.onnx")
+    ran = command("engine", tmp_path / "wobble.onnx", "--check-ops")
+    assert ran.code == 5
+    module = culprit.name.rpartition("/")[0]
+    assert f"node {culprit.name!r} (Wobble, of the PyTorch module {module!r})" in ran.err
+    ran = command("engine", made.bundle, "--check-ops", "--target", "onnxruntime")
+    assert ran.code == 2
+    assert "onnxruntime has no parser to ask" in ran.err
+
+
+def test_a_stage_at_a_time_in_another_precision(
+    made: Made, store: Path, tmp_path: Path, command: Command
+) -> None:
+    work = tmp_path / "work"
+    assert command("prune", *made.flags, "-o", work, "--store", store).code == 0
+    ran = command("export", work, "--precision", "fp16", "--store", store)
+    assert ran.code == 0, ran.err
+    types = {i.data_type for i in onnx.load(work / "model.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+    ran = command("validate", work, "--store", store, "--json")
+    assert ran.code == 0, ran.err
+    assert read_value(work / "manifest.json", Manifest).onnx.precision == "fp16"
