@@ -97,6 +97,11 @@ class Classifier:
         content = bundle.read(bundle.onnx_path)
         try:
             session = OnnxSession(content, threads=threads, device=device)
+        except MissingDependencyError as err:
+            if not notes:
+                raise
+            words = "; ".join([*notes, str(err).splitlines()[0]])
+            raise MissingDependencyError(words, fix=err.fix) from err
         except refusals() as err:
             raise ArtifactError(
                 f"onnxruntime does not load {bundle.folder / bundle.onnx_path} "

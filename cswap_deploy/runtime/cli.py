@@ -66,10 +66,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import numpy as np
+    try:
+        import numpy as np
 
-    from cswap_deploy.runtime.classifier import Classifier
-    from cswap_deploy.runtime.preprocess import normalise
+        from cswap_deploy.runtime.classifier import Classifier
+        from cswap_deploy.runtime.preprocess import normalise
+    except ImportError as err:
+        raise MissingDependencyError(str(err), fix="pip install numpy pillow") from err
 
     files = _pictures(options.images)
     classifier = Classifier.open(

@@ -90,14 +90,18 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as err:
-        raise missing("onnxruntime", "cpu", err) from err
+        # Not the extra: on a device it would bring torch.
+        told = str(missing("onnxruntime", "cpu", err)).splitlines()[0]
+        raise MissingDependencyError(told, fix="pip install onnxruntime") from err
     return onnxruntime
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """The runtime's exceptions; they share no base class but Exception."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    """The runtime's exceptions; they share no base class but Exception. None where it is absent."""
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+    except ImportError:
+        return ()
     found = (getattr(state, name) for name in dir(state))
     return tuple(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
 

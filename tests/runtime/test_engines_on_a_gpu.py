@@ -540,6 +540,23 @@ def test_no_tensorrt(
     refused(b.bundle(), "tensorrt", MissingDependencyError, 4, f"tensorrt is {words}")
 
 
+def test_neither_engine_nor_onnxruntime(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why the engine was passed over must not be lost."""
+    b = bench(V10_3, capability="8.7")
+    bundle = b.bundle()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "onnxruntime"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError) as caught:
+        Classifier.open(bundle)
+    assert str(caught.value) == (
+        "tensorrt engine passed over: the engine was built on a GPU of compute capability 8.9, "
+        "this one has 8.7; onnxruntime is not installed\n  fix: pip install onnxruntime"
+    )
+    assert caught.value.exit_code == 4
+
+
 # --- runs that fail ------------------------------------------------------------------------------
 
 

@@ -153,6 +153,23 @@ def test_it_classifies_with_numpy_pillow_and_onnxruntime_alone(tmp_path: Path) -
     assert public == {"cswap_deploy", "numpy", "PIL", "onnxruntime"}
 
 
+@pytest.mark.parametrize("absent", ["numpy", "PIL", "onnxruntime"])
+def test_what_is_missing_is_named(tmp_path: Path, absent: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    picture(0).save(tmp_path / "a.png")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, absent, bundle, tmp_path / "a.png"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    words = {
+        "numpy": "error: No module named 'numpy'\n  fix: pip install numpy pillow\n",
+        "PIL": "error: No module named 'PIL'\n  fix: pip install numpy pillow\n",
+        "onnxruntime": "error: onnxruntime is not installed\n  fix: pip install onnxruntime\n",
+    }
+    assert done.stderr.startswith(words[absent])
+
+
 @pytest.mark.parametrize("module", ["bundle", "classifier", "cli", "host", "tensorrt_session"])
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
     code = (
