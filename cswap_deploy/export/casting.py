@@ -52,7 +52,7 @@ def cast_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ()) 
         wanted = FLOAT if node.name in keep else to
         fixed = _STAYS_FLOAT.get(node.op_type, ())
         for index, value in enumerate(node.inputs):
-            if value is not None and caster.is_float(value):
+            if value is not None and value.dtype == FLOAT:
                 target = FLOAT if index in fixed else wanted
                 node.replace_input_with(index, caster.typed(value, target, before=node))
         if wanted != FLOAT:
@@ -76,9 +76,6 @@ class _Caster:
         """Values that were float32 and are made in ``to`` now."""
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    def is_float(self, value: ir.Value) -> bool:
-        return value.dtype == FLOAT
-
     def typed(self, value: ir.Value, dtype: ir.DataType, *, before: ir.Node) -> ir.Value:
         """The value in ``dtype``: itself, a cast of it, or another copy of a weight."""
         if (self.to if value in self.lowered else FLOAT) == dtype:
@@ -87,7 +84,7 @@ class _Caster:
         if key not in self._made:
             name = f"{value.name}_{dtype.name.lower()}"
             if value.is_initializer():
-                self._made[key] = self._weight(value, dtype, name)
+                self._made[key] = _weight(self.graph, value, name, dtype, dtype)
             else:
                 cast = _cast(value, dtype, name)
                 self.graph.insert_before(before, cast)
@@ -108,16 +105,20 @@ class _Caster:
             if value.is_initializer() and not value.uses():
                 self.graph.initializers.pop(str(value.name), None)
 
-    def _weight(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        assert value.const_value is not None
-        with np.errstate(over="ignore"):  # the caller looks at ranges, see export.ranges
-            array = value.const_value.numpy().astype(dtype.numpy())
-        made = ir.Value(
-            name=name, type=ir.TensorType(dtype), shape=value.shape,
-            const_value=ir.Tensor(array, dtype=dtype, name=name),
-        )  # fmt: skip
-        self.graph.register_initializer(made)
-        return made
+
+def _weight(
+    graph: ir.Graph, value: ir.Value, name: str, through: ir.DataType, dtype: ir.DataType
+) -> ir.Value:
+    """A copy of a weight, rounded to one type and kept in another or the same."""
+    assert value.const_value is not None
+    with np.errstate(over="ignore"):  # the caller looks at ranges, see export.ranges
+        array = value.const_value.numpy().astype(through.numpy()).astype(dtype.numpy())
+    made = ir.Value(
+        name=name, type=ir.TensorType(dtype), shape=value.shape,
+        const_value=ir.Tensor(array, dtype=dtype, name=name),
+    )  # fmt: skip
+    graph.register_initializer(made)
+    return made
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
@@ -184,14 +185,7 @@ def _rounded(
     """A float32 value that went through ``to``; a weight is rounded here and now."""
     name = name or f"{value.name}_rounded"
     if value.const_value is not None:
-        with np.errstate(over="ignore"):
-            array = value.const_value.numpy().astype(to.numpy()).astype(np.float32)
-        made = ir.Value(
-            name=name, type=ir.TensorType(FLOAT), shape=value.shape,
-            const_value=ir.Tensor(array, name=name),
-        )  # fmt: skip
-        graph.register_initializer(made)
-        return made
+        return _weight(graph, value, name, to, FLOAT)
     down = _cast(value, to, f"{value.name}_narrow")
     up = _cast(down.outputs[0], FLOAT, name)
     if before is None:

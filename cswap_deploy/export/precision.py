@@ -20,6 +20,7 @@ import numpy.typing as npt
 from cswap_deploy.artifacts import KeptLayer, OnnxArtifact, PrecisionResult
 from cswap_deploy.errors import GateError, UsageError
 from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.runtime.onnx_session import OnnxSession
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -95,12 +96,11 @@ def reduce_precision(
         method, kept = "", work.asked
         source = onnx.path
         if precision in ("int8", "mixed"):
-            source, method, kept = _quantised(work, int8_calibration)
-        if precision != "int8":
-            model, judge, judged, kept = _narrowed(work, source, kept)
-        else:
+            source, judged, method, kept = _quantised(work, int8_calibration)
+        if precision == "int8":
             model, judge = source.read_bytes(), None
-            judged = work.judge(model)
+        else:
+            model, judge, judged, kept = _narrowed(work, source, kept)
         path.write_bytes(model)
         if judge is not None:
             path.with_name(ROUNDED).write_bytes(judge)
@@ -130,8 +130,6 @@ class _Work:
         progress: Progress,
         precision: str,
     ) -> None:
-        from cswap_deploy.runtime.onnx_session import OnnxSession
-
         self.onnx, self.scratch, self.progress = onnx, scratch, progress
         self.precision = precision
         self.ranged = images[:RANGE_IMAGES]
@@ -148,8 +146,6 @@ class _Work:
 
     def judge(self, model: bytes) -> Judgement:
         """Run a graph on the images that judge."""
-        from cswap_deploy.runtime.onnx_session import OnnxSession
-
         logits = _answers(OnnxSession(model, threads=None).run, self.judged)
         self.progress.advance(1)
         return compare(self.reference, logits, self.labels)
@@ -209,14 +205,14 @@ def compare(reference: Floats, logits: Floats, labels: npt.NDArray[np.int64]) ->
     return Judgement(finite=True, kl=max(kl, 0.0), agreement=float((old == new).mean()), lost=lost)
 
 
-def _quantised(work: _Work, method: str) -> tuple[Path, str, list[KeptLayer]]:
+def _quantised(work: _Work, method: str) -> tuple[Path, Judgement, str, list[KeptLayer]]:
     """The Q/DQ graph with the best ranges and the fewest layers left out."""
     from cswap_deploy.export.quantize import METHODS, find_ranges, quantisable, quantise
     from cswap_deploy.export.search import shortest_prefix
 
-    layers = [name for name in quantisable(work.onnx.path) if name not in _names(work.asked)]
-    work.layers = len(layers)
     asked = _names(work.asked)
+    layers = [name for name in quantisable(work.onnx.path) if name not in asked]
+    work.layers = len(layers)
 
     def graph(chosen: str, leave: frozenset[str]) -> bytes:
         out = work.scratch / "quantised.onnx"
@@ -232,9 +228,9 @@ def _quantised(work: _Work, method: str) -> tuple[Path, str, list[KeptLayer]]:
         work.say(f"int8, ranges by {name}", found[name])
         work.progress.end()
     best = min(found, key=lambda name: found[name].kl)
-    left: frozenset[str] = frozenset()
+    judged, left = found[best], frozenset[str]()
     alone: dict[str, float] = {}
-    if not work.good(found[best]):
+    if not work.good(judged):
         work.progress.begin("int8: the effect of each layer", len(layers))
         for layer in layers:
             others = frozenset(layers) - {layer}
@@ -246,15 +242,15 @@ def _quantised(work: _Work, method: str) -> tuple[Path, str, list[KeptLayer]]:
             ranked[:-1], lambda kept: work.good(work.judge(graph(best, kept)))
         )  # fmt: skip
         work.progress.end()
-        last = work.judge(graph(best, left))
-        work.say(f"int8, {len(left)} of {len(layers)} layers left out", last)
-        if not work.good(last):
-            raise work.refuse(last)
+        judged = work.judge(graph(best, left))
+        work.say(f"int8, {len(left)} of {len(layers)} layers left out", judged)
+        if not work.good(judged):
+            raise work.refuse(judged)
     out = work.scratch / "int8.onnx"
     out.write_bytes(graph(best, left))
     kept = [*work.asked]
     kept += [work.kept(name, "accuracy", alone[name]) for name in layers if name in left]
-    return out, best, kept
+    return out, judged, best, kept
 
 
 def _narrowed(

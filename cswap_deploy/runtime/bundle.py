@@ -31,8 +31,6 @@ class EngineFile:
     target: str
     path: str
     """Relative to the bundle."""
-    sha256: str
-    precision: str
     version: str
     """Of the runtime it was built with."""
     compute_capability: str
@@ -137,8 +135,6 @@ def _engine(told: dict[str, Any]) -> EngineFile:
     return EngineFile(
         target=told["target"],
         path=told["path"],
-        sha256=told["sha256"],
-        precision=told["precision"],
         version=told["versions"].get(told["target"], ""),
         compute_capability=told.get("compute_capability", ""),
         version_compatible=bool(options.get("version_compatible", False)),

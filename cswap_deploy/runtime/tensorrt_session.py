@@ -69,7 +69,7 @@ class TensorRtSession:
                 GPU's memory does not suffice.
             ArtifactError: The engine is for another version or GPU, or is damaged.
         """
-        self._trt = trt = import_tensorrt(target)
+        self._trt = trt = import_tensorrt(*MODULES[target])
         self._name = f"{target} {trt.__version__}"
         if not version_compatible and str(trt.__version__) != version:
             raise ArtifactError(
@@ -123,7 +123,7 @@ class TensorRtSession:
         self, plan: bytes, version_compatible: bool, weights: bytes | None, cuda_graph: bool
     ) -> None:
         trt, driver = self._trt, self._driver
-        self._log = _make_logger(trt)
+        self._log = make_logger(trt)
         try:
             self._runtime = trt.Runtime(self._log)
         except TypeError as err:  # how pybind11 reports that the library made none
@@ -333,13 +333,12 @@ class _CudaGraph:
             )
 
 
-def import_tensorrt(target: str) -> Any:
-    """The package of a target.
+def import_tensorrt(module: str, extra: str) -> Any:
+    """One of the packages; see ``MODULES``.
 
     Raises:
         MissingDependencyError: It is absent or does not load.
     """
-    module, extra = MODULES[target]
     try:
         return importlib.import_module(module)
     except ImportError as err:
@@ -375,15 +374,20 @@ def _take_gpu(driver: Any) -> Any:
     return context
 
 
-def _make_logger(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
+    """A logger that keeps errors and warnings and prints nothing."""
+
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
 
         def words(self) -> str:
             return self.errors[-1] if self.errors else "no reason given"

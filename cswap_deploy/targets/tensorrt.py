@@ -7,7 +7,6 @@ used against the official bindings' own.
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 import threading
@@ -30,12 +29,16 @@ from cswap_deploy.errors import (
     BuildError,
     MissingDependencyError,
     UsageError,
-    missing,
 )
 from cswap_deploy.export.names import module_of
 from cswap_deploy.measure.device import list_gpus
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.runtime.host import compute_capability, cuda_problem
+from cswap_deploy.runtime.tensorrt_session import (
+    TensorRtSession,
+    import_tensorrt,
+    make_logger,
+)
 from cswap_deploy.targets import Images, Session, check_digest
 from cswap_deploy.targets.timing_cache import TimingCache
 
@@ -180,8 +183,6 @@ class TensorRt:
             MissingDependencyError: There is no GPU, no driver, or no pycuda.
             ArtifactError: The engine's file is absent or altered, or is for another version or GPU.
         """
-        from cswap_deploy.runtime.tensorrt_session import TensorRtSession
-
         check_digest(engine)
         return TensorRtSession(
             engine.path.read_bytes(),
@@ -290,12 +291,7 @@ class TensorRt:
         return f"{gpu}-sm{capability.replace('.', '')}-trt{trt.__version__}-{onnx.precision}.plan"
 
     def _import(self) -> Any:
-        try:
-            return importlib.import_module(self.module)
-        except ImportError as err:
-            raise missing(self.module, self.extra, err) from err
-        except (OSError, RuntimeError) as err:  # a library of NVIDIA's that does not load
-            raise missing(self.module, self.extra, ImportError(str(err))) from err
+        return import_tensorrt(self.module, self.extra)
 
     def _builder(self, trt: Any, logger: Any) -> Any:
         try:
@@ -406,24 +402,6 @@ class TensorRt:
             else None,
             log=tuple(str(error) for error in errors),
         )
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger that keeps errors and warnings and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-            elif severity == trt.ILogger.Severity.WARNING:
-                self.warnings.append(message)
-
-    return Log()
 
 
 def make_monitor(trt: Any, progress: Progress) -> Any:
