@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from conftest import RTX, Made, Ran
 
 from cswap_deploy.artifacts import Manifest, read_value
 from cswap_deploy.bundle import verify_bundle
@@ -17,7 +17,11 @@ from cswap_deploy.errors import GateError
 from cswap_deploy.measure.accuracy import accuracy_change
 from cswap_deploy.stages.validate import require_precision
 
-Command = Callable[..., Ran]
+if TYPE_CHECKING:
+    from conftest import Made, Ran
+
+Command = Callable[..., "Ran"]
+RTX = find_spec("tensorrt_rtx") is not None
 onnx = pytest.importorskip("onnx")
 
 
