@@ -42,6 +42,9 @@ _DIRECTIONS = 2
 """Of a kernel's taps; more cost time and gain nothing."""
 _JUDGES = 0.2
 """Part of the images that only judge."""
+_ROUNDING = 1e-10
+"""Part of the wanted variance (1e-5 in size) below which what is lacking is float32's rounding, of
+either sign on another processor: following it would change weights for nothing."""
 _POINTWISE = frozenset(
     {"relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "sigmoid"}
     | {"tanh", "elu", "leaky_relu", "dropout", "clone", "contiguous"}
@@ -151,6 +154,8 @@ def take_over(
     h = psi(z) * exists[..., None]
     read = _as_columns(consumer, units)
     lacking = wanted[rows] - torch.einsum("rsk,ksO->rO", h, read)
+    if _power(lacking) <= _ROUNDING * _power(wanted[rows]):
+        return False
     solve_on = _to_solve_on(where.image[rows])
     shift = torch.zeros(len(units))
     changed = False
