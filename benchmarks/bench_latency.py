@@ -147,7 +147,7 @@ def open_session(opened: Opened, target: str, threads: int | None, cuda_graph: b
     return TensorRtSession(
         bundle.read(file.path), target=target, version=file.version,
         compute_capability=file.compute_capability, version_compatible=file.version_compatible,
-        weights=opened.folder / bundle.onnx_path if file.stripped else None,
+        weights=bundle.read(bundle.onnx_path) if file.stripped else None,
         cuda_graph=cuda_graph,
     )  # fmt: skip
 

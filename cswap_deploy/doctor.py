@@ -58,6 +58,9 @@ def examine() -> tuple[Finding, ...]:
         ("tensorrt-rtx", lambda: _tensorrt("tensorrt-rtx", "tensorrt_rtx", "trt-rtx")),
         ("tensorrt", lambda: _tensorrt("tensorrt", "tensorrt", "trt")),
         ("pycuda", _pycuda),
+        ("nvidia-ml-py", lambda: _package("nvidia-ml-py", "pynvml", optional=True)),
+        ("openvino", lambda: _openvino("openvino")),
+        ("nncf", lambda: _openvino("nncf")),
         ("datasets", lambda: _package("datasets", "datasets", extra="hub", optional=True)),
         ("demo networks", _demos),
         ("store", _store),
@@ -251,6 +254,14 @@ print(json.dumps(answer))
 """
 
 
+_OPENVINO = """
+import json, sys
+sys.modules["openvino_telemetry"] = None
+import {module}
+print(json.dumps({{"version": {module}.__version__}}))
+"""
+
+
 def _tensorrt(name: str, module: str, extra: str) -> Finding:
     """Import, then the creation of a builder; being findable says nothing."""
     from cswap_deploy.runtime.host import cuda_problem
@@ -272,6 +283,17 @@ def _tensorrt(name: str, module: str, extra: str) -> Finding:
         return Finding(name, "broken", detail)
     runs = f"builds engines; cannot run them here: {problem}" if problem else "builds engines"
     return Finding(name, "ok", f"{answer['version']} {runs}")
+
+
+def _openvino(name: str) -> Finding:
+    """OpenVINO, and what quantises for it; their telemetry stays off."""
+    answer, words = _probe(_OPENVINO.format(module=name))
+    fix = "pip install 'cswap-deploy[openvino]'"
+    if answer is not None:
+        return Finding(name, "ok", str(answer["version"]).partition("-")[0])
+    if _absent(words, name):
+        return Finding(name, "missing", "not installed (optional)", fix)
+    return Finding(name, "broken", f"{_version(name)} does not load: {words}", fix)
 
 
 def _gpu() -> Finding:

@@ -57,7 +57,11 @@ def test_resnet50_is_built_from_the_hub_and_says_what_to_pass_without(tmp_path: 
     assert manifest.calibration.source == f"hf:{IMAGENET_COPY}:val"
     assert (manifest.calibration.count, manifest.validation.count) == (24, 40)
     assert manifest.shared_images == 0
-    assert manifest.ratio_effective["params"] == pytest.approx(0.4, abs=0.01)
+    assert manifest.ratio_effective["params"] == pytest.approx(0.4, abs=0.005)
+    assert all(parity.ok for parity in manifest.export_parity)
+    (target,) = manifest.targets
+    assert target.parity is not None
+    assert target.parity.ok
     assert f"hf:{IMAGENET_COPY}:val" in (tmp_path / "resnet50-0.4" / "report.md").read_text()
 
     shutil.rmtree(tmp_path / "resnet50-0.4")

@@ -15,6 +15,7 @@ from cswap_deploy.artifacts import Manifest, read_value
 from cswap_deploy.bundle import verify_bundle
 from cswap_deploy.errors import GateError
 from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.stages.run import SCORING_BATCH
 from cswap_deploy.stages.validate import require_precision
 
 if TYPE_CHECKING:
@@ -61,6 +62,30 @@ def test_a_build_says_what_its_format_cost(
         assert rtx.reduced is not None
         assert "ONNX Runtime" in rtx.judged_by, "it does not run here, and that is said"
         assert rtx.accuracy is None
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_engines_of_large_batches_only_are_judged_on_every_image(
+    made: Made, store: Path, tmp_path: Path, command: Command, target: str
+) -> None:
+    """OpenVINO refuses what is outside the profile, as TensorRT does."""
+    if find_spec(target) is None:
+        pytest.skip(f"{target} is not installed")
+    out = tmp_path / "bundle"
+    ran = command(
+        "build", *made.flags, "--target", target, "--batch", "3:6:7", "-o", out, "--store", store
+    )
+    assert ran.code == 0, ran.err
+    manifest = verify_bundle(out).manifest
+    found = {t.engine.target: t for t in manifest.targets}[target]
+    assert found.parity is not None
+    assert found.parity.ok
+    assert found.accuracy is not None
+    assert manifest.torch_accuracy is not None
+    assert found.accuracy.pruned == manifest.torch_accuracy.pruned
+    assert SCORING_BATCH % 7 in (1, 2), "else no batch was filled up"
+    assert found.latency is not None
+    assert found.latency.settings["batch"] == 6
 
 
 def test_the_gate_fails_the_build_and_leaves_nothing(

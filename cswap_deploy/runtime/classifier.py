@@ -20,7 +20,7 @@ from cswap_deploy.errors import (
     UsageError,
 )
 from cswap_deploy.runtime.bundle import DeviceBundle, EngineFile
-from cswap_deploy.runtime.preprocess import normalise, resize_and_crop
+from cswap_deploy.runtime.preprocess import filled_up, normalise, resize_and_crop
 
 ONNX_TARGETS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 Picture = Union[str, "os.PathLike[str]", Image.Image]
@@ -128,18 +128,19 @@ class Classifier:
         except _UNREADABLE as err:
             raise UsageError(f"cannot read {picture}: {err}") from err
 
-    def logits(self, pixels: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+    def logits(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Run one batch.
 
         Args:
-            pixels: N pictures from :meth:`prepare`.
+            pixels: (N, H, W, C) uint8, pictures from :meth:`prepare`.
 
         Returns:
             (N, classes) float32.
+
+        Raises:
+            StageError: The engine does not take this batch.
         """
-        found: npt.NDArray[np.float32] = self._session.run(
-            normalise(np.stack(pixels), self.bundle.transform)
-        )
+        found: npt.NDArray[np.float32] = self._session.run(normalise(pixels, self.bundle.transform))
         return found
 
     def predict(
@@ -180,8 +181,8 @@ class Classifier:
         if not pixels:
             return []
         low = getattr(self._session, "batch_min", 1)
-        padding = [pixels[-1]] * max(0, low - len(pixels))  # the last, short batch of many
-        logits = self.logits([*pixels, *padding])[: len(pixels)].astype(np.float64)
+        # The last, short batch of many.
+        logits = self.logits(filled_up(np.stack(pixels), low))[: len(pixels)].astype(np.float64)
         exponents = np.exp(logits - logits.max(1, keepdims=True))
         told = []
         for row in exponents / exponents.sum(1, keepdims=True):

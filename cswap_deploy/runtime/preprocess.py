@@ -5,7 +5,7 @@ Pixels are identical to timm's evaluation transform (``crop_mode="center"``) bef
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,20 @@ def normalise(images: NDArray[np.uint8], pre: Preprocessing) -> NDArray[np.float
     mean = np.asarray(pre.mean, dtype=np.float32).reshape(shape)
     std = np.asarray(pre.std, dtype=np.float32).reshape(shape)
     return np.ascontiguousarray((planes - mean) / std)
+
+
+def filled_up(images: NDArray[Any], smallest: int) -> NDArray[Any]:
+    """The batch as it is, or its last image repeated where an engine wants more of them.
+
+    Args:
+        images: (N, ...), N of 1 or more.
+        smallest: What the engine's profile begins with.
+
+    Returns:
+        (max(N, smallest), ...); what the added images give is to be left out.
+    """
+    lacking = smallest - len(images)
+    return np.concatenate([images, np.repeat(images[-1:], lacking, 0)]) if lacking > 0 else images
 
 
 def _margin(have: int, want: int) -> int:

@@ -10,13 +10,13 @@ from cswap_deploy.stages.precision import Graphs
 from cswap_deploy.stages.run import MODEL, Run, calibration, once
 from cswap_deploy.store import stage_key
 
-_VERSION = 2
+_VERSION = 3
 """Raised when this stage's code changes what it writes."""
 
 
 def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
     """One target's engine; a folder with ``result.json`` and, where it has one, its file."""
-    from cswap_deploy.targets import get_target
+    from cswap_deploy.targets import Int8, get_target
 
     config = run.config
     run.progress.stage("engine", target)
@@ -31,7 +31,7 @@ def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
     }
     inputs = {"onnx": graph.sha256}
     if itself:
-        settings |= {"precision": config.precision}
+        settings |= {"precision": config.precision, "keep_fp32": config.keep_fp32}
         inputs |= {"calibration": run.samples.calibration.spec.sha256}
     key = run.keys[f"engine/{target}"] = stage_key(
         "engine", version=_VERSION, inputs=inputs, settings=settings, tools=adapter.versions()
@@ -41,8 +41,9 @@ def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
         run.progress.begin(f"building the {target} engine", 0)
         engine = adapter.build(
             graph, batch=config.batch, out_dir=out, options=config.engine_options,
-            calibration=calibration(run)[0].contiguous().numpy() if itself else None,
-            progress=run.progress,
+            int8=Int8(calibration(run)[0].contiguous().numpy(), config.keep_fp32)
+            if itself else None,
+            progress=run.progress, store=run.store.root,
         )  # fmt: skip
         run.progress.end()
         inside = engine.path.is_relative_to(out)

@@ -20,6 +20,7 @@ from cswap_deploy.artifacts import (
     sha256_text,
 )
 from cswap_deploy.errors import GateError
+from cswap_deploy.runtime.preprocess import filled_up
 from cswap_deploy.stages.precision import Graphs
 from cswap_deploy.stages.run import (
     MODEL,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from cswap_deploy.targets import Session, Target
 
 
-_VERSION = 2
+_VERSION = 3
 """Raised when this stage's code changes what it writes."""
 ALL_TOOLS = (
     "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxscript", "onnxsim", "onnxruntime",
@@ -165,14 +166,15 @@ def _validate(
     found = None
     if engine.runnable:
         adapter = get_target(engine.target)
-        session = adapter.load(engine, threads=config.threads)
+        session = adapter.load(engine, threads=config.threads, onnx=graphs.model.path)
+        network = _of_any_batch(session.run, config.batch.min)
         compared = parity(
-            runner(pruned_module(run, pruned, plan)), session.run, parity_images(run),
+            runner(pruned_module(run, pruned, plan)), network, parity_images(run),
             reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
             tolerance=config.parity_tolerance if config.precision == "fp32" else None,
-            batches=tuple(size for size in PARITY_BATCHES if size <= config.batch.max),
+            batches=tuple(min(size, config.batch.max) for size in PARITY_BATCHES),
         )  # fmt: skip
-        found, judge = _classify(run, session.run, f"the engine of {engine.target}"), "this engine"
+        found, judge = _classify(run, network, f"the engine of {engine.target}"), "this engine"
         latency, dense_latency = _latency(run, adapter, session, graphs)
         result = TargetResult(
             engine=result.engine, parity=require_parity(compared), latency=latency,
@@ -224,6 +226,15 @@ def _classify(run: Run, network: Callable[[Floats], Floats], what: str) -> Any:
     return logits.argmax(1)
 
 
+def _of_any_batch(run: Callable[[Floats], Floats], smallest: int) -> Callable[[Floats], Floats]:
+    """An engine that takes batches below its profile too, filled up."""
+
+    def network(images: Floats) -> Floats:
+        return run(filled_up(images, smallest))[: len(images)]
+
+    return network
+
+
 def _latency(
     run: Run, adapter: Target, session: Session, graphs: Graphs
 ) -> tuple[Latency, Latency]:
@@ -234,14 +245,15 @@ def _latency(
     run.progress.begin(f"timing {config.latency_runs} calls of each network", 0)
     with run.store.scratch() as folder:
         dense = adapter.build(
-            graphs.dense, batch=config.batch, out_dir=folder, options=config.engine_options
-        )
+            graphs.dense, batch=config.batch, out_dir=folder, options=config.engine_options,
+            store=run.store.root,
+        )  # fmt: skip
+        loaded = adapter.load(dense, threads=config.threads, onnx=graphs.dense.path)
         images = calibration(run)[0].contiguous().numpy()
         rows = np.arange(config.timed_batch) % len(images)
         times = measure_latency(
-            {"pruned": session, "dense": adapter.load(dense, threads=config.threads)},
-            images=images[rows], runs=config.latency_runs,
-        )  # fmt: skip
+            {"pruned": session, "dense": loaded}, images=images[rows], runs=config.latency_runs
+        )
     run.progress.end()
     return times["pruned"], times["dense"]
 

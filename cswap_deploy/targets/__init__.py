@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,6 +21,16 @@ from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.progress import Progress
 
 Images = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """What a runtime with ``own_int8`` needs to quantise a float32 graph."""
+
+    images: Images
+    """(N, C, H, W), normalised, for the ranges of activations."""
+    keep_fp32: tuple[str, ...] = ()
+    """Patterns of ONNX nodes that stay as they are."""
 
 
 class Session(Protocol):
@@ -48,8 +59,9 @@ class Target(Protocol):
         batch: BatchRange,
         out_dir: Path,
         options: EngineOptions | None = None,
-        calibration: Images | None = None,
+        int8: Int8 | None = None,
         progress: Progress | None = None,
+        store: Path | None = None,
     ) -> EngineArtifact:
         """Make the runtime's engine from a graph.
 
@@ -58,9 +70,9 @@ class Target(Protocol):
             batch: Smallest, tuned-for and largest batch (samples).
             out_dir: Existing folder, owned by the caller.
             options: For TensorRT's builders; other runtimes have none of these.
-            calibration: (N, C, H, W) float32, normalised: the engine is to be int8. Only where
-                ``own_int8``.
+            int8: The engine is to be quantised. Only where ``own_int8``.
             progress: Told of the builder's steps.
+            store: Root of the store, for what saves time in later builds; the user's unless said.
 
         Returns:
             The engine, with ``runnable`` and, where false, the reason.
@@ -71,12 +83,15 @@ class Target(Protocol):
         """
         ...
 
-    def load(self, engine: EngineArtifact, *, threads: int | None) -> Session:
+    def load(
+        self, engine: EngineArtifact, *, threads: int | None, onnx: Path | None = None
+    ) -> Session:
         """Load an engine.
 
         Args:
             engine: What ``build`` returned.
             threads: Of a CPU runtime; the cores that this process may use unless said.
+            onnx: The graph that it was built from, where a stripped engine finds its weights.
 
         Returns:
             A session.

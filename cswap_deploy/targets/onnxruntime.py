@@ -12,7 +12,7 @@ from cswap_deploy.artifacts import BatchRange, EngineArtifact, EngineOptions, On
 from cswap_deploy.errors import ArtifactError, BuildError, StageError
 from cswap_deploy.progress import Progress
 from cswap_deploy.runtime.onnx_session import OnnxSession, import_onnxruntime, refusals
-from cswap_deploy.targets import Images, check_digest
+from cswap_deploy.targets import Int8, check_digest
 
 
 class OnnxRuntime:
@@ -34,8 +34,9 @@ class OnnxRuntime:
         batch: BatchRange,
         out_dir: Path,
         options: EngineOptions | None = None,
-        calibration: Images | None = None,
+        int8: Int8 | None = None,
         progress: Progress | None = None,
+        store: Path | None = None,
     ) -> EngineArtifact:
         """Check that the runtime takes the graph, at the smallest and the largest batch.
 
@@ -44,8 +45,9 @@ class OnnxRuntime:
             batch: Smallest and largest batch are run once, on zeros.
             out_dir: Not used: nothing is written.
             options: Not used.
-            calibration: Not used: the graph's number formats are the engine's.
+            int8: Not used: the graph's number formats are the engine's.
             progress: Not used: it takes no time.
+            store: Not used.
 
         Returns:
             ``onnx.path`` as the engine; the time is that of loading and optimising (seconds).
@@ -87,12 +89,15 @@ class OnnxRuntime:
             device=session.provider,
         )
 
-    def load(self, engine: EngineArtifact, *, threads: int | None = None) -> OnnxSession:
+    def load(
+        self, engine: EngineArtifact, *, threads: int | None = None, onnx: Path | None = None
+    ) -> OnnxSession:
         """Load the graph.
 
         Args:
             engine: What ``build`` returned.
             threads: Of one operator; the cores that this process may use unless said.
+            onnx: Not used: the engine is the graph.
 
         Returns:
             A session.

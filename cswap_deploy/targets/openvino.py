@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import logging
 import re
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -27,7 +29,7 @@ from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.targets import Images, check_digest
+from cswap_deploy.targets import Images, Int8, check_digest
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 CALIBRATION_IMAGES = 300
@@ -35,6 +37,7 @@ CALIBRATION_IMAGES = 300
 _DIGEST = ("cswap_deploy", "weights_sha256")
 """Where the graph's file records the digest of the weights' file: the digest of the one that the
 artefact holds then covers both."""
+_PRODUCT = "/WithoutBiases"
 _ARITHMETIC = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 """Layers of the compiled graph whose number format says what a network computes in."""
 
@@ -60,8 +63,9 @@ class OpenVino:
         batch: BatchRange,
         out_dir: Path,
         options: EngineOptions | None = None,
-        calibration: Images | None = None,
+        int8: Int8 | None = None,
         progress: Progress | None = None,
+        store: Path | None = None,
     ) -> EngineArtifact:
         """Convert the graph, quantise it if asked, and run what was written.
 
@@ -71,9 +75,9 @@ class OpenVino:
                 on zeros. Equal ones give static shapes, which are faster.
             out_dir: Existing folder; ``model.xml`` and ``model.bin`` are written there.
             options: Not used.
-            calibration: (N, C, H, W) float32, normalised: NNCF quantises to int8, with the ranges
-                that the first 300 of them give.
+            int8: NNCF quantises, with the ranges that the first 300 images give.
             progress: Told that it quantises.
+            store: Not used.
 
         Returns:
             The engine. ``size_bytes`` is of both files; the time is that of converting, quantising
@@ -89,15 +93,15 @@ class OpenVino:
             Flow".
         """
         ov = import_openvino()
-        core = ov.Core()
+        core = _core()
         versions = {"openvino": _version(ov)}
         start = time.perf_counter()
         try:
             model = core.read_model(onnx.path)
-            if calibration is not None:
+            if int8 is not None:
                 progress = progress if progress is not None else Silent()
                 progress.begin("int8: quantising (NNCF)", 0)
-                model, versions["nncf"] = _quantise(model, calibration, onnx.path.name)
+                model, versions["nncf"] = _quantise(model, int8, onnx.path.name)
                 progress.end()
             shape = model.input(0).partial_shape
             shape[0] = ov.Dimension(batch.min, batch.max)
@@ -110,7 +114,7 @@ class OpenVino:
         path = out_dir / GRAPH
         _write(ov, model, path)
         seconds = time.perf_counter() - start
-        precision = onnx.precision if calibration is None else "int8"
+        precision = onnx.precision if int8 is None else "int8"
         note = f"openvino computes in float32 on the CPU: only the weights are {precision}"
         engine = EngineArtifact(
             target=self.name,
@@ -129,12 +133,15 @@ class OpenVino:
         self._try(engine, onnx, batch)
         return engine
 
-    def load(self, engine: EngineArtifact, *, threads: int | None = None) -> OpenVinoSession:
+    def load(
+        self, engine: EngineArtifact, *, threads: int | None = None, onnx: Path | None = None
+    ) -> OpenVinoSession:
         """Compile the graph for this machine's CPU.
 
         Args:
             engine: What ``build`` returned.
             threads: Of one call; the cores that this process may use unless said, and never more.
+            onnx: Not used: the weights are in ``model.bin``.
 
         Returns:
             A session.
@@ -210,7 +217,7 @@ class OpenVinoSession:
         Source:
             OpenVINO documentation, "CPU Device", "Precision Control", "Performance Hints".
         """
-        core = ov.Core()
+        core = _core()
         compiled = core.compile_model(
             core.read_model(graph, weights),
             "CPU",
@@ -255,6 +262,17 @@ def import_openvino() -> Any:
     return _import("openvino")
 
 
+@functools.cache
+def _core() -> Any:
+    """One for the process, kept.
+
+    Each brings a CPU plugin that gives the thread a signal stack and puts the former one back when
+    it goes. Two that go in the order they came leave one that is freed, and the next signal,
+    Ctrl-C for one, ends the process (OpenVINO 2026.4). NNCF's own come and go in pairs.
+    """
+    return import_openvino().Core()
+
+
 def _import(module: str) -> Any:
     """One of OpenVINO's packages, without what their imports do to the process and the user.
 
@@ -272,7 +290,7 @@ def _import(module: str) -> Any:
         logging.setLoggerClass(loggers)
 
 
-def _quantise(model: Any, calibration: Images, name: str) -> tuple[Any, str]:
+def _quantise(model: Any, int8: Int8, name: str) -> tuple[Any, str]:
     """Int8 by NNCF, deterministic, and NNCF's version.
 
     Weights get 7 of the 8 bits (``OverflowFix.ENABLE``). Without VNNI or AMX, processors add pairs
@@ -287,7 +305,7 @@ def _quantise(model: Any, calibration: Images, name: str) -> tuple[Any, str]:
     Source:
         NNCF documentation, "Post-Training Quantization"; ``nncf.OverflowFix``.
     """
-    images = np.ascontiguousarray(calibration[:CALIBRATION_IMAGES], dtype=np.float32)
+    images = np.ascontiguousarray(int8.images[:CALIBRATION_IMAGES], dtype=np.float32)
     with captured():
         nncf = _import("nncf")
         refusals = (nncf.InternalError, nncf.UnsupportedModelError, nncf.ValidationError)
@@ -298,6 +316,7 @@ def _quantise(model: Any, calibration: Images, name: str) -> tuple[Any, str]:
                 preset=nncf.QuantizationPreset.PERFORMANCE,
                 subset_size=len(images),
                 model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
+                ignored_scope=nncf.IgnoredScope(names=_kept(model, int8.keep_fp32)),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
                     overflow_fix=nncf.OverflowFix.ENABLE
                 ),
@@ -314,6 +333,15 @@ def _quantise(model: Any, calibration: Images, name: str) -> tuple[Any, str]:
             f"nncf {nncf.__version__} found nothing to quantise in {name}", fix="--precision fp32"
         )
     return quantised, str(nncf.__version__)
+
+
+def _kept(model: Any, patterns: tuple[str, ...]) -> list[str]:
+    """Operators that come from certain ONNX nodes.
+
+    One node becomes several: what adds a bias has the node's name, the product its own.
+    """
+    names = (op.get_friendly_name() for op in model.get_ops())
+    return [n for n in names if any(fnmatch(n.removesuffix(_PRODUCT), p) for p in patterns)]
 
 
 def _has_attention(model: Any) -> bool:
@@ -333,7 +361,7 @@ def _write(ov: Any, model: Any, path: Path) -> None:
     """
     weights = path.with_suffix(".bin")
     ov.save_model(model, path, compress_to_fp16=False)
-    written = ov.Core().read_model(path.read_bytes(), weights.read_bytes())
+    written = _core().read_model(path.read_bytes(), weights.read_bytes())
     for index, op in enumerate(written.get_ordered_ops()):
         if numbered := re.fullmatch(r"([A-Z][A-Za-z]*)_\d+", op.get_friendly_name()):
             op.set_friendly_name(f"{numbered[1]}_{index}")

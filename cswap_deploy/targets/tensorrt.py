@@ -8,11 +8,7 @@ used against the official bindings' own.
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +35,8 @@ from cswap_deploy.runtime.tensorrt_session import (
     import_tensorrt,
     make_logger,
 )
-from cswap_deploy.targets import Images, Session, check_digest
+from cswap_deploy.targets import Int8, Session, check_digest
+from cswap_deploy.targets.build_monitor import make_monitor, noticing_ctrl_c
 from cswap_deploy.targets.timing_cache import TimingCache
 
 _COMPAT = {"ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
@@ -97,8 +94,9 @@ class TensorRt:
         batch: BatchRange,
         out_dir: Path,
         options: EngineOptions | None = None,
-        calibration: Images | None = None,
+        int8: Int8 | None = None,
         progress: Progress | None = None,
+        store: Path | None = None,
     ) -> EngineArtifact:
         """Compile the graph; the dtypes in the graph are the dtypes of the engine.
 
@@ -108,8 +106,9 @@ class TensorRt:
             out_dir: Existing folder; the engine and ``layers.json`` are written there.
             options: For the builder. Beside the engine, ``layers.json`` holds its inputs, outputs,
                 profile and layers.
-            calibration: Not used: int8 is in the graph, as Q/DQ nodes.
+            int8: Not used: int8 is in the graph, as Q/DQ nodes.
             progress: Told of the builder's steps; Ctrl-C ends the build at the next one.
+            store: Root of the store, which keeps the timing cache.
 
         Returns:
             The engine; runnable where a GPU is there.
@@ -135,11 +134,10 @@ class TensorRt:
                 fix="build on the device, or use --target tensorrt-rtx, which needs no GPU",
             )
         capability = "" if problem else compute_capability()
-        stripped = options.strip_weights
         logger = make_logger(trt)
         start = time.perf_counter()
         plan, layers = self._compile(
-            trt, flavour, logger, onnx, batch, options, progress or Silent(), capability
+            trt, flavour, logger, onnx, batch, options, progress or Silent(), capability, store
         )
         seconds = time.perf_counter() - start
         path = out_dir / self._file_name(trt, flavour, onnx, capability)
@@ -148,8 +146,6 @@ class TensorRt:
             layers |= _inspect(trt, logger, plan, options)
         (out_dir / LAYERS).write_text(json.dumps(layers, indent=1))
         bound = not flavour.compute_capabilities and options.hardware_compat != "ampere+"
-        # Nothing that loads an engine during a build has the graph beside it.
-        reason = problem or ("its weights are put back on the device" if stripped else "")
         return EngineArtifact(
             target=self.name,
             path=path,
@@ -157,40 +153,46 @@ class TensorRt:
             size_bytes=path.stat().st_size,
             build_seconds=seconds,
             precision=onnx.precision,
-            runnable=not reason,
-            reason=reason,
+            runnable=not problem,
+            reason=problem,
             versions=self.versions(),
             device=self._device(flavour, options),
             batch=batch,
             options=options,
             compute_capability=capability if bound else "",
-            stripped=stripped,
+            stripped=options.strip_weights,
             extra_files=(LAYERS,),
             notes=tuple(f"{self.name} warns: {words}" for words in logger.warnings),
         )
 
-    def load(self, engine: EngineArtifact, *, threads: int | None = None) -> Session:
+    def load(
+        self, engine: EngineArtifact, *, threads: int | None = None, onnx: Path | None = None
+    ) -> Session:
         """Deserialise the engine on this machine's GPU.
 
         Args:
             engine: What ``build`` returned.
             threads: Not used.
+            onnx: The graph that it was built from; needed where the engine is stripped.
 
         Returns:
             A session that copies in, runs and copies out.
 
         Raises:
             MissingDependencyError: There is no GPU, no driver, or no pycuda.
-            ArtifactError: The engine's file is absent or altered, or is for another version or GPU.
+            ArtifactError: The engine's file is absent or altered, or is for another version or GPU,
+                or it is stripped and the graph is not there or is another one.
         """
         check_digest(engine)
+        if engine.stripped and onnx is None:
+            raise ArtifactError(f"{engine.path} is without weights: its graph is needed too")
         return TensorRtSession(
             engine.path.read_bytes(),
             target=self.name,
             version=engine.versions[self.name],
             compute_capability=engine.compute_capability,
             version_compatible=engine.options is not None and engine.options.version_compatible,
-            weights=_read(engine.path.parent / "model.onnx") if engine.stripped else None,
+            weights=_read(onnx) if engine.stripped and onnx is not None else None,
         )
 
     def versions(self) -> dict[str, str]:
@@ -318,6 +320,7 @@ class TensorRt:
         options: EngineOptions,
         progress: Progress,
         capability: str,
+        store: Path | None,
     ) -> tuple[bytes, dict[str, Any]]:
         builder = self._builder(trt, logger)
         network = builder.create_network(self._creation_flags(trt, flavour))
@@ -341,16 +344,16 @@ class TensorRt:
             "network": _network_layers(network),
         }
         if flavour.timing_cache:
-            with TimingCache(f"trt{trt.__version__}-sm{capability}") as cache:
+            with TimingCache(f"trt{trt.__version__}-sm{capability}", store) as cache:
                 # Refused where it was measured on another GPU of this compute capability.
                 if not config.set_timing_cache(config.create_timing_cache(cache.read()), False):
                     config.set_timing_cache(config.create_timing_cache(b""), False)
-                with _noticing_ctrl_c(monitor):
+                with noticing_ctrl_c(monitor):
                     plan = builder.build_serialized_network(network, config)
                 if plan is not None:
                     cache.write(bytes(config.get_timing_cache().serialize()))
         else:
-            with _noticing_ctrl_c(monitor):
+            with noticing_ctrl_c(monitor):
                 plan = builder.build_serialized_network(network, config)
         if monitor.interrupted:
             raise KeyboardInterrupt
@@ -402,68 +405,6 @@ class TensorRt:
             else None,
             log=tuple(str(error) for error in errors),
         )
-
-
-def make_monitor(trt: Any, progress: Progress) -> Any:
-    """A builder's progress, told to the screen; the outermost counted phase is the bar.
-
-    Source:
-        TensorRT Python API, ``IProgressMonitor``: a step that answers ``False`` cancels the build.
-    """
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.interrupted = False
-            self._bar = ""
-            self._done = 0
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            if parent is not None and not self._bar:
-                self._bar, self._done = phase, 0
-                self._tell(lambda: progress.begin(phase[:1].lower() + phase[1:], steps))
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            if phase == self._bar and step >= self._done:
-                more, self._done = step + 1 - self._done, step + 1
-                self._tell(lambda: progress.advance(more))
-            return not self.interrupted
-
-        def phase_finish(self, phase: str) -> None:
-            if phase == self._bar:
-                self._bar = ""
-                self._tell(progress.end)
-
-        def _tell(self, tell: Callable[[], None]) -> None:
-            try:
-                tell()
-            except KeyboardInterrupt:  # what leaves a callback is printed and forgotten
-                self.interrupted = True
-
-    return Monitor()
-
-
-@contextmanager
-def _noticing_ctrl_c(monitor: Any) -> Iterator[None]:
-    """Ctrl-C ends the build at its next step.
-
-    The only Python code that runs meanwhile is the callbacks, most of all the logger's, and an
-    exception that leaves one is printed by the binding and forgotten (tensorrt-rtx 1.7). So the
-    signal must raise none.
-    """
-
-    def notice(*_: object) -> None:
-        monitor.interrupted = True
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # Ctrl-C is somebody else's
-        return
-    signal.signal(signal.SIGINT, notice)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _parser_words(error: Any) -> str:

@@ -21,12 +21,16 @@ class TimingCache:
     It saves time and changes no key: builds are not deterministic with it either, so an engine is
     shipped with its digest and never rebuilt to the same bytes.
 
+    Args:
+        name: Of the version and the capability.
+        store: Root of the store that it is kept in; the user's unless said.
+
     Source:
         TensorRT documentation, "Timing Cache".
     """
 
-    def __init__(self, name: str) -> None:
-        self.path: Path = Store().root / "timing" / f"{name}.cache"
+    def __init__(self, name: str, store: Path | None = None) -> None:
+        self.path: Path = Store(store).root / "timing" / f"{name}.cache"
         self._lock = FileLock(self.path.with_suffix(".lock"))
 
     def __enter__(self) -> Self:

@@ -655,8 +655,9 @@ def test_a_build_loads_its_engines_the_same_way(
     options = EngineOptions(version_compatible=True)
     session = TensorRt().load(built(tmp_path, code, options=options))
     np.testing.assert_allclose(session.run(images(2)), reference(images(2)), rtol=1e-6)
-    (tmp_path / "model.onnx").write_bytes(ONNX)
-    session = TensorRt().load(built(tmp_path, b.engine(stripped=True), stripped=True))
+    graph = tmp_path / "model.onnx"
+    graph.write_bytes(ONNX)
+    session = TensorRt().load(built(tmp_path, b.engine(stripped=True), stripped=True), onnx=graph)
     np.testing.assert_allclose(session.run(images(2)), reference(images(2)), rtol=1e-6)
 
 

@@ -26,7 +26,13 @@ from strict_bindings import NAMES, packages
 
 import cswap_deploy
 from cswap_deploy.artifacts import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
-from cswap_deploy.errors import BuildError, CswapError, MissingDependencyError, UsageError
+from cswap_deploy.errors import (
+    ArtifactError,
+    BuildError,
+    CswapError,
+    MissingDependencyError,
+    UsageError,
+)
 from cswap_deploy.progress import Silent
 from cswap_deploy.targets import tensorrt as adapter
 from cswap_deploy.targets.tensorrt import FLAVOURS, Flavour, TensorRt
@@ -378,12 +384,14 @@ def test_what_gpu_an_engine_is_bound_to(
 
 
 @every_package
-def test_an_engine_without_weights_is_not_run_where_it_is_built(
+def test_an_engine_without_weights_is_not_loaded_without_its_graph(
     bench: Callable[[str], Bench], onnx: OnnxArtifact, package: str
 ) -> None:
-    engine = bench(package).build(onnx, strip_weights=True)
-    assert engine.stripped
-    assert (engine.runnable, engine.reason) == (False, "its weights are put back on the device")
+    b = bench(package)
+    engine = b.build(onnx, strip_weights=True)
+    assert (engine.stripped, engine.runnable, engine.reason) == (True, True, "")
+    with pytest.raises(ArtifactError, match="is without weights: its graph is needed too"):
+        b.target.load(engine)
 
 
 def test_without_a_gpu(bench: Callable[[str], Bench], onnx: OnnxArtifact) -> None:
@@ -474,6 +482,15 @@ def test_figures_of_another_gpu_are_not_used(
     b.build(onnx)
     (file,) = (tmp_path / "store" / "timing").glob("*.cache")
     assert file.read_bytes() == b"NVIDIA L40S|measured"
+
+
+def test_the_cache_lies_in_the_store_that_was_asked_for(
+    bench: Callable[[str], Bench], onnx: OnnxArtifact, tmp_path: Path
+) -> None:
+    b = bench(V11)
+    b.target.build(onnx, batch=BATCH, out_dir=b.out, store=tmp_path / "mine")
+    assert (tmp_path / "mine" / "timing" / f"trt{b.version}-sm8.9.cache").is_file()
+    assert not (tmp_path / "store").exists()
 
 
 def test_rtx_keeps_no_timing_cache(

@@ -24,7 +24,7 @@ from cswap_deploy.models.zoo import MEAN, STD, ZOO_DIR
 from cswap_deploy.progress import Silent
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.runtime.onnx_session import OnnxSession
-from cswap_deploy.targets import get_target
+from cswap_deploy.targets import Int8, get_target
 from cswap_deploy.targets.openvino import OpenVino, OpenVinoSession
 
 TOLERANCE = 1e-4
@@ -207,7 +207,7 @@ def test_int8_of_a_trained_network_keeps_its_accuracy(
     full = openvino.build(resnet_graph, batch=batch, out_dir=wide)
     capfd.readouterr()
     built = openvino.build(
-        resnet_graph, batch=batch, out_dir=narrow, calibration=calibration, progress=Listening()
+        resnet_graph, batch=batch, out_dir=narrow, int8=Int8(calibration), progress=Listening()
     )
     session = openvino.load(built)
     assert capfd.readouterr() == ("", "")
@@ -237,7 +237,7 @@ def test_a_transformer_is_quantised_as_one(
     needs("nncf")
     batch, images = BatchRange(min=4, opt=4, max=8), pictures(8)
     built, again = (
-        openvino.build(vit_graph, batch=batch, out_dir=folder, calibration=images)
+        openvino.build(vit_graph, batch=batch, out_dir=folder, int8=Int8(images))
         for folder in (tmp_path, tmp_path_factory.mktemp("again"))
     )
     assert again.sha256 == built.sha256, "not the same bytes from the same input"
@@ -247,6 +247,32 @@ def test_a_transformer_is_quantised_as_one(
     session = openvino.load(built)
     assert "int8" in session.provider
     assert np.isfinite(session.run(pictures(4))).all()
+
+
+def test_layers_asked_for_stay_in_float32(
+    openvino: OpenVino, vit_graph: OnnxArtifact, tmp_path: Path
+) -> None:
+    needs("nncf")
+    from cswap_deploy.targets.openvino import import_openvino
+
+    def quantised(*keep: str) -> dict[str, bool]:
+        """Module of each product with weights -> whether it reads quantised activations."""
+        built = openvino.build(
+            vit_graph, batch=BatchRange(), out_dir=tmp_path, int8=Int8(pictures(8), keep)
+        )
+        found = {}
+        for op in import_openvino().Core().read_model(built.path).get_ops():
+            module, _, rest = op.get_friendly_name().partition("/")
+            if op.get_type_name() in ("MatMul", "Convolution") and rest:
+                given = op.input_value(0).get_node()
+                found[module] = given.get_type_name() == "FakeQuantize"
+        return found
+
+    everything = quantised()
+    assert set(everything) == {"patches", "qkv", "proj", "mlp.0", "mlp.2", "head"}
+    assert all(everything.values())
+    kept = quantised("mlp.*/*", "head/Gemm")
+    assert {name for name, narrow in kept.items() if not narrow} == {"mlp.0", "mlp.2", "head"}
 
 
 def test_a_batch_outside_the_range_is_refused(openvino: OpenVino, engine: EngineArtifact) -> None:
@@ -333,9 +359,7 @@ def test_a_graph_with_nothing_to_quantise(openvino: OpenVino, tmp_path: Path) ->
     )
     images = np.zeros((4, 1, 2, 2), dtype=np.float32)
     with pytest.raises(BuildError, match=r"found nothing to quantise in flat\.onnx"):
-        openvino.build(
-            describe_onnx(path), batch=BatchRange(), out_dir=tmp_path, calibration=images
-        )
+        openvino.build(describe_onnx(path), batch=BatchRange(), out_dir=tmp_path, int8=Int8(images))
 
 
 def test_an_absent_package_and_one_that_does_not_load(
@@ -367,10 +391,42 @@ def test_int8_without_nncf(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(MissingDependencyError) as caught:
-        openvino.build(graph, batch=BatchRange(), out_dir=tmp_path, calibration=pictures(2))
+        openvino.build(graph, batch=BatchRange(), out_dir=tmp_path, int8=Int8(pictures(2)))
     assert str(caught.value) == (
         "nncf is not installed\n  fix: pip install 'cswap-deploy[openvino]'"
     )
+
+
+def test_ctrl_c_after_engines_have_gone(vit_graph: OnnxArtifact, tmp_path: Path) -> None:
+    """In a process of its own: a signal on a stack that is freed would end this one."""
+    needs("nncf")
+    code = (
+        "import gc, signal, sys; from pathlib import Path; import numpy as np\n"
+        "from cswap_deploy.artifacts import BatchRange\n"
+        "from cswap_deploy.export.onnx import describe_onnx\n"
+        "from cswap_deploy.targets import Int8\n"
+        "from cswap_deploy.targets.openvino import OpenVino\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "graph, out = map(Path, sys.argv[1:])\n"
+        "images = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)\n"
+        "def session(int8=None):\n"
+        "    engine = OpenVino().build(\n"
+        "        describe_onnx(graph), batch=BatchRange(), out_dir=out, int8=int8)\n"
+        "    return OpenVino().load(engine)\n"
+        "first, second, third = session(Int8(images)), session(), session(Int8(images))\n"
+        "del first; gc.collect()\n"
+        "del second; gc.collect()\n"
+        "del third; gc.collect()\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('noticed')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(vit_graph.path), str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "noticed\n"), done.stderr
 
 
 def test_nothing_is_printed_sent_or_left_behind(graph: OnnxArtifact, tmp_path: Path) -> None:
@@ -383,11 +439,12 @@ def test_nothing_is_printed_sent_or_left_behind(graph: OnnxArtifact, tmp_path: P
         "import logging, sys; from pathlib import Path; import numpy as np\n"
         "from cswap_deploy.artifacts import BatchRange\n"
         "from cswap_deploy.export.onnx import describe_onnx\n"
+        "from cswap_deploy.targets import Int8\n"
         "from cswap_deploy.targets.openvino import OpenVino\n"
         "graph, out = map(Path, sys.argv[1:])\n"
         "images = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)\n"
         "engine = OpenVino().build(describe_onnx(graph), batch=BatchRange(), out_dir=out,"
-        " calibration=images)\n"
+        " int8=Int8(images))\n"
         "OpenVino().load(engine).run(images)\n"
         "assert 'nncf' in sys.modules and 'openvino' in sys.modules\n"
         "assert not [n for n in sys.modules if n.startswith('openvino_telemetry.')]\n"
