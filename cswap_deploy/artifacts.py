@@ -368,6 +368,17 @@ class KeptLayer(Value):
     when only this layer is narrowed."""
 
 
+class PrecisionTrial(Value):
+    """A graph that was judged on the way to the final one."""
+
+    what: str
+    kl: float | None
+    """Mean KL divergence from the float32 graph (nats); ``None`` where logits are not finite."""
+    agreement: Fraction
+    """Of the images that get the float32 graph's class."""
+    passes: bool
+
+
 class PrecisionResult(Value):
     """How a graph came to its number formats, and what that did to its predictions."""
 
@@ -377,8 +388,8 @@ class PrecisionResult(Value):
     kept: tuple[KeptLayer, ...] = ()
     calibration: str = ""
     """How int8 ranges were found: the method taken."""
-    tried: tuple[str, ...] = ()
-    """What was measured on the way, a line each."""
+    tried: tuple[PrecisionTrial, ...] = ()
+    """What was measured on the way, in this order."""
     images: int
     """Calibration images that it was judged on."""
     kl: float

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import KeptLayer, OnnxArtifact, PrecisionResult
+from cswap_deploy.artifacts import KeptLayer, OnnxArtifact, PrecisionResult, PrecisionTrial
 from cswap_deploy.errors import GateError, UsageError
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.runtime.onnx_session import OnnxSession
@@ -139,7 +139,7 @@ class _Work:
         self.judged, self.labels = rest[:JUDGE_IMAGES], labels[:JUDGE_IMAGES]
         self.reference = _answers(OnnxSession(onnx.path, threads=None).run, self.judged)
         self.drop_limit = drop_limit
-        self.tried: list[str] = []
+        self.tried: list[PrecisionTrial] = []
         self.layers = 0
         self.operators = _operators(onnx.path)
         self.asked = _matching(self.operators, patterns)
@@ -161,13 +161,13 @@ class _Work:
         )
 
     def say(self, what: str, found: Judgement) -> None:
-        """Keep a line for the report."""
-        verdict = "passes" if self.good(found) else "fails"
-        words = (
-            f"KL {found.kl:.2g}, {found.agreement:.2%} of the classes alike" if found.finite
-            else "logits are not finite"
+        """Keep it for the report."""
+        self.tried.append(
+            PrecisionTrial(
+                what=what, kl=found.kl if found.finite else None, agreement=found.agreement,
+                passes=self.good(found),
+            )
         )  # fmt: skip
-        self.tried.append(f"{what}: {words}, {verdict}")
 
     def kept(self, name: str, reason: Literal["range", "accuracy"], value: float) -> KeptLayer:
         """A node that stays wide; a value that is not finite is not written down."""

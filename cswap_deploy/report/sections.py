@@ -152,23 +152,33 @@ def _precision(manifest: Manifest) -> Section | None:
     text = [
         f"The graph is {result.precision}. On {result.images:,} calibration images "
         f"{percent(result.agreement)} of its predictions are the float32 graph's (KL divergence "
-        f"{nats(result.kl)} nats); the gate allows a loss of {points(result.drop_limit)} of top-1.",
-        *(f"Tried: {line}." for line in result.tried),
+        f"{nats(result.kl)} nats); the gate allows a loss of {points(result.drop_limit)} points of "
+        "top-1 on the validation images, or of one image.",
     ]
+    trials = tuple(
+        (
+            t.what, "not finite" if t.kl is None else nats(t.kl), percent(t.agreement),
+            "passes" if t.passes else "fails",
+        )
+        for t in result.tried
+    )  # fmt: skip
+    tables = [Table(("tried", "KL, nats", "same class", "judged"), trials)] if trials else []
     rows = tuple(
         (
-            r.engine.target, r.judged_by, _interval(r.reduced.dense), _interval(r.reduced.pruned),
-            points(r.reduced.drop), percent(r.reduced.agreement), f"{r.reduced.pruned.images:,}",
+            r.engine.target, r.judged_by, top1(r.reduced.dense), top1(r.reduced.pruned),
+            f"{points(r.reduced.drop)} ({points(r.reduced.low)} to {points(r.reduced.high)})",
+            percent(r.reduced.agreement), f"{r.reduced.pruned.images:,}",
         )
         for r in manifest.targets
         if r.reduced is not None
     )  # fmt: skip
     head = ("target", "measured on", "pruned, float32", f"pruned, {result.precision}", "drop")
-    tables = [Table((*head, "same class", "images"), rows, 2)] if rows else []
+    if rows:
+        tables.append(Table((*head, "same class", "images"), rows, 2))
     if result.kept:
         tables.append(
             Table(
-                ("layers kept wider", "operator", "because of", "value"),
+                ("node kept wider", "operator", "because of", "value"),
                 tuple(
                     (
                         k.node, k.operator, _REASONS[k.reason],
@@ -180,8 +190,8 @@ def _precision(manifest: Manifest) -> Section | None:
             )
         )  # fmt: skip
         text.append(
-            f"{len(result.kept):,} of {result.layers:,} layers keep a wider type. The value is the "
-            "largest one met, or the KL divergence (nats) when this layer alone is narrowed."
+            f"Nodes that keep a wider type: {len(result.kept):,}. The value is the largest one "
+            "met, or the KL divergence (nats) when this node alone is narrowed."
         )
     return Section("Precision", tuple(text), tuple(tables))
 

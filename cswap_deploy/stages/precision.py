@@ -18,7 +18,7 @@ from cswap_deploy.stages.run import (
 )
 from cswap_deploy.store import stage_key
 
-_VERSION = 1
+_VERSION = 2
 """Raised when this stage's code changes what it writes."""
 
 
@@ -98,4 +98,4 @@ def _summary(model: OnnxArtifact, result: PrecisionResult) -> str:
     text += "predictions as in float32"
     if result.calibration:
         text += f", ranges by {result.calibration}"
-    return text + (f"; {kept} of {result.layers} layers kept wider" if kept else "")
+    return text + (f"; {kept} nodes kept wider" if kept else "")
