@@ -72,7 +72,7 @@ PrecisionDrop = Annotated[
 ]
 KeepFp32 = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Layers that keep their type, as 'blocks.0.attn/*'."),
+    typer.Option(metavar="MODULE", help="Keeps its type, as blocks.0.attn or '*/Softmax'."),
 ]
 Int8Calibration = Annotated[
     str | None, typer.Option(metavar="auto|entropy|percentile|minmax", help="Of activations.")

@@ -124,7 +124,7 @@ class BuildConfig(EngineOptions):
     """Largest loss of top-1 that the precision may cost, against the pruned float32 network; .001
     for fp16, .005 for bf16, .01 with int8 unless said. One image is always allowed."""
     keep_fp32: tuple[str, ...] = ()
-    """Layers that keep their type: patterns of node names, ``blocks.0.attn/*``."""
+    """What keeps its type: modules (``blocks.0.attn``), or patterns of nodes (``*/Softmax``)."""
     int8_calibration: Literal["auto", "entropy", "percentile", "minmax"] = "auto"
     """How the range of an activation is found; auto: the best of the three by measured effect."""
     opset: int | Literal["auto"] = "auto"

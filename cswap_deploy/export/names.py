@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def name_nodes(graph: Any, *, modules: Mapping[str, str]) -> None:
 def module_of(node_name: str) -> str:
     """The PyTorch module in a node's name; empty for the network itself."""
     return node_name.rpartition("/")[0]
+
+
+def is_meant(node_name: str, by: str) -> bool:
+    """Whether a user's word means a node.
+
+    Args:
+        node_name: ``blocks.0.attn.qkv/MatMul``.
+        by: A module, which means all that is in it (``blocks.0.attn``), or a pattern of nodes
+            (``*/Softmax``).
+    """
+    return fnmatchcase(node_name, by) or node_name.startswith((f"{by}/", f"{by}."))
 
 
 def exported_modules(graph: Any) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from cswap_deploy.artifacts import KeptLayer, OnnxArtifact, PrecisionResult, PrecisionTrial
 from cswap_deploy.errors import GateError, UsageError
+from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.runtime.onnx_session import OnnxSession
 
@@ -74,7 +74,7 @@ def reduce_precision(
         drop_limit: Largest loss of top-1 against the float32 graph (fraction); one image is always
             allowed.
         path: File to write.
-        keep_fp32: Patterns of nodes that keep their type, ``blocks.0.attn/*``.
+        keep_fp32: Modules or patterns of nodes that keep their type; see ``names.is_meant``.
         int8_calibration: ``entropy``, ``percentile``, ``minmax``, or ``auto``: the best of them.
         progress: Told of what takes time.
 
@@ -322,7 +322,7 @@ def _operators(path: Path) -> dict[str, str]:
 
 def _matching(operators: dict[str, str], patterns: tuple[str, ...]) -> list[KeptLayer]:
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in operators):
+        if not any(is_meant(name, pattern) for name in operators):
             raise UsageError(
                 f"--keep-fp32 {pattern!r} matches none of the graph's {len(operators)} nodes, "
                 f"among them {', '.join(list(operators)[:3])}"
@@ -330,7 +330,7 @@ def _matching(operators: dict[str, str], patterns: tuple[str, ...]) -> list[Kept
     return [
         KeptLayer(node=name, operator=operator, reason="asked")
         for name, operator in operators.items()
-        if any(fnmatch(name, pattern) for pattern in patterns)
+        if any(is_meant(name, pattern) for pattern in patterns)
     ]
 
 

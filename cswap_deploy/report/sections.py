@@ -153,7 +153,7 @@ def _precision(manifest: Manifest) -> Section | None:
         f"The graph is {result.precision}. On {result.images:,} calibration images "
         f"{percent(result.agreement)} of its predictions are the float32 graph's (KL divergence "
         f"{nats(result.kl)} nats); the gate allows a loss of {points(result.drop_limit)} points of "
-        "top-1 on the validation images, or of one image.",
+        "top-1 on the validation images, or of one image. All figures are of the pruned network.",
     ]
     trials = tuple(
         (
@@ -172,7 +172,7 @@ def _precision(manifest: Manifest) -> Section | None:
         for r in manifest.targets
         if r.reduced is not None
     )  # fmt: skip
-    head = ("target", "measured on", "pruned, float32", f"pruned, {result.precision}", "drop")
+    head = ("target", "measured on", "float32", result.precision, "drop")
     if rows:
         tables.append(Table((*head, "same class", "images"), rows, 2))
     if result.kept:

@@ -30,7 +30,7 @@ class Int8:
     images: Images
     """(N, C, H, W), normalised, for the ranges of activations."""
     keep_fp32: tuple[str, ...] = ()
-    """Patterns of ONNX nodes that stay as they are."""
+    """Modules, or patterns of ONNX nodes, that stay as they are."""
 
 
 class Session(Protocol):

@@ -10,7 +10,6 @@ import logging
 import re
 import sys
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -27,6 +26,7 @@ from cswap_deploy.artifacts import (
 )
 from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing
+from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.targets import Images, Int8, check_digest
@@ -341,7 +341,7 @@ def _kept(model: Any, patterns: tuple[str, ...]) -> list[str]:
     One node becomes several: what adds a bias has the node's name, the product its own.
     """
     names = (op.get_friendly_name() for op in model.get_ops())
-    return [n for n in names if any(fnmatch(n.removesuffix(_PRODUCT), p) for p in patterns)]
+    return [n for n in names if any(is_meant(n.removesuffix(_PRODUCT), p) for p in patterns)]
 
 
 def _has_attention(model: Any) -> bool:

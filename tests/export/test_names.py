@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from cswap_deploy.export.names import module_of, name_nodes, node_names
+from cswap_deploy.export.names import is_meant, module_of, name_nodes, node_names
 from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.torchvision_shim import import_timm
@@ -64,3 +64,19 @@ def test_nodes_without_a_record_are_named_after_their_readers() -> None:
     assert [n.name for n in nodes] == [
         "body.1/Shape", "body.1/Reshape", "body.1/Conv", "body.1/Conv_1", "Relu",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("by", "meant"),
+    [
+        ("blocks.1", {"blocks.1/Add", "blocks.1.attn/Softmax", "blocks.1.attn.qkv/MatMul"}),
+        ("blocks.1.attn", {"blocks.1.attn/Softmax", "blocks.1.attn.qkv/MatMul"}),
+        ("blocks.1.attn/*", {"blocks.1.attn/Softmax"}),
+        ("*/Softmax", {"blocks.1.attn/Softmax"}),
+        ("blocks.1/add", set()),
+        ("block", set()),
+    ],
+)
+def test_a_module_means_all_that_is_in_it(by: str, meant: set[str]) -> None:
+    nodes = {"blocks.1/Add", "blocks.1.attn/Softmax", "blocks.1.attn.qkv/MatMul", "blocks.11/Add"}
+    assert {node for node in nodes if is_meant(node, by)} == meant
