@@ -69,7 +69,7 @@ def engine_mib(graph: OnnxArtifact, folder: Path) -> float | None:
     return built.size_bytes / 2**20
 
 
-def measure(name: str, precisions: list[str]) -> list[Row]:
+def measure(name: str, formats: list[tuple[str, str]]) -> list[Row]:
     loaded = load_model(name)
     photos = Path(os.environ.get("CSWAP_DATA", "../shared/data")) / "imagenet-sample"
     samples = load_samples(
@@ -81,7 +81,7 @@ def measure(name: str, precisions: list[str]) -> list[Row]:
     calibration, test = (normalised(s, steps) for s in (samples.calibration, samples.validation))
     rows: list[Row] = []
     exact: np.ndarray | None = None
-    for precision in precisions:
+    for precision, quantizer in formats:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             exported = export_onnx(
@@ -94,7 +94,7 @@ def measure(name: str, precisions: list[str]) -> list[Row]:
                 graph, result = reduce_precision(
                     graph, precision=precision, images=calibration,
                     labels=samples.calibration.labels, drop_limit=DROP_LIMITS[precision],
-                    path=folder / "narrow.onnx",
+                    path=folder / "narrow.onnx", int8_quantizer=quantizer,
                 )  # fmt: skip
                 judged = folder / ROUNDED if result.emulated else graph.path
                 kept, layers, ranges = len(result.kept), result.layers, result.calibration
@@ -125,12 +125,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["demo-resnet", "demo-vit"])
     parser.add_argument("--quick", action="store_true", help="demo-resnet alone, three formats")
+    parser.add_argument("--int8-quantizer", nargs="+", default=["onnxruntime"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     models = ["demo-resnet"] if options.quick else options.models
     precisions = ["fp32", "fp16", "int8"] if options.quick else list(OPSETS)
     precisions.sort(key=lambda p: p != "fp32")
-    rows = [row for name in models for row in measure(name, precisions)]
+    formats = [
+        (precision, quantizer)
+        for precision in precisions
+        for quantizer in (options.int8_quantizer if precision in ("int8", "mixed") else [""])
+    ]
+    rows = [row for name in models for row in measure(name, formats)]
     packages = ("torch", "onnx", "onnxruntime", "cswap-deploy")
     told = {
         "versions": {name: version(name) for name in packages},

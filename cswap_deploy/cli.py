@@ -77,6 +77,9 @@ KeepFp32 = Annotated[
 Int8Calibration = Annotated[
     str | None, typer.Option(metavar="auto|entropy|percentile|minmax", help="Of activations.")
 ]
+Int8Quantizer = Annotated[
+    str | None, typer.Option(metavar="onnxruntime|modelopt", help="Who places Q/DQ pairs.")
+]
 Opset = Annotated[
     str | None, typer.Option(metavar="N|auto", help="ONNX opset (the lowest that does).")
 ]
@@ -221,6 +224,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
         precision_drop: PrecisionDrop = None,
         keep_fp32: KeepFp32 = None,
         int8_calibration: Int8Calibration = None,
+        int8_quantizer: Int8Quantizer = None,
         opset: Opset = None,
         batch: Batch = None,
         workspace_mib: Workspace = None,
@@ -298,6 +302,7 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         precision_drop: PrecisionDrop = None,
         keep_fp32: KeepFp32 = None,
         int8_calibration: Int8Calibration = None,
+        int8_quantizer: Int8Quantizer = None,
         opset: Opset = None,
         batch: Batch = None,
         workspace_mib: Workspace = None,

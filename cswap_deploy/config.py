@@ -127,6 +127,8 @@ class BuildConfig(EngineOptions):
     """What keeps its type: modules (``blocks.0.attn``), or patterns of nodes (``*/Softmax``)."""
     int8_calibration: Literal["auto", "entropy", "percentile", "minmax"] = "auto"
     """How the range of an activation is found; auto: the best of the three by measured effect."""
+    int8_quantizer: Literal["onnxruntime", "modelopt"] = "onnxruntime"
+    """Who places Q/DQ pairs. ``modelopt``: NVIDIA's, from the environment of CSWAP_MODELOPT."""
     opset: int | Literal["auto"] = "auto"
     """Of ONNX; auto: the lowest that has the operators in this precision, 18, 21 or 22."""
     batch: BatchRange = BatchRange()

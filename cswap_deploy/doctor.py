@@ -61,6 +61,7 @@ def examine() -> tuple[Finding, ...]:
         ("nvidia-ml-py", lambda: _package("nvidia-ml-py", "pynvml", optional=True)),
         ("openvino", lambda: _openvino("openvino")),
         ("nncf", lambda: _openvino("nncf")),
+        ("nvidia-modelopt", _modelopt),
         ("datasets", lambda: _package("datasets", "datasets", extra="hub", optional=True)),
         ("demo networks", _demos),
         ("store", _store),
@@ -294,6 +295,21 @@ def _openvino(name: str) -> Finding:
     if _absent(words, name):
         return Finding(name, "missing", "not installed (optional)", fix)
     return Finding(name, "broken", f"{_version(name)} does not load: {words}", fix)
+
+
+def _modelopt() -> Finding:
+    """In the environment that a variable names, or in this one."""
+    from cswap_deploy.errors import MissingDependencyError
+    from cswap_deploy.export.modelopt import VARIABLE, modelopt_version
+
+    named = os.environ.get(VARIABLE)
+    try:
+        version = modelopt_version()
+    except MissingDependencyError as err:
+        if named:
+            return Finding("nvidia-modelopt", "broken", str(err).splitlines()[0], err.fix or "")
+        return Finding("nvidia-modelopt", "missing", "not installed (optional)", err.fix or "")
+    return Finding("nvidia-modelopt", "ok", f"{version}, {named or 'in this environment'}")
 
 
 def _gpu() -> Finding:

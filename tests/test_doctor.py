@@ -46,6 +46,7 @@ def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
         "nvidia-ml-py",
         "openvino",
         "nncf",
+        "nvidia-modelopt",
         "datasets",
         "demo networks",
         "store",
@@ -151,6 +152,17 @@ def test_a_broken_dependency_is_not_called_absent(
     assert finding.fix == "pip install --force-reinstall planted_odd"
     finding = doctor._package("planted-gone", "planted_gone")
     assert (finding.state, finding.fix) == ("missing", "pip install planted-gone")
+
+
+def test_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    monkeypatch.setenv("CSWAP_MODELOPT", str(python))
+    finding = doctor._modelopt()
+    assert (finding.state, finding.fix[:21]) == ("broken", "python -m venv modelo")
+    assert f"CSWAP_MODELOPT names {python}, which does not run" in finding.detail
+    python.write_text("#!/bin/sh\necho 0.47.0\n")
+    python.chmod(0o755)
+    assert doctor._modelopt() == Finding("nvidia-modelopt", "ok", f"0.47.0, {python}")
 
 
 def test_two_builds_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

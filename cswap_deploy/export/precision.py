@@ -8,7 +8,7 @@ with the float32 graph's, and where they differ too much the fewest layers that 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +24,8 @@ from cswap_deploy.runtime.onnx_session import OnnxSession
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from cswap_deploy.export.quantize import Quantiser
 
 Floats = npt.NDArray[np.float32]
 RANGE_IMAGES = 64
@@ -62,6 +64,7 @@ def reduce_precision(
     path: Path,
     keep_fp32: tuple[str, ...] = (),
     int8_calibration: str = "auto",
+    int8_quantizer: str = "onnxruntime",
     progress: Progress | None = None,
 ) -> tuple[OnnxArtifact, PrecisionResult]:
     """Give a graph the dtypes that the engine will have.
@@ -75,7 +78,9 @@ def reduce_precision(
             allowed.
         path: File to write.
         keep_fp32: Modules or patterns of nodes that keep their type; see ``names.is_meant``.
-        int8_calibration: ``entropy``, ``percentile``, ``minmax``, or ``auto``: the best of them.
+        int8_calibration: ``entropy``, ``percentile``, ``minmax``, or ``auto``: the best of those
+            that the quantiser has.
+        int8_quantizer: See :func:`make_quantiser`.
         progress: Told of what takes time.
 
     Returns:
@@ -84,7 +89,8 @@ def reduce_precision(
         CPU and computes chains of the others in float32, so it would not see what a GPU rounds.
 
     Raises:
-        UsageError: A pattern matches no node.
+        UsageError: A pattern matches no node, or the quantiser has no such calibration.
+        MissingDependencyError: The quantiser is not there.
         ExportError: The graph has control flow, or every layer is to be left out of int8.
         GateError: Even the widest graph of this precision predicts too differently.
     """
@@ -96,7 +102,7 @@ def reduce_precision(
         method, kept = "", work.asked
         source = onnx.path
         if precision in ("int8", "mixed"):
-            source, judged, method, kept = _quantised(work, int8_calibration)
+            source, judged, method, kept = _quantised(work, int8_calibration, int8_quantizer)
         if precision == "int8":
             model, judge = source.read_bytes(), None
         else:
@@ -205,28 +211,30 @@ def compare(reference: Floats, logits: Floats, labels: npt.NDArray[np.int64]) ->
     return Judgement(finite=True, kl=max(kl, 0.0), agreement=float((old == new).mean()), lost=lost)
 
 
-def _quantised(work: _Work, method: str) -> tuple[Path, Judgement, str, list[KeptLayer]]:
+def _quantised(
+    work: _Work, method: str, quantizer: str
+) -> tuple[Path, Judgement, str, list[KeptLayer]]:
     """The Q/DQ graph with the best ranges and the fewest layers left out."""
-    from cswap_deploy.export.quantize import METHODS, find_ranges, quantisable, quantise
     from cswap_deploy.export.search import shortest_prefix
 
-    asked = _names(work.asked)
-    layers = [name for name in quantisable(work.onnx.path) if name not in asked]
-    work.layers = len(layers)
-
-    def graph(chosen: str, leave: frozenset[str]) -> bytes:
-        out = work.scratch / "quantised.onnx"
-        ranges = work.scratch / f"{chosen}.json"
-        quantise(work.onnx.path, ranges=ranges, method=chosen, leave=asked | leave, to=out)
-        return out.read_bytes()
-
+    quantiser = make_quantiser(
+        quantizer, work.onnx.path, work.ranged, _names(work.asked), work.scratch
+    )
+    graph = quantiser.quantised
+    if method not in ("auto", *quantiser.methods):
+        raise UsageError(
+            f"{quantiser.name} has no --int8-calibration {method}; it has "
+            f"{', '.join(quantiser.methods)}, or auto"
+        )
     found: dict[str, Judgement] = {}
-    for name in METHODS if method == "auto" else (method,):
+    for name in quantiser.methods if method == "auto" else (method,):
         work.progress.begin(f"int8: ranges of activations ({name})", 0)
-        find_ranges(work.onnx.path, work.ranged, method=name, to=work.scratch / f"{name}.json")
+        quantiser.calibrate(name)
         found[name] = work.judge(graph(name, frozenset()))
         work.say(f"int8, ranges by {name}", found[name])
         work.progress.end()
+    layers = quantiser.layers
+    work.layers = len(layers)
     best = min(found, key=lambda name: found[name].kl)
     judged, left = found[best], frozenset[str]()
     alone: dict[str, float] = {}
@@ -250,7 +258,29 @@ def _quantised(work: _Work, method: str) -> tuple[Path, Judgement, str, list[Kep
     out.write_bytes(graph(best, left))
     kept = [*work.asked]
     kept += [work.kept(name, "accuracy", alone[name]) for name in layers if name in left]
-    return out, judged, best, kept
+    return out, judged, f"{best}, {quantiser.name}", kept
+
+
+def make_quantiser(
+    name: str, graph: Path, images: Floats, keep: Collection[str], scratch: Path
+) -> Quantiser:
+    """The int8 quantiser of a name, ``onnxruntime`` or ``modelopt``.
+
+    Args:
+        name: One of the two.
+        graph: Float32; every node has a name of its own.
+        images: (N, C, H, W) float32, normalised.
+        keep: Names of nodes that stay in float32 whatever happens.
+        scratch: Existing folder for its files.
+
+    Raises:
+        MissingDependencyError: ModelOpt is not there.
+    """
+    from cswap_deploy.export.modelopt import ModelOpt
+    from cswap_deploy.export.quantize import OnnxRuntimeQuantiser
+
+    make = ModelOpt if name == "modelopt" else OnnxRuntimeQuantiser
+    return make(graph, images, keep, scratch)
 
 
 def _narrowed(

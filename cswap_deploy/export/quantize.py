@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,53 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """``--int8-calibration`` -> ONNX Runtime's calibrator and its settings."""
 RANGE_BATCH = 8
+
+
+class Quantiser(Protocol):
+    """What makes a Q/DQ graph of a float32 one."""
+
+    name: str
+    """For the report, with a version."""
+    methods: tuple[str, ...]
+    """``--int8-calibration`` that it knows."""
+    layers: tuple[str, ...]
+    """Nodes that can be left out, in the graph's order; known once calibrated."""
+
+    def calibrate(self, method: str) -> None:
+        """Find the ranges of the activations on the calibration images."""
+        ...
+
+    def quantised(self, method: str, leave: Collection[str]) -> bytes:
+        """The graph with the ranges that a method found, and some layers left in float32."""
+        ...
+
+
+class OnnxRuntimeQuantiser:
+    """See :class:`Quantiser`."""
+
+    name = "onnxruntime"
+    methods = tuple(METHODS)
+
+    def __init__(
+        self, graph: Path, images: npt.NDArray[np.float32], keep: Collection[str], scratch: Path
+    ) -> None:
+        self._graph, self._images, self._scratch = graph, images, scratch
+        self._keep = frozenset(keep)
+        self.layers = tuple(name for name in quantisable(graph) if name not in self._keep)
+
+    def calibrate(self, method: str) -> None:
+        """See :func:`find_ranges`."""
+        find_ranges(self._graph, self._images, method=method, to=self._ranges(method))
+
+    def quantised(self, method: str, leave: Collection[str]) -> bytes:
+        """See :func:`quantise`."""
+        out = self._scratch / "quantised.onnx"
+        kept = self._keep | frozenset(leave)
+        quantise(self._graph, ranges=self._ranges(method), method=method, leave=kept, to=out)
+        return out.read_bytes()
+
+    def _ranges(self, method: str) -> Path:
+        return self._scratch / f"{method}.json"
 
 
 def quantisable(path: Path) -> tuple[str, ...]:

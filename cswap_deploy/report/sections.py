@@ -155,6 +155,8 @@ def _precision(manifest: Manifest) -> Section | None:
         f"{nats(result.kl)} nats); the gate allows a loss of {points(result.drop_limit)} points of "
         "top-1 on the validation images, or of one image. All figures are of the pruned network.",
     ]
+    if result.calibration:
+        text.append(f"Q/DQ pairs and their ranges: {result.calibration}.")
     trials = tuple(
         (
             t.what, "not finite" if t.kl is None else nats(t.kl), percent(t.agreement),

@@ -63,13 +63,18 @@ def precision_stage(run: Run, exported: Path) -> Graphs:
     if config.precision == "fp32":
         return Graphs(exported, float32, float32, dense, None)
     run.progress.stage("precision", config.precision)
-    names = ("precision", "keep_fp32", "int8_calibration", "drop_limit")
+    names = ("precision", "keep_fp32", "int8_calibration", "int8_quantizer", "drop_limit")
+    tools = tool_versions("cswap-deploy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+    if config.precision in ("int8", "mixed") and config.int8_quantizer == "modelopt":
+        from cswap_deploy.export.modelopt import modelopt_version
+
+        tools |= {"modelopt": modelopt_version()}
     key = run.keys["precision"] = stage_key(
         "precision",
         version=_VERSION,
         inputs={"onnx": float32.sha256, "calibration": run.samples.calibration.spec.sha256},
         settings={name: getattr(config, name) for name in names},
-        tools=tool_versions("cswap-deploy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
+        tools=tools,
     )
 
     def make(out: Path) -> None:
@@ -80,7 +85,7 @@ def precision_stage(run: Run, exported: Path) -> Graphs:
             float32, precision=config.precision, images=images.contiguous().numpy(),
             labels=labels.numpy(), drop_limit=config.drop_limit, path=out / MODEL,
             keep_fp32=config.keep_fp32, int8_calibration=config.int8_calibration,
-            progress=run.progress,
+            int8_quantizer=config.int8_quantizer, progress=run.progress,
         )  # fmt: skip
         record = _Record(model=model.model_copy(update={"path": Path(MODEL)}), result=result)
         (out / "precision.json").write_text(record.canonical_json())

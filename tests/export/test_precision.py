@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cswap_deploy.artifacts import OnnxArtifact
-from cswap_deploy.errors import ExportError, GateError, UsageError
+from cswap_deploy.errors import ExportError, GateError, MissingDependencyError, UsageError
 from cswap_deploy.export.onnx import describe_onnx, export_onnx
-from cswap_deploy.export.precision import ROUNDED, compare, reduce_precision
+from cswap_deploy.export.precision import ROUNDED, compare, make_quantiser, reduce_precision
+from cswap_deploy.export.qdq import quantised_nodes
 from cswap_deploy.export.quantize import find_ranges, quantisable, quantise
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.load import load_model
@@ -188,12 +192,27 @@ def test_bf16_is_judged_by_rounding(demo: Demo, tmp_path: Path) -> None:
 # --- int8 ----------------------------------------------------------------------------------------
 
 
-def test_int8_is_as_tensorrt_wants_it_and_within_a_point(demo: Demo, tmp_path: Path) -> None:
-    made, result = demo.narrow(tmp_path / "int8.onnx", precision="int8")
+needs_modelopt = pytest.mark.skipif(
+    not os.environ.get("CSWAP_MODELOPT"), reason="CSWAP_MODELOPT is not set"
+)
+every_quantizer = pytest.mark.parametrize(
+    "quantizer", ["onnxruntime", pytest.param("modelopt", marks=needs_modelopt)]
+)
+
+
+@every_quantizer
+def test_int8_is_as_tensorrt_wants_it_and_within_a_point(
+    demo: Demo, tmp_path: Path, quantizer: str
+) -> None:
+    made, result = demo.narrow(
+        tmp_path / "int8.onnx", precision="int8", int8_quantizer=quantizer
+    )  # fmt: skip
     graph = onnx.load(made.path).graph
     kinds = [n.op_type for n in graph.node]
     assert kinds.count("QuantizeLinear") > 10
-    assert result.layers == len(quantisable(demo.graph.path)) == 26
+    assert len(quantisable(demo.graph.path)) == 26
+    assert result.layers == 26 if quantizer == "onnxruntime" else result.layers > 26
+    assert f", {quantizer}" in result.calibration
     initial = {i.name: array(i) for i in graph.initializer}
     for one in graph.node:
         if one.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -237,17 +256,67 @@ def test_the_layer_that_int8_ruins_is_left_out(demo: Demo, tmp_path: Path) -> No
     assert abs(demo.top1(made.path) - demo.top1(graph.path)) <= 0.01
 
 
-def test_mixed_is_int8_within_float16(demo: Demo, tmp_path: Path) -> None:
+@every_quantizer
+def test_mixed_is_int8_within_float16(demo: Demo, tmp_path: Path, quantizer: str) -> None:
     model = onnx.version_converter.convert_version(onnx.load(demo.graph.path), 21)
     onnx.save(model, tmp_path / "opset21.onnx")
     made, result = demo.narrow(
-        tmp_path / "mixed.onnx", describe_onnx(tmp_path / "opset21.onnx"), precision="mixed"
-    )
+        tmp_path / "mixed.onnx", describe_onnx(tmp_path / "opset21.onnx"), precision="mixed",
+        int8_quantizer=quantizer,
+    )  # fmt: skip
     assert (made.precision, result.kept) == ("mixed", ())
     types = {i.data_type for i in onnx.load(made.path).graph.initializer}
     assert {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT16} <= types
     assert onnx.TensorProto.FLOAT not in types
     assert abs(demo.top1(made.path) - demo.top1(demo.graph.path)) <= 0.01
+
+
+@needs_modelopt
+def test_layers_are_taken_out_of_modelopts_graph(demo: Demo, tmp_path: Path) -> None:
+    quantiser = make_quantiser(
+        "modelopt", demo.graph.path, demo.images[:32], {"blocks.0.mlp.fc1/Gemm"}, tmp_path
+    )
+    quantiser.calibrate("minmax")
+    assert "blocks.0.mlp.fc1/Gemm" not in quantiser.layers
+    assert "blocks.2.mlp.fc1/Gemm" in quantiser.layers
+    all_but_two = onnx.load_from_string(quantiser.quantised("minmax", {"blocks.2.mlp.fc1/Gemm"}))
+    out = {"blocks.0.mlp.fc1/Gemm", "blocks.2.mlp.fc1/Gemm"}
+    assert set(quantised_nodes(all_but_two)) == set(quantiser.layers) - out
+    nothing = quantiser.quantised("minmax", quantiser.layers)
+    wide = run(demo.graph.path, demo.test_images[:50])
+    np.testing.assert_allclose(run(nothing, demo.test_images[:50]), wide, atol=1e-4)
+
+
+def test_modelopt_has_no_percentile_and_may_not_be_there(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(**more: Any) -> None:
+        demo.narrow(tmp_path / "x.onnx", precision="int8", int8_quantizer="modelopt", **more)
+
+    monkeypatch.setenv("CSWAP_MODELOPT", sys.executable)
+    with pytest.raises(MissingDependencyError) as caught:
+        ask()
+    assert str(caught.value).startswith(
+        f"nvidia-modelopt is not installed for {sys.executable}\n  fix: python -m venv modelopt && "
+    )
+    assert caught.value.exit_code == 4
+    monkeypatch.setenv("CSWAP_MODELOPT", str(tmp_path / "gone"))
+    with pytest.raises(MissingDependencyError, match=r"gone, which does not run: No such file"):
+        ask()
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        "#!/bin/sh\n[ $1 = -c ] && echo 0.47.0 || { echo out of luck >&2; exit 1; }\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("CSWAP_MODELOPT", str(stand_in))
+    with pytest.raises(UsageError) as refused:
+        ask(int8_calibration="percentile")
+    assert str(refused.value) == (
+        "modelopt 0.47.0 has no --int8-calibration percentile; it has entropy, minmax, or auto"
+    )
+    with pytest.raises(ExportError, match=r"modelopt 0\.47\.0 does not quantise .*: out of luck"):
+        ask(int8_calibration="minmax")
+    assert not (tmp_path / "x.onnx").exists()
 
 
 def test_nothing_left_to_quantise_is_refused(demo: Demo, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Int8 by NVIDIA's ModelOpt, which places Q/DQ pairs where TensorRT fuses them, adds included.
+
+It wants its own versions of ONNX and ONNX Runtime, so it runs in an environment of its own, through
+its command.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cswap_deploy.errors import ExportError, MissingDependencyError
+
+VARIABLE = "CSWAP_MODELOPT"
+"""Names the Python of that environment."""
+_METHODS = {"entropy": "entropy", "minmax": "max"}
+"""``--int8-calibration`` -> ModelOpt's ``--calibration_method``."""
+_FIX = (
+    "python -m venv modelopt && modelopt/bin/pip install 'nvidia-modelopt[onnx]' && "
+    f"export {VARIABLE}=$PWD/modelopt/bin/python"
+)
+
+
+class ModelOpt:
+    """See :class:`cswap_deploy.export.quantize.Quantiser`."""
+
+    methods = tuple(_METHODS)
+
+    def __init__(
+        self, graph: Path, images: npt.NDArray[np.float32], keep: Collection[str], scratch: Path
+    ) -> None:
+        self.name = f"modelopt {modelopt_version()}"
+        self.layers: tuple[str, ...] = ()
+        self._graph, self._keep, self._scratch = graph, frozenset(keep), scratch
+        self._images = scratch / "calibration.npy"
+        np.save(self._images, images)
+        self._made: dict[str, Any] = {}
+
+    def calibrate(self, method: str) -> None:
+        """Quantise all that it would, with ranges found by a method.
+
+        Raises:
+            ExportError: ModelOpt failed, or found nothing to quantise.
+
+        Source:
+            NVIDIA ModelOpt documentation, "ONNX Quantization".
+        """
+        import onnx
+
+        from cswap_deploy.export.qdq import quantised_nodes
+
+        out = self._scratch / f"modelopt-{method}.onnx"
+        done = _run(
+            "-m", "modelopt.onnx.quantization", "--onnx_path", self._graph,
+            "--quantize_mode", "int8", "--calibration_method", _METHODS[method],
+            "--calibration_data_path", self._images, "--calibration_eps", "cpu",
+            "--high_precision_dtype", "fp32", "--output_path", out,
+        )  # fmt: skip
+        if done.returncode or not out.is_file():
+            lines = tuple(done.stderr.strip().splitlines())
+            words = lines[-1] if lines else f"it ended with {done.returncode}"
+            raise ExportError(
+                f"{self.name} does not quantise {self._graph.name}: {words}",
+                fix="--int8-quantizer onnxruntime", log=lines,
+            )  # fmt: skip
+        self._made[method] = made = onnx.load(out)
+        found = quantised_nodes(made)
+        self.layers = tuple(name for name in found if name not in self._keep)
+        if not self.layers:
+            raise ExportError(
+                f"no layer of {self._graph.name} is left to quantise",
+                fix="--precision fp16, or fp32",
+            )
+
+    def quantised(self, method: str, leave: Collection[str]) -> bytes:
+        """The graph with some layers left out, weights stored in int8."""
+        from cswap_deploy.export.qdq import fold_weights, without
+
+        made = fold_weights(without(self._made[method], self._keep | frozenset(leave)))
+        return bytes(made.SerializeToString())
+
+
+def modelopt_version() -> str:
+    """Of the ModelOpt in the environment that ``CSWAP_MODELOPT`` names.
+
+    Raises:
+        MissingDependencyError: There is no such environment, or no ModelOpt in it.
+    """
+    code = "from importlib.metadata import version; print(version('nvidia-modelopt'))"
+    done = _run("-c", code)
+    if done.returncode:
+        raise MissingDependencyError(f"nvidia-modelopt is not installed for {_python()}", fix=_FIX)
+    return done.stdout.strip()
+
+
+def _python() -> str:
+    return os.environ.get(VARIABLE) or sys.executable
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [_python(), *map(str, arguments)]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as err:
+        raise MissingDependencyError(
+            f"{VARIABLE} names {command[0]}, which does not run: {err.strerror or err}", fix=_FIX
+        ) from err

@@ -1,0 +1,100 @@
+"""Q/DQ graphs that somebody else made: some nodes taken out of int8 again, weights folded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+_Q, _DQ = "QuantizeLinear", "DequantizeLinear"
+
+
+def quantised_nodes(model: Any) -> tuple[str, ...]:
+    """Names of the nodes that read what a Q/DQ pair gives.
+
+    Args:
+        model: ``onnx.ModelProto``.
+
+    Returns:
+        In the graph's order.
+    """
+    before = _sources(model.graph)
+    return tuple(
+        node.name
+        for node in model.graph.node
+        if node.op_type not in (_Q, _DQ) and any(name in before for name in node.input)
+    )
+
+
+def without(model: Any, nodes: Collection[str]) -> Any:
+    """Some nodes read what they would have read had nothing been quantised.
+
+    Args:
+        model: ``onnx.ModelProto`` with weights that are float32 before their Q/DQ pairs.
+        nodes: Their names.
+
+    Returns:
+        A copy; pairs that nobody reads any more are gone.
+    """
+    import onnx
+
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    before = _sources(made.graph)
+    for node in made.graph.node:
+        if node.name in nodes:
+            for index, name in enumerate(node.input):
+                node.input[index] = before.get(name, name)
+    _drop_unread(made.graph)
+    return made
+
+
+def fold_weights(model: Any) -> Any:
+    """Store weights as the int8 that their Q nodes give.
+
+    Args:
+        model: ``onnx.ModelProto``; changed in place.
+
+    Returns:
+        The same model.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == _Q and n.input[0] in weights]:
+        values, scale, zero = (numpy_helper.to_array(weights[name]) for name in node.input)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        if scale.ndim:
+            shape = [1] * values.ndim
+            shape[axis] = -1
+            scale, zero = scale.reshape(shape), zero.reshape(shape)
+        kind = np.iinfo(zero.dtype)
+        folded = np.rint(values / scale) + zero  # ties to even, as ONNX has it
+        folded = np.clip(folded, kind.min, kind.max).astype(zero.dtype)
+        graph.initializer.append(numpy_helper.from_array(folded, node.output[0]))
+        graph.node.remove(node)
+    _drop_unread(graph)
+    return model
+
+
+def _sources(graph: Any) -> dict[str, str]:
+    """Output of each Q/DQ pair -> what the pair reads."""
+    quantised = {n.output[0]: n.input[0] for n in graph.node if n.op_type == _Q}
+    return {
+        n.output[0]: quantised[n.input[0]]
+        for n in graph.node
+        if n.op_type == _DQ and n.input[0] in quantised
+    }
+
+
+def _drop_unread(graph: Any) -> None:
+    """Pairs, and tensors, whose output is nobody's input."""
+    for kind in (_DQ, _Q):
+        read = {name for n in graph.node for name in n.input} | {o.name for o in graph.output}
+        for node in [n for n in graph.node if n.op_type == kind and n.output[0] not in read]:
+            graph.node.remove(node)
+    read = {name for n in graph.node for name in n.input} | {o.name for o in graph.output}
+    for tensor in [t for t in graph.initializer if t.name not in read]:
+        graph.initializer.remove(tensor)
