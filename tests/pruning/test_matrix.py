@@ -32,6 +32,8 @@ ARGUMENTS = {
 TRIES_SETS = ("mobilenetv2_100", "vit_tiny_patch16_224")
 BUILT_FROM_THE_HUB = "resnet50"
 """By ``test_hub_build.py``, in the same way, and with the same demands on its bundle."""
+SAME_NETWORK = {"deit_tiny_patch16_224": "vit_tiny_patch16_224"}
+"""Other weights in the same layers."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def fake_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MATRIX if name != BUILT_FROM_THE_HUB])
+@pytest.mark.parametrize(
+    "name", [name for name in MATRIX if name not in (BUILT_FROM_THE_HUB, *SAME_NETWORK)]
+)
 def test_builds_end_to_end(name: str, fake_images: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -90,6 +94,15 @@ def test_builds_end_to_end(name: str, fake_images: Path, tmp_path: Path) -> None
     assert target.parity is not None
     assert target.parity.ok
     assert_onnx_runs(bundle.path, manifest.pruned.params)
+
+
+@pytest.mark.parametrize(("name", "twin"), SAME_NETWORK.items())
+def test_twins_are_one_network(name: str, twin: str) -> None:
+    one, other = (import_timm().create_model(n) for n in (name, twin))
+    assert str(one) == str(other)
+    assert [(k, v.shape) for k, v in one.state_dict().items()] == [
+        (k, v.shape) for k, v in other.state_dict().items()
+    ]
 
 
 def assert_onnx_runs(bundle: Path, params: int) -> None:
