@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -318,10 +319,9 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         budget: Budget = None,
         store: StoreDir = None,
         resume: Resume = None,
-        check_ops: bool = typer.Option(
-            False, "--check-ops", hidden=until != "engine",
-            help="Only ask TensorRT's parser whether it supports an ONNX file; needs no GPU.",
-        ),
+        check_ops: Annotated[
+            bool, typer.Option("--check-ops", help="Only ask TensorRT's parser; needs no GPU.")
+        ] = False,
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:  # fmt: skip
@@ -340,6 +340,10 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         settings = load_config(**(before | {"output": folder} | given))
         _build(settings, until, folder, _console(as_json=as_json, quiet=quiet))
 
+    if until != "engine":
+        whole = signature(command)
+        shown = [p for name, p in whole.parameters.items() if name != "check_ops"]
+        command.__signature__ = whole.replace(parameters=shown)  # type: ignore[attr-defined]
     return command
 
 
