@@ -79,7 +79,7 @@ def file_of(relative: str | None) -> str | None:
     """
     if relative is None:
         return None
-    folder = Path(os.environ.get("CSWAP_DATA", ROOT.parent / "shared/data"))
+    folder = Path(os.environ.get("CSWAP_DATA", "data"))
     if not (folder / relative).exists():
         raise MissingDependencyError(
             f"there is no {folder / relative}", fix="set CSWAP_DATA to the folder that has it"

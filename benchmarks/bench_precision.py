@@ -71,7 +71,7 @@ def engine_mib(graph: OnnxArtifact, folder: Path) -> float | None:
 
 def measure(name: str, formats: list[tuple[str, str]]) -> list[Row]:
     loaded = load_model(name)
-    photos = Path(os.environ.get("CSWAP_DATA", "../shared/data")) / "imagenet-sample"
+    photos = Path(os.environ.get("CSWAP_DATA", "data")) / "imagenet-sample"
     samples = load_samples(
         data=None if name.startswith("demo-") else str(photos), validation_data=None,
         model=loaded.spec, calibration_samples=320, validation_samples=2000, class_map=None,

@@ -73,13 +73,13 @@ PrecisionDrop = Annotated[
 ]
 KeepFp32 = Annotated[
     list[str] | None,
-    typer.Option(metavar="MODULE", help="Keeps its type, as blocks.0.attn or '*/Softmax'."),
+    typer.Option(metavar="MODULE", help="Keeps float32, as blocks.0.attn or '*/Softmax'."),
 ]
 Int8Calibration = Annotated[
-    str | None, typer.Option(metavar="auto|entropy|percentile|minmax", help="Of activations.")
+    str | None, typer.Option(metavar="auto|entropy|percentile|minmax", help="Ranges for int8.")
 ]
 Int8Quantizer = Annotated[
-    str | None, typer.Option(metavar="onnxruntime|modelopt", help="Who places Q/DQ pairs.")
+    str | None, typer.Option(metavar="onnxruntime|modelopt", help="Who makes int8 (README).")
 ]
 Opset = Annotated[
     str | None, typer.Option(metavar="N|auto", help="ONNX opset (the lowest that does).")
@@ -97,6 +97,13 @@ HardwareCompat = Annotated[
     str | None,
     typer.Option(metavar="none|ampere+|same-cc", help="TensorRT: other GPUs that may run it."),
 ]
+LatencyBatch = Annotated[
+    int | None, typer.Option(metavar="N", help="Batch that is timed (OPT of --batch).")
+]
+LatencyRuns = Annotated[int | None, typer.Option(metavar="N", help="Timed calls (200).")]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="Of a CPU runtime (this machine's cores).")
+]
 VersionCompatible = Annotated[
     bool | None,
     typer.Option("--version-compatible", help="TensorRT: later versions may run it."),
@@ -107,7 +114,10 @@ ComputeCapability = Annotated[
 ]
 StripWeights = Annotated[
     bool | None,
-    typer.Option("--strip-weights", help="TensorRT: take the weights from model.onnx on loading."),
+    typer.Option(
+        "--strip-weights",
+        help="TensorRT: weights come from model.onnx on loading (RTX: built with a GPU only).",
+    ),
 ]
 RefitEngine = Annotated[
     bool | None,
@@ -235,15 +245,9 @@ def _build_command(until: Stage) -> Callable[..., None]:
         compute_capability: ComputeCapability = None,
         strip_weights: StripWeights = None,
         refit_engine: RefitEngine = None,
-        latency_batch: Annotated[
-            int | None, typer.Option(metavar="N", help="Batch that is timed (1).")
-        ] = None,
-        latency_runs: Annotated[
-            int | None, typer.Option(metavar="N", help="Timed calls (200).")
-        ] = None,
-        threads: Annotated[
-            int | None, typer.Option(metavar="N", help="Of a CPU runtime (this machine's cores).")
-        ] = None,
+        latency_batch: LatencyBatch = None,
+        latency_runs: LatencyRuns = None,
+        threads: Threads = None,
         parity_tolerance: Annotated[
             float | None, typer.Option(help="Largest difference of logits allowed (1e-3).")
         ] = None,
@@ -255,7 +259,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
         resume: Resume = None,
         seed: Annotated[int | None, typer.Option(metavar="N")] = None,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")
+            bool, typer.Option("--dry-run", help="Say what may go, and how long measuring takes.")
         ] = False,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -313,14 +317,14 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         compute_capability: ComputeCapability = None,
         strip_weights: StripWeights = None,
         refit_engine: RefitEngine = None,
-        latency_batch: Annotated[int | None, typer.Option(metavar="N")] = None,
-        latency_runs: Annotated[int | None, typer.Option(metavar="N")] = None,
-        threads: Annotated[int | None, typer.Option(metavar="N")] = None,
+        latency_batch: LatencyBatch = None,
+        latency_runs: LatencyRuns = None,
+        threads: Threads = None,
         budget: Budget = None,
         store: StoreDir = None,
         resume: Resume = None,
         check_ops: Annotated[
-            bool, typer.Option("--check-ops", help="Only ask TensorRT's parser; needs no GPU.")
+            bool, typer.Option("--check-ops", help="Only ask RTX's parser; an ONNX file will do.")
         ] = False,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -341,7 +345,7 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         _build(settings, until, folder, _console(as_json=as_json, quiet=quiet))
 
     if until != "engine":
-        whole = signature(command)
+        whole = signature(command, eval_str=True)
         shown = [p for name, p in whole.parameters.items() if name != "check_ops"]
         command.__signature__ = whole.replace(parameters=shown)  # type: ignore[attr-defined]
     return command

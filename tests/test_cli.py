@@ -59,6 +59,14 @@ def test_every_command_says_what_it_does(command: Command) -> None:
         assert done.err == ""
 
 
+@pytest.mark.parametrize("name", ["build", "prune", "export", "engine", "validate"])
+def test_commands_that_build_take_the_same_flags(command: Command, name: str) -> None:
+    text = command(name, "--help").out
+    for flags in ("-o, --output DIR", "--resume / --fresh", "--json", "-q, --quiet", "--store DIR"):
+        assert f"  {flags} " in text, f"{name} has no {flags}"
+    assert ("--check-ops" in text) == (name == "engine")
+
+
 def test_version(command: Command) -> None:
     done = command("--version")
     assert (done.code, done.out) == (0, version("cswap-deploy") + "\n")

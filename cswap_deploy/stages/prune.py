@@ -88,7 +88,7 @@ def take_pruned(run: Run, folder: Path) -> tuple[Path, PrunePlan]:
         raise ArtifactError(
             f"{folder} was pruned from other weights of {run.spec.name}: sha256 "
             f"{record.dense_weights_sha256[:12]}…, these are {run.spec.weights_sha256[:12]}…",
-            fix="pass the same --checkpoint, or prune again",
+            fix="put the same weights there, or prune again",
         )
     run.keys["prune"], run.stages["prune"] = record.prune_key, "reused"
     return folder, read_plan(folder)

@@ -397,6 +397,7 @@ def test_a_version_may_be_longer_or_shorter(cswap_run: Runner, tmp_path: Path) -
     ("changes", "words"),
     [
         ({"versions": {}}, "of an unknown version"),
+        ({"stripped": True}, "the engine is without weights, which this program does not put back"),
         ({"path": "../model.plan"}, "an engine outside the bundle: ../model.plan"),
         ({"path": "/model.plan"}, "an engine outside the bundle: /model.plan"),
         ({"path": "engine/tensorrt/none.plan"}, "there is no file "),

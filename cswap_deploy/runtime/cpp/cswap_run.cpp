@@ -174,6 +174,9 @@ Bundle parseManifest(const nlohmann::json &manifest, const fs::path &folder) {
   if (relative.is_absolute() || std::count(relative.begin(), relative.end(), "..") != 0)
     throw Failure(kArtifact,
                   "manifest.json names an engine outside the bundle: " + relative.string());
+  if (engine.value("stripped", false))
+    throw Failure(kArtifact, "the engine is without weights, which this program does not put back",
+                  "build the bundle without --strip-weights, or use the Python cswap-run");
   const auto &model = manifest.at("model");
   const auto &pre = model.at("preprocessing");
   const auto &size = pre.at("input_size");
