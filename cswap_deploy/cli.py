@@ -335,10 +335,12 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         if check_ops:
             _check_ops(folder, target, _console(as_json=as_json, quiet=quiet))
             return
-        from cswap_deploy.config import load_config
+        from cswap_deploy.config import PRECISION_SETTINGS, load_config
         from cswap_deploy.pipeline import settings_of
 
         before = settings_of(folder).model_dump()
+        if precision is not None:  # what was set for another one is not for this
+            before = {k: v for k, v in before.items() if k not in PRECISION_SETTINGS}
         given["opset"] = _maybe_int(opset)
         given = {name: value for name, value in given.items() if value is not None}
         settings = load_config(**(before | {"output": folder} | given))

@@ -36,6 +36,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
 """Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
 convolutions in bfloat16 with 22."""
+INT8_SETTINGS = ("int8_calibration", "int8_quantizer")
+PRECISION_SETTINGS = (*INT8_SETTINGS, "keep_fp32", "precision_drop")
+"""That belong to a precision."""
 DROP_LIMITS: dict[str, float] = {
     "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
 }  # fmt: skip
@@ -178,6 +181,11 @@ class BuildConfig(EngineOptions):
             raise ValueError("must be a number above zero, or ray://HOST:PORT")
         return text
 
+    @field_validator("target")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
     @field_validator("opset")
     @classmethod
     def _known_opset(cls, value: int | str) -> int | str:
@@ -207,6 +215,11 @@ class BuildConfig(EngineOptions):
             raise ValueError(
                 f"{self.precision} needs opset {OPSETS[self.precision]} or higher, got {self.opset}"
             )
+        unused = self._unused_precision_settings()
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: does nothing with precision {self.precision}")
+        if self.int8_quantizer == "modelopt" and self.int8_calibration == "percentile":
+            raise ValueError("modelopt has no int8_calibration percentile: entropy, minmax or auto")
         builders = [target for target in self.target if target.startswith("tensorrt")]
         options = ", ".join(self.engine_options.model_dump(exclude_defaults=True))
         if options and not builders:
@@ -214,6 +227,13 @@ class BuildConfig(EngineOptions):
         if self.precision == "bf16" and set(self.target) - set(builders):
             raise ValueError("bf16 runs on the tensorrt targets alone; add --target tensorrt-rtx")
         return self
+
+    def _unused_precision_settings(self) -> list[str]:
+        """Given, and of no use: most likely ``precision`` was forgotten."""
+        names: tuple[str, ...] = () if self.precision in ("int8", "mixed") else INT8_SETTINGS
+        names += ("keep_fp32", "precision_drop") if self.precision == "fp32" else ()
+        defaults = type(self).model_fields
+        return [name for name in names if getattr(self, name) != defaults[name].default]
 
     @property
     def engine_options(self) -> EngineOptions:

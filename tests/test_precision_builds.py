@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +32,9 @@ def test_a_build_says_what_its_format_cost(
     made: Made, store: Path, tmp_path: Path, command: Command, precision: str
 ) -> None:
     out = tmp_path / "bundle"
+    minmax = ("--int8-calibration", "minmax") if precision == "int8" else ()
     ran = command(
-        "build", *made.flags, "--precision", precision, "--int8-calibration", "minmax",
+        "build", *made.flags, "--precision", precision, *minmax,
         "--batch", "1:2:4", "-o", out, "--store", store, "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
@@ -132,18 +134,87 @@ def test_one_image_never_fails_the_gate_and_two_may() -> None:
     require_precision(accuracy_change(right, wrong, labels), "t", "int8", 0.01, "this engine")
 
 
-def test_what_does_not_fit_together_is_said_before_any_work(
-    made: Made, tmp_path: Path, command: Command
+INT8 = ("--precision", "int8")
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "words"),
+    [
+        (("--batch", "1:1:2", "--latency-batch", "4"), 2, "is outside the profile --batch 1:1:2"),
+        (("--precision", "bf16", "--target", "onnxruntime"), 2, "bf16 runs on the tensorrt targ"),
+        (("--keep-fp32", "head"), 2, "keep_fp32: does nothing with precision fp32"),
+        (("--precision-drop", "0.02"), 2, "precision_drop: does nothing with precision fp32"),
+        (("--precision", "fp16", "--int8-calibration", "entropy"), 2, "int8_calibration: does not"),
+        ((*INT8, "--int8-quantizer", "modelopt", "--int8-calibration", "percentile"), 2,
+         "modelopt has no int8_calibration percentile"),
+        ((*INT8, "--int8-quantizer", "modelopt"), 4, "nvidia-modelopt is not installed"),
+        (("--target", "onnxruntime-cuda"), 4, "has no CUDAExecutionProvider"),
+        (("--target", "tensorrt"), 4, "tensorrt"),
+        (("--target", "tensorrt-rtx", "--compute-capability", "9.9"), 2, "9.9; known: "),
+        (("--target", "tensorrt-rtx", "--hardware-compat", "ampere+"), 2, "no --hardware-compat"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_before_any_work(
+    made: Made, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch,
+    asked: tuple[str, ...], code: int, words: str,
+) -> None:  # fmt: skip
+    if "tensorrt-rtx" in asked and not RTX:
+        pytest.skip("tensorrt-rtx is not installed")
+    if find_spec("tensorrt") is not None and "tensorrt" in asked:
+        pytest.skip("tensorrt is installed")
+    monkeypatch.setenv("CSWAP_MODELOPT", sys.executable)
+    store = tmp_path / "store"
+    ran = command("build", *made.flags, *asked, "-o", tmp_path / "b", "--store", store)
+    assert ran.code == code, ran.err
+    assert words in ran.err
+    assert not store.exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_name_that_no_node_has(made: Made, store: Path, tmp_path: Path, command: Command) -> None:
+    flags = ("--precision", "fp16", "--keep-fp32", "nothing/*", "-o", tmp_path / "b")
+    ran = command("build", *made.flags, *flags, "--store", store)
+    assert ran.code == 2
+    assert "matches none of the graph's" in ran.err
+    assert not (tmp_path / "b").exists()
+
+
+def test_other_preprocessing_is_other_ranges(
+    made: Made, store: Path, tmp_path: Path, command: Command
 ) -> None:
-    for flags, words in (
-        (("--batch", "1:1:2", "--latency-batch", "4"), "is outside the profile --batch 1:1:2"),
-        (("--precision", "bf16", "--target", "onnxruntime"), "bf16 runs on the tensorrt targets"),
-        (("--keep-fp32", "nothing/*", "--precision", "fp16"), "matches none of the graph's"),
-    ):
-        ran = command("build", *made.flags, *flags, "-o", tmp_path / "b", "--store", made.store)
-        assert ran.code == 2, ran.err
-        assert words in ran.err
-        assert not (tmp_path / "b").exists()
+    """Of one float32 graph: nothing of the preprocessing is in it."""
+
+    def graph(mean: str) -> tuple[str, str]:
+        out = tmp_path / mean
+        ran = command(
+            "build", *made.flags, "--ratio", "0", "--mean", mean, *INT8, "--int8-calibration",
+            "minmax", "--target", "onnxruntime", "-o", out, "--store", store,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        manifest = verify_bundle(out).manifest
+        return manifest.stages["precision"], manifest.onnx.sha256
+
+    first, before = graph("0.5,0.5,0.5")
+    again, after = graph("0.1,0.1,0.1")
+    assert (first, again) == ("run", "run")
+    assert before != after
+
+
+@pytest.mark.skipif(not RTX, reason="tensorrt-rtx is not installed")
+def test_an_engine_is_built_again_where_there_is_another_gpu(
+    made: Made, store: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
+
+    def build(name: str) -> str:
+        flags = ("--target", "tensorrt-rtx", "-o", tmp_path / name, "--store", store)
+        assert command("build", *made.flags, *flags).code == 0
+        return verify_bundle(tmp_path / name).manifest.stages["engine/tensorrt-rtx"]
+
+    assert build("a") in ("run", "reused")
+    assert build("b") == "reused"
+    monkeypatch.setattr(TensorRtRtx, "here", lambda self: {"compute_capability": "8.9"})
+    assert build("c") == "run"
 
 
 @pytest.mark.skipif(not RTX, reason="tensorrt-rtx is not installed")

@@ -13,6 +13,9 @@ from cswap_deploy.errors import ExportError
 FLOAT = ir.DataType.FLOAT
 _STAYS_FLOAT = {"Resize": (1, 2)}
 """Operator -> inputs that ONNX fixes to float32: the region of interest and the scales."""
+_SCALE = {"QuantizeLinear": 1, "DequantizeLinear": 1}
+"""Operator -> the input that must not become 0, as TensorRT refuses it: in float16 the scale of a
+channel with weights near 0 would."""
 
 
 def cast_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ()) -> ir.Model:
@@ -54,7 +57,9 @@ def cast_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ()) 
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == FLOAT:
                 target = FLOAT if index in fixed else wanted
-                node.replace_input_with(index, caster.typed(value, target, before=node))
+                scale = _SCALE.get(node.op_type) == index
+                typed = caster.typed(value, target, before=node, scale=scale)
+                node.replace_input_with(index, typed)
         if wanted != FLOAT:
             _retype(node, to)
             caster.lowered.update(v for v in node.outputs if v.dtype == FLOAT)
@@ -76,7 +81,9 @@ class _Caster:
         """Values that were float32 and are made in ``to`` now."""
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    def typed(self, value: ir.Value, dtype: ir.DataType, *, before: ir.Node) -> ir.Value:
+    def typed(
+        self, value: ir.Value, dtype: ir.DataType, *, before: ir.Node, scale: bool
+    ) -> ir.Value:
         """The value in ``dtype``: itself, a cast of it, or another copy of a weight."""
         if (self.to if value in self.lowered else FLOAT) == dtype:
             return value
@@ -84,7 +91,7 @@ class _Caster:
         if key not in self._made:
             name = f"{value.name}_{dtype.name.lower()}"
             if value.is_initializer():
-                self._made[key] = _weight(self.graph, value, name, dtype, dtype)
+                self._made[key] = _weight(self.graph, value, name, dtype, dtype, scale=scale)
             else:
                 cast = _cast(value, dtype, name)
                 self.graph.insert_before(before, cast)
@@ -107,12 +114,21 @@ class _Caster:
 
 
 def _weight(
-    graph: ir.Graph, value: ir.Value, name: str, through: ir.DataType, dtype: ir.DataType
+    graph: ir.Graph,
+    value: ir.Value,
+    name: str,
+    through: ir.DataType,
+    dtype: ir.DataType,
+    *,
+    scale: bool,
 ) -> ir.Value:
     """A copy of a weight, rounded to one type and kept in another or the same."""
     assert value.const_value is not None
     with np.errstate(over="ignore"):  # the caller looks at ranges, see export.ranges
-        array = value.const_value.numpy().astype(through.numpy()).astype(dtype.numpy())
+        array = value.const_value.numpy().astype(through.numpy())
+    if scale and through == ir.DataType.FLOAT16:
+        array = np.maximum(array, np.finfo(np.float16).smallest_subnormal)
+    array = array.astype(dtype.numpy())
     made = ir.Value(
         name=name, type=ir.TensorType(dtype), shape=value.shape,
         const_value=ir.Tensor(array, dtype=dtype, name=name),
@@ -169,7 +185,8 @@ def round_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ())
                 continue
             if value in narrow or node.name not in keep:
                 if value not in rounded:
-                    rounded[value] = _rounded(graph, value, to, before=node)
+                    scale = _SCALE.get(node.op_type) == index
+                    rounded[value] = _rounded(graph, value, to, before=node, scale=scale)
                 node.replace_input_with(index, rounded[value])
     for index, value in enumerate(graph.outputs):
         if value in narrow and value.dtype == FLOAT:
@@ -180,12 +197,18 @@ def round_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ())
 
 
 def _rounded(
-    graph: ir.Graph, value: ir.Value, to: ir.DataType, *, before: ir.Node | None, name: str = ""
+    graph: ir.Graph,
+    value: ir.Value,
+    to: ir.DataType,
+    *,
+    before: ir.Node | None,
+    name: str = "",
+    scale: bool = False,
 ) -> ir.Value:
     """A float32 value that went through ``to``; a weight is rounded here and now."""
     name = name or f"{value.name}_rounded"
     if value.const_value is not None:
-        return _weight(graph, value, name, to, FLOAT)
+        return _weight(graph, value, name, to, FLOAT, scale=scale)
     down = _cast(value, to, f"{value.name}_narrow")
     up = _cast(down.outputs[0], FLOAT, name)
     if before is None:

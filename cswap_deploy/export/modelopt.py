@@ -6,6 +6,7 @@ its command.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,6 +23,11 @@ VARIABLE = "CSWAP_MODELOPT"
 """Names the Python of that environment."""
 _METHODS = {"entropy": "entropy", "minmax": "max"}
 """``--int8-calibration`` -> ModelOpt's ``--calibration_method``."""
+_PROBE = (
+    "import importlib.metadata, modelopt.onnx.quantization\n"
+    "print(importlib.metadata.version('nvidia-modelopt'))"
+)
+_PROBE_SECONDS = 120.0
 _FIX = (
     "python -m venv modelopt && modelopt/bin/pip install 'nvidia-modelopt[onnx]' && "
     f"export {VARIABLE}=$PWD/modelopt/bin/python"
@@ -93,24 +99,33 @@ def modelopt_version() -> str:
     Raises:
         MissingDependencyError: There is no such environment, or no ModelOpt in it.
     """
-    code = "from importlib.metadata import version; print(version('nvidia-modelopt'))"
-    done = _run("-c", code)
+    return _version(_python())
+
+
+@functools.cache
+def _version(python: str) -> str:
+    """Importing takes seconds."""
+    done = _run("-c", _PROBE, timeout=_PROBE_SECONDS)
     if done.returncode:
-        raise MissingDependencyError(f"nvidia-modelopt is not installed for {_python()}", fix=_FIX)
-    return done.stdout.strip()
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        absent = last == "ModuleNotFoundError: No module named 'modelopt'"
+        state = "is not installed" if absent else f"does not load ({last})"
+        raise MissingDependencyError(f"nvidia-modelopt {state}, for {python}", fix=_FIX)
+    return done.stdout.strip().splitlines()[-1]
 
 
 def _python() -> str:
     return os.environ.get(VARIABLE) or sys.executable
 
 
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: object, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     command = [_python(), *map(str, arguments)]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=timeout
         )
-    except OSError as err:
+    except (OSError, subprocess.TimeoutExpired) as err:
+        words = err.strerror if isinstance(err, OSError) else f"no answer within {timeout:.0f} s"
         raise MissingDependencyError(
-            f"{VARIABLE} names {command[0]}, which does not run: {err.strerror or err}", fix=_FIX
+            f"{VARIABLE} names {command[0]}, which does not run: {words}", fix=_FIX
         ) from err

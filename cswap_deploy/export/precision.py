@@ -89,7 +89,7 @@ def reduce_precision(
         CPU and computes chains of the others in float32, so it would not see what a GPU rounds.
 
     Raises:
-        UsageError: A pattern matches no node, or the quantiser has no such calibration.
+        UsageError: A pattern matches no node.
         MissingDependencyError: The quantiser is not there.
         ExportError: The graph has control flow, or every layer is to be left out of int8.
         GateError: Even the widest graph of this precision predicts too differently.
@@ -221,11 +221,6 @@ def _quantised(
         quantizer, work.onnx.path, work.ranged, _names(work.asked), work.scratch
     )
     graph = quantiser.quantised
-    if method not in ("auto", *quantiser.methods):
-        raise UsageError(
-            f"{quantiser.name} has no --int8-calibration {method}; it has "
-            f"{', '.join(quantiser.methods)}, or auto"
-        )
     found: dict[str, Judgement] = {}
     for name in quantiser.methods if method == "auto" else (method,):
         work.progress.begin(f"int8: ranges of activations ({name})", 0)
@@ -289,6 +284,7 @@ def _narrowed(
     """The graph cast to a 16-bit type and its rounded twin, the fewest nodes kept in float32."""
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
     from cswap_deploy.export.casting import cast_graph, round_graph
     from cswap_deploy.export.ranges import too_large
@@ -299,7 +295,9 @@ def _narrowed(
 
     def fresh() -> ir.Model:
         model: ir.Model = ir.from_proto(proto)
-        return model
+        # A Constant's type is in an attribute, an initializer's is what is cast.
+        lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+        return lift(model).model
 
     def graph(keep: frozenset[str], make: Callable[..., ir.Model]) -> bytes:
         return bytes(ir.to_proto(make(fresh(), to=dtype, keep=keep)).SerializeToString())

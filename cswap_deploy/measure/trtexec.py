@@ -35,7 +35,8 @@ def trtexec_line(engine: EngineArtifact, latency: Latency) -> str:
         One line of shell; the engine's path is as in ``engine``.
 
     Raises:
-        ValueError: The target has no such tool, or the latency does not say how it was measured.
+        ValueError: The target has no such tool, the engine is without weights, or the latency does
+            not say how it was measured.
 
     Source:
         TensorRT documentation, "Command-Line Programs"; ``InferenceOptions::parse`` and
@@ -45,6 +46,8 @@ def trtexec_line(engine: EngineArtifact, latency: Latency) -> str:
     how, target = latency.settings, engine.target
     if target not in TOOLS:
         raise ValueError(f"{target} has no trtexec")
+    if engine.stripped:
+        raise ValueError("trtexec would time an engine without its weights")
     if "shape" not in how or "cuda_graph" not in how:
         raise ValueError("the latency does not say how it was measured")
     version = _version(engine.versions[target])
@@ -62,6 +65,8 @@ def trtexec_line(engine: EngineArtifact, latency: Latency) -> str:
         "--percentile=50,90,99",
         "--exposeDMA",
     ]
+    if engine.options is not None and engine.options.version_compatible:
+        options.append("--versionCompatible")  # lets it run the code that the engine brings
     left: list[str] = []
     if newer:
         _add(options, left, "" if not transfers else "--includeDataTransfers", "no data transfers")

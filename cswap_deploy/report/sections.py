@@ -150,7 +150,7 @@ def _precision(manifest: Manifest) -> Section | None:
     if result is None:
         return None
     text = [
-        f"The graph is {result.precision}. On {result.images:,} calibration images "
+        f"model.onnx is {result.precision}. On {result.images:,} calibration images "
         f"{percent(result.agreement)} of its predictions are the float32 graph's (KL divergence "
         f"{nats(result.kl)} nats); the gate allows a loss of {points(result.drop_limit)} points of "
         "top-1 on the validation images, or of one image. All figures are of the pruned network.",
@@ -282,7 +282,8 @@ def _gpu_tables(manifest: Manifest) -> list[Table]:
                 parts.append((target, name, d.clock, graph, *map(ms, times + copies)))
         if latency is not None and latency.gpu is not None and latency.gpu.samples:
             states.append((target, *_gpu_row(latency.gpu)))
-        if latency is not None and latency.device is not None and target in TOOLS:
+        has_tool = target in TOOLS and not result.engine.stripped
+        if latency is not None and latency.device is not None and has_tool:
             commands.append((target, "pruned", trtexec_line(result.engine, latency)))
     copied = ("copied in, p50", "copied out, p50")
     heads: tuple[tuple[tuple[str, ...], int], ...] = (

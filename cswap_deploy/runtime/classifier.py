@@ -21,6 +21,7 @@ from cswap_deploy.errors import (
 )
 from cswap_deploy.runtime.bundle import DeviceBundle, EngineFile
 from cswap_deploy.runtime.preprocess import filled_up, normalise, resize_and_crop
+from cswap_deploy.runtime.tensorrt_session import MODULES
 
 ONNX_TARGETS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 Picture = Union[str, "os.PathLike[str]", Image.Image]
@@ -77,9 +78,12 @@ class Classifier:
         """
         bundle = DeviceBundle.open(Path(folder))
         engines = {e.target: e for e in bundle.engines if e.path != bundle.onnx_path}
-        if target is not None and target not in engines and target not in ONNX_TARGETS:
-            known = [*engines, *ONNX_TARGETS]
-            raise UsageError(f"the bundle has no {target} engine; it runs with {', '.join(known)}")
+        known = [name for name in engines if name in MODULES] + list(ONNX_TARGETS)
+        if target is not None and target not in known:
+            what = f"the bundle has no {target} engine"
+            if target in engines:
+                what = f"{target} engines are run by `cswap-deploy validate` alone"
+            raise UsageError(f"{what}; the bundle runs here with {', '.join(known)}")
         if target in engines:
             session = _load_engine(bundle, engines[target], cuda_graph)
             return cls(bundle, session, target, ())
@@ -103,10 +107,10 @@ class Classifier:
             words = "; ".join([*notes, str(err).splitlines()[0]])
             raise MissingDependencyError(words, fix=err.fix) from err
         except refusals() as err:
-            raise ArtifactError(
-                f"onnxruntime does not load {bundle.folder / bundle.onnx_path} "
-                f"({bundle.precision}): {err}"
-            ) from err
+            words = f"onnxruntime does not load {bundle.folder / bundle.onnx_path}: {err}"
+            if bundle.precision == "bf16":
+                words = "onnxruntime has no bf16 on CPUs: the graph runs in a TensorRT engine alone"
+            raise ArtifactError("; ".join([*notes, words])) from err
         return cls(bundle, session, name, notes)
 
     @property
@@ -216,7 +220,7 @@ class Classifier:
 
 
 def _load_engine(bundle: DeviceBundle, engine: EngineFile, cuda_graph: bool) -> Any:
-    from cswap_deploy.runtime.tensorrt_session import MODULES, TensorRtSession
+    from cswap_deploy.runtime.tensorrt_session import TensorRtSession
 
     if engine.target not in MODULES:
         raise MissingDependencyError(

@@ -37,10 +37,7 @@ class OnnxSession:
                 the device; it never falls back to the CPU silently.
             Exception: One of :func:`refusals`, where the runtime refuses the graph.
         """
-        ort = import_onnxruntime()
-        wanted = PROVIDERS[device]
-        if wanted not in ort.get_available_providers():
-            raise _no_provider(ort, wanted, "this build of it has none")
+        ort, wanted = require_provider(device), PROVIDERS[device]
         self.threads = threads or usable_cores()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -78,6 +75,21 @@ class OnnxSession:
                 + " ".join(words),
                 log=words,
             ) from err
+
+
+def require_provider(device: Literal["cpu", "cuda"]) -> Any:
+    """The package, where it can run on a device.
+
+    Raises:
+        MissingDependencyError: onnxruntime is absent or does not load, or this build of it has no
+            provider for the device, or the device is not there.
+    """
+    ort, wanted = import_onnxruntime(), PROVIDERS[device]
+    if wanted not in ort.get_available_providers():
+        raise _no_provider(ort, wanted, "this build of it has none")
+    if device == "cuda" and (problem := cuda_problem()):
+        raise _no_provider(ort, wanted, problem)
+    return ort
 
 
 def import_onnxruntime() -> Any:

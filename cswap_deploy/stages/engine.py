@@ -7,16 +7,16 @@ from typing import Any
 
 from cswap_deploy.artifacts import TargetResult, read_value
 from cswap_deploy.stages.precision import Graphs
-from cswap_deploy.stages.run import MODEL, Run, calibration, once
+from cswap_deploy.stages.run import MODEL, Run, calibration_inputs, few_images, once
 from cswap_deploy.store import stage_key
 
-_VERSION = 3
+_VERSION = 4
 """Raised when this stage's code changes what it writes."""
 
 
 def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
     """One target's engine; a folder with ``result.json`` and, where it has one, its file."""
-    from cswap_deploy.targets import Int8, get_target
+    from cswap_deploy.targets import MOST_INT8_IMAGES, Int8, get_target
 
     config = run.config
     run.progress.stage("engine", target)
@@ -29,10 +29,10 @@ def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
         "batch": str(config.batch),
         "options": config.engine_options.model_dump(mode="json"),
     }
-    inputs = {"onnx": graph.sha256}
+    inputs: dict[str, Any] = {"onnx": graph.sha256, "machine": adapter.here()}
     if itself:
         settings |= {"precision": config.precision, "keep_fp32": config.keep_fp32}
-        inputs |= {"calibration": run.samples.calibration.spec.sha256}
+        inputs |= calibration_inputs(run)
     key = run.keys[f"engine/{target}"] = stage_key(
         "engine", version=_VERSION, inputs=inputs, settings=settings, tools=adapter.versions()
     )
@@ -41,8 +41,7 @@ def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
         run.progress.begin(f"building the {target} engine", 0)
         engine = adapter.build(
             graph, batch=config.batch, out_dir=out, options=config.engine_options,
-            int8=Int8(calibration(run)[0].contiguous().numpy(), config.keep_fp32)
-            if itself else None,
+            int8=Int8(few_images(run, MOST_INT8_IMAGES), config.keep_fp32) if itself else None,
             progress=run.progress, store=run.store.root,
         )  # fmt: skip
         run.progress.end()

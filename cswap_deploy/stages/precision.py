@@ -12,13 +12,14 @@ from cswap_deploy.stages.run import (
     ExportRecord,
     Floats,
     Run,
-    calibration,
+    calibration_inputs,
+    few_images,
     once,
     tool_versions,
 )
 from cswap_deploy.store import stage_key
 
-_VERSION = 2
+_VERSION = 3
 """Raised when this stage's code changes what it writes."""
 
 
@@ -72,18 +73,19 @@ def precision_stage(run: Run, exported: Path) -> Graphs:
     key = run.keys["precision"] = stage_key(
         "precision",
         version=_VERSION,
-        inputs={"onnx": float32.sha256, "calibration": run.samples.calibration.spec.sha256},
+        inputs={"onnx": float32.sha256} | calibration_inputs(run),
         settings={name: getattr(config, name) for name in names},
         tools=tools,
     )
 
     def make(out: Path) -> None:
-        from cswap_deploy.export.precision import reduce_precision
+        from cswap_deploy.export.precision import JUDGE_IMAGES, RANGE_IMAGES, reduce_precision
 
-        images, labels = calibration(run)
+        images = few_images(run, RANGE_IMAGES + JUDGE_IMAGES)
         model, result = reduce_precision(
-            float32, precision=config.precision, images=images.contiguous().numpy(),
-            labels=labels.numpy(), drop_limit=config.drop_limit, path=out / MODEL,
+            float32, precision=config.precision, images=images,
+            labels=run.samples.calibration.labels[: len(images)],
+            drop_limit=config.drop_limit, path=out / MODEL,
             keep_fp32=config.keep_fp32, int8_calibration=config.int8_calibration,
             int8_quantizer=config.int8_quantizer, progress=run.progress,
         )  # fmt: skip

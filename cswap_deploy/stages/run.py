@@ -127,8 +127,21 @@ def calibration(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 def parity_images(run: Run) -> Floats:
     """The images on which graphs and engines are compared, (8, C, H, W)."""
-    images: Floats = calibration(run)[0][: max(PARITY_BATCHES)].contiguous().numpy()
+    return few_images(run, max(PARITY_BATCHES))
+
+
+def few_images(run: Run, most: int) -> Floats:
+    """The first calibration images, (N, C, H, W); the set as a whole takes half a GiB at 224 px."""
+    images: Floats = calibration(run)[0][:most].contiguous().numpy()
     return images
+
+
+def calibration_inputs(run: Run) -> dict[str, Any]:
+    """For the key of what is found on normalised calibration images."""
+    return {
+        "calibration": run.samples.calibration.spec.sha256,
+        "preprocessing": run.spec.preprocessing.model_dump(mode="json"),
+    }
 
 
 def runner(module: nn.Module) -> Callable[[Floats], Floats]:

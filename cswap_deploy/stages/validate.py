@@ -29,7 +29,7 @@ from cswap_deploy.stages.run import (
     ExportRecord,
     Floats,
     Run,
-    calibration,
+    few_images,
     once,
     parity_images,
     pruned_module,
@@ -47,7 +47,8 @@ _VERSION = 3
 """Raised when this stage's code changes what it writes."""
 ALL_TOOLS = (
     "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxscript", "onnxsim", "onnxruntime",
-    "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy", "scipy", "pillow", "safetensors",
+    "onnxruntime-gpu", "onnx-ir", "openvino", "nncf", "tensorrt", "tensorrt-rtx", "pycuda", "numpy",
+    "scipy", "pillow", "safetensors",
 )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ def _latency(
             store=run.store.root,
         )  # fmt: skip
         loaded = adapter.load(dense, threads=config.threads, onnx=graphs.dense.path)
-        images = calibration(run)[0].contiguous().numpy()
+        images = few_images(run, config.timed_batch)
         rows = np.arange(config.timed_batch) % len(images)
         times = measure_latency(
             {"pruned": session, "dense": loaded}, images=images[rows], runs=config.latency_runs

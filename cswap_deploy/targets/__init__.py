@@ -23,6 +23,10 @@ from cswap_deploy.progress import Progress
 Images = npt.NDArray[np.float32]
 
 
+MOST_INT8_IMAGES = 300
+"""That a runtime with ``own_int8`` gets; NNCF's own default."""
+
+
 @dataclass(frozen=True, slots=True)
 class Int8:
     """What a runtime with ``own_int8`` needs to quantise a float32 graph."""
@@ -51,6 +55,23 @@ class Target(Protocol):
     name: str
     own_int8: bool
     """Takes the float32 graph for int8 too, and calibrates and quantises by itself."""
+
+    def check(self, options: EngineOptions, *, int8: bool) -> None:
+        """Refuse what :meth:`build` would refuse whatever the graph, before any work.
+
+        Args:
+            options: For the builder.
+            int8: The runtime will be asked to quantise.
+
+        Raises:
+            UsageError: The runtime does not have one of the options.
+            MissingDependencyError: The runtime, or a device that it builds on, is not there.
+        """
+        ...
+
+    def here(self) -> dict[str, str]:
+        """What of this machine shapes an engine, or decides whether it runs; for cache keys."""
+        ...
 
     def build(
         self,

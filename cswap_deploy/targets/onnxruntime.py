@@ -11,7 +11,12 @@ import numpy as np
 from cswap_deploy.artifacts import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
 from cswap_deploy.errors import ArtifactError, BuildError, StageError
 from cswap_deploy.progress import Progress
-from cswap_deploy.runtime.onnx_session import OnnxSession, import_onnxruntime, refusals
+from cswap_deploy.runtime.onnx_session import (
+    OnnxSession,
+    import_onnxruntime,
+    refusals,
+    require_provider,
+)
 from cswap_deploy.targets import Int8, check_digest
 
 
@@ -26,6 +31,14 @@ class OnnxRuntime:
     name = "onnxruntime"
     device: Literal["cpu", "cuda"] = "cpu"
     own_int8 = False
+
+    def check(self, options: EngineOptions, *, int8: bool) -> None:
+        """See :meth:`cswap_deploy.targets.Target.check`."""
+        require_provider(self.device)
+
+    def here(self) -> dict[str, str]:
+        """Nothing: the graph is the engine."""
+        return {}
 
     def build(
         self,

@@ -29,11 +29,9 @@ from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing
 from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.targets import Images, Int8, check_digest
+from cswap_deploy.targets import MOST_INT8_IMAGES, Images, Int8, check_digest
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
-CALIBRATION_IMAGES = 300
-"""At most; NNCF's own default."""
 _DIGEST = ("cswap_deploy", "weights_sha256")
 """Where the graph's file records the digest of the weights' file: the digest of the one that the
 artefact holds then covers both."""
@@ -55,6 +53,17 @@ class OpenVino:
 
     name = "openvino"
     own_int8 = True
+
+    def check(self, options: EngineOptions, *, int8: bool) -> None:
+        """See :meth:`cswap_deploy.targets.Target.check`."""
+        import_openvino()
+        if int8:
+            with captured():
+                _import("nncf")
+
+    def here(self) -> dict[str, str]:
+        """Nothing: kernels are chosen where an engine is loaded."""
+        return {}
 
     def build(
         self,
@@ -305,7 +314,7 @@ def _quantise(model: Any, int8: Int8, name: str) -> tuple[Any, str]:
     Source:
         NNCF documentation, "Post-Training Quantization"; ``nncf.OverflowFix``.
     """
-    images = np.ascontiguousarray(int8.images[:CALIBRATION_IMAGES], dtype=np.float32)
+    images = np.ascontiguousarray(int8.images[:MOST_INT8_IMAGES], dtype=np.float32)
     with captured():
         nncf = _import("nncf")
         refusals = (nncf.InternalError, nncf.UnsupportedModelError, nncf.ValidationError)

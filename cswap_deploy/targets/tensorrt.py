@@ -87,6 +87,26 @@ class TensorRt:
     extra = "trt"
     own_int8 = False
 
+    def check(self, options: EngineOptions, *, int8: bool) -> None:
+        """See :meth:`cswap_deploy.targets.Target.check`."""
+        trt = self._import()
+        flavour = self.flavour(trt)
+        self._check_options(trt, flavour, options)
+        problem = cuda_problem()
+        if problem and flavour.needs_gpu:
+            raise MissingDependencyError(
+                f"{self.name} {trt.__version__} builds its engines on the GPU: {problem}",
+                fix="build on the device, or use --target tensorrt-rtx, which needs no GPU",
+            )
+
+    def here(self) -> dict[str, str]:
+        """The GPU; an engine that is built ahead of time runs on some and not on others."""
+        return {
+            "problem": cuda_problem(),
+            "compute_capability": compute_capability(),
+            "gpus": ", ".join(list_gpus()),
+        }
+
     def build(
         self,
         onnx: OnnxArtifact,
@@ -124,16 +144,14 @@ class TensorRt:
             Networks".
         """
         options = options if options is not None else EngineOptions()
+        self.check(options, int8=False)
         trt = self._import()
         flavour = self.flavour(trt)
-        self._check_options(trt, flavour, options)
-        problem = cuda_problem()
-        if problem and flavour.needs_gpu:
-            raise MissingDependencyError(
-                f"{self.name} {trt.__version__} builds its engines on the GPU: {problem}",
-                fix="build on the device, or use --target tensorrt-rtx, which needs no GPU",
-            )
-        capability = "" if problem else compute_capability()
+        problem, capability = cuda_problem(), compute_capability()
+        named = options.compute_capability
+        reason = problem
+        if not problem and named and capability not in named:
+            reason = f"built for compute capability {', '.join(named)}, this GPU has {capability}"
         logger = make_logger(trt)
         start = time.perf_counter()
         plan, layers = self._compile(
@@ -153,8 +171,8 @@ class TensorRt:
             size_bytes=path.stat().st_size,
             build_seconds=seconds,
             precision=onnx.precision,
-            runnable=not problem,
-            reason=problem,
+            runnable=not reason,
+            reason=reason,
             versions=self.versions(),
             device=self._device(flavour, options),
             batch=batch,

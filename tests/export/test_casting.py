@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -142,3 +143,24 @@ def test_a_norm_whose_squares_overflow_is_named_though_its_input_does_not() -> N
     weights = WEIGHTS | {"w1": WEIGHTS["w1"] * 200}
     found = too_large(model(weights=weights), IMAGES, dtype=ir.DataType.FLOAT16)
     assert set(found) == {"norm/LayerNormalization"}
+
+
+@pytest.mark.parametrize("make_narrow", [cast_graph, round_graph])
+def test_no_scale_becomes_zero(make_narrow: Callable[..., ir.Model]) -> None:
+    """That of a channel whose weights are near 0; TensorRT refuses it."""
+    scales = np.array([1e-9, 0.01, 3e-8], dtype=np.float32)
+    weights = WEIGHTS | {"scales": scales, "zeros8": np.zeros(3, dtype=np.int8)}
+    weights["w2"] = (RNG.normal(size=(5, 3)) * scales).astype(np.float32)
+    pair = [
+        make("QuantizeLinear", ["w2", "scales", "zeros8"], ["q"], name="q", axis=1),
+        make("DequantizeLinear", ["q", "scales", "zeros8"], ["w"], name="dq", axis=1),
+        make("MatMul", ["c", "w"], ["logits"], name="two/MatMul"),
+    ]
+    narrow = make_narrow(model([*NODES[:-1], *pair], weights, opset=21), to=ir.DataType.FLOAT16)
+    assert np.isfinite(run(narrow, IMAGES)).all()
+    kept = [v for node in narrow.graph if node.op_type[-6:] == "Linear" for v in [node.inputs[1]]]
+    assert len(kept) == 2
+    for value in kept:
+        array = value.const_value.numpy()
+        assert (array > 0).all()
+        assert array[1] == np.float16(0.01)

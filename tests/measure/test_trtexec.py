@@ -7,17 +7,26 @@ from typing import Any
 
 import pytest
 
-from cswap_deploy.artifacts import EngineArtifact, Latency
+from cswap_deploy.artifacts import EngineArtifact, EngineOptions, Latency
 from cswap_deploy.measure.trtexec import trtexec_line
 
 SHAPE = "--shapes=input:8x3x224x224 --infStreams=1 --iterations=200 --duration=0 --warmUp=351"
 REST = "--avgRuns=200 --percentile=50,90,99 --exposeDMA"
 
 
-def line(target: str, version: str, *, path: str = "engine/model.plan", **ways: Any) -> str:
+def line(
+    target: str,
+    version: str,
+    *,
+    path: str = "engine/model.plan",
+    options: EngineOptions | None = None,
+    stripped: bool = False,
+    **ways: Any,
+) -> str:
     engine = EngineArtifact(
         target=target, path=Path(path), sha256="0" * 64, size_bytes=1, build_seconds=1.0,
         precision="fp16", runnable=True, versions={target: version},
+        options=options, stripped=stripped,
     )  # fmt: skip
     settings = {
         "shape": [8, 3, 224, 224], "runs": 200, "warmup_ms": 350.2, "input": "input",
@@ -126,3 +135,14 @@ def test_what_has_no_such_line() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="does not say how it was measured"):
         trtexec_line(engine, old)
+
+
+def test_an_engine_that_brings_its_own_runtime_is_let_run() -> None:
+    lean = EngineOptions(version_compatible=True)
+    assert " --versionCompatible " in line("tensorrt", "11.4.0.106", options=lean)
+    assert "--versionCompatible" not in line("tensorrt", "11.4.0.106", options=EngineOptions())
+
+
+def test_an_engine_without_weights_is_not_timed() -> None:
+    with pytest.raises(ValueError, match="without its weights"):
+        line("tensorrt", "11.4.0.106", stripped=True)

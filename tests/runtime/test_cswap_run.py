@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_bundle import NAMES, PRE, flip_a_byte, picture, write_bundle
+from small_bundle import NAMES, PRE, Engine, flip_a_byte, picture, write_bundle
 from small_onnx import CLASSES
 
 from cswap_deploy.errors import ArtifactError, UsageError
@@ -257,8 +257,35 @@ def test_errors_in_json_too(bundle: Path) -> None:
 def test_a_target_that_the_bundle_does_not_have(bundle: Path, run: Callable[..., Ran]) -> None:
     for name in ("tensorrt", "openvino", "nonsense"):
         ran = run(bundle, bundle.parent / "a.png", "--target", name)
-        words = f"the bundle has no {name} engine; it runs with onnxruntime, onnxruntime-cuda"
+        words = f"the bundle has no {name} engine; the bundle runs here with onnxruntime"
         refused(ran, 2, words)
+
+
+def test_an_engine_that_is_not_run_here(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    picture(0).save(tmp_path / "a.png")
+    bundle = write_bundle(tmp_path / "bundle", Engine("openvino", b"<xml>", "2026.4.1"))
+    ran = run(bundle, tmp_path / "a.png", "--target", "openvino")
+    words = "openvino engines are run by `cswap-deploy validate` alone; the bundle runs here with "
+    refused(ran, 2, words + "onnxruntime, onnxruntime-cuda")
+    assert run(bundle, tmp_path / "a.png").code == 0, "unasked, model.onnx runs"
+
+
+def test_why_the_engine_was_passed_over_is_told_when_the_graph_does_not_run_either(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    """As in a bundle of bf16, which ONNX Runtime does not compute on CPUs."""
+    picture(0).save(tmp_path / "a.png")
+    engine = Engine("tensorrt", b"plan", "11.4.0.106")
+    bundle = write_bundle(tmp_path / "bundle", engine, onnx=b"no graph")
+    ran = run(bundle, tmp_path / "a.png")
+    refused(ran, 6, "tensorrt engine passed over: ")
+    refused(ran, 6, f"; onnxruntime does not load {bundle}/model.onnx: ")
+    manifest = bundle / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["onnx"]["precision"] = "bf16"
+    manifest.write_text(json.dumps(told))
+    words = "; onnxruntime has no bf16 on CPUs: the graph runs in a TensorRT engine alone"
+    refused(run(bundle, tmp_path / "a.png"), 6, words)
 
 
 def test_cuda_where_onnxruntime_has_none(bundle: Path, run: Callable[..., Ran]) -> None:
@@ -334,7 +361,7 @@ def test_a_manifest_that_names_files_outside_the_bundle(
 def test_a_graph_that_onnxruntime_does_not_load(tmp_path: Path, run: Callable[..., Ran]) -> None:
     picture(0).save(tmp_path / "a.png")
     ran = run(write_bundle(tmp_path / "bundle", onnx=b"no graph"), tmp_path / "a.png")
-    refused(ran, 6, f"onnxruntime does not load {tmp_path}/bundle/model.onnx (fp32): ")
+    refused(ran, 6, f"onnxruntime does not load {tmp_path}/bundle/model.onnx: ")
 
 
 def test_paths_that_are_not_there(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:

@@ -416,6 +416,26 @@ def test_rtx_needs_no_gpu(bench: Callable[[str], Bench], onnx: OnnxArtifact) -> 
     assert "engine" not in json.loads((b.out / "layers.json").read_text())
 
 
+def test_an_engine_for_other_gpus_is_built_and_not_run(
+    bench: Callable[[str], Bench], onnx: OnnxArtifact
+) -> None:
+    b = bench(RTX)
+    engine = b.build(onnx, compute_capability=("8.6", "12.0"))
+    assert not engine.runnable
+    assert engine.reason == "built for compute capability 8.6, 12.0, this GPU has 8.9"
+    assert b.build(onnx, compute_capability=("8.6", "8.9")).runnable
+
+
+@every_package
+def test_the_gpu_is_in_the_key(bench: Callable[[str], Bench], package: str) -> None:
+    b = bench(package)
+    first = b.target.here()
+    b.gpu("12.0")
+    assert b.target.here() != first
+    b.gpu("", "no NVIDIA driver")
+    assert b.target.here()["problem"] == "no NVIDIA driver"
+
+
 @pytest.mark.parametrize(
     ("package", "number", "known", "fix"),
     [
