@@ -387,7 +387,7 @@ class PrecisionResult(Value):
     """That could be narrowed."""
     kept: tuple[KeptLayer, ...] = ()
     calibration: str = ""
-    """How int8 ranges were found: the method taken."""
+    """How int8 ranges were found, and by which quantiser."""
     tried: tuple[PrecisionTrial, ...] = ()
     """What was measured on the way, in this order."""
     images: int

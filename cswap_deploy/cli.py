@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cswap_deploy.errors import CswapError, GateError
+from cswap_deploy.help_sections import Sectioned
 
 if TYPE_CHECKING:
     from cswap_deploy.config import BuildConfig
@@ -285,12 +286,16 @@ def _build_command(until: Stage) -> Callable[..., None]:
     return command
 
 
-app.command("build", help="All stages: prune, export, build engines, check accuracy and latency.")(
-    _build_command("validate")
-)
-app.command("prune", help="The first stage of build: plan.json and pruned weights in a folder.")(
-    _build_command("prune")
-)
+app.command(
+    "build",
+    cls=Sectioned,
+    help="All stages: prune, export, build engines, check accuracy and latency.",
+)(_build_command("validate"))
+app.command(
+    "prune",
+    cls=Sectioned,
+    help="The first stage of build: plan.json and pruned weights in a folder.",
+)(_build_command("prune"))
 
 
 def _continue_command(until: Stage) -> Callable[..., None]:
@@ -353,11 +358,17 @@ def _continue_command(until: Stage) -> Callable[..., None]:
     return command
 
 
-app.command("export", help="Go on from prune: model.onnx.")(_continue_command("export"))
-app.command("engine", help="Go on from export: engines for --target.")(_continue_command("engine"))
-app.command("validate", help="Go on to the end: measure, and close the bundle with its report.")(
-    _continue_command("validate")
+app.command("export", cls=Sectioned, help="Go on from prune: model.onnx.")(
+    _continue_command("export")
 )
+app.command("engine", cls=Sectioned, help="Go on from export: engines for --target.")(
+    _continue_command("engine")
+)
+app.command(
+    "validate",
+    cls=Sectioned,
+    help="Go on to the end: measure, and close the bundle with its report.",
+)(_continue_command("validate"))
 
 
 @app.command()

@@ -11,6 +11,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import pytest
 
 from cswap_deploy.bundle import verify_bundle
 from cswap_deploy.cli import app
+from cswap_deploy.help_sections import SECTIONS
 
 if TYPE_CHECKING:
     from conftest import Made, Ran
@@ -65,6 +67,10 @@ def test_commands_that_build_take_the_same_flags(command: Command, name: str) ->
     for flags in ("-o, --output DIR", "--resume / --fresh", "--json", "-q, --quiet", "--store DIR"):
         assert f"  {flags} " in text, f"{name} has no {flags}"
     assert ("--check-ops" in text) == (name == "engine")
+    (callback,) = (c.callback for c in app.registered_commands if c.name == name)
+    for parameter in signature(callback).parameters:  # type: ignore[arg-type]
+        sections = [title for title, names in SECTIONS.items() if parameter in names]
+        assert len(sections) == 1, f"{parameter} is in {sections}"
 
 
 def test_version(command: Command) -> None:
