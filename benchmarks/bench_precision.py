@@ -18,7 +18,6 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from cswap_deploy.export.precision import ROUNDED, reduce_precision
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.load import load_model
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.stages.run import tool_versions
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
 
 BATCH = 50
@@ -137,9 +137,9 @@ def main() -> None:
         for quantizer in (options.int8_quantizer if precision in ("int8", "mixed") else [""])
     ]
     rows = [row for name in models for row in measure(name, formats)]
-    packages = ("torch", "onnx", "onnxruntime", "cswap-deploy")
+    packages = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "cswap-deploy")
     told = {
-        "versions": {name: version(name) for name in packages},
+        "versions": tool_versions(*packages),
         "rows": [asdict(row) for row in rows],
     }
     if options.json is not None:
