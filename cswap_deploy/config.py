@@ -123,9 +123,10 @@ class BuildConfig(EngineOptions):
     precision: Precision = "fp32"
     """Number formats of graph and engine: ``int8`` leaves in float32 what is not quantised,
     ``mixed`` in float16."""
-    precision_drop: float | None = Field(default=None, ge=0.0, lt=1.0)
+    precision_drop: float | None = Field(default=None, ge=0.0, le=0.2)
     """Largest loss of top-1 that the precision may cost, against the pruned float32 network; .001
-    for fp16, .005 for bf16, .01 with int8 unless said. One image is always allowed."""
+    for fp16, .005 for bf16, .01 with int8 unless said. One image is always allowed. No more than
+    .2, so that percents typed by mistake are refused."""
     keep_fp32: tuple[str, ...] = ()
     """What keeps its type: modules (``blocks.0.attn``), or patterns of nodes (``*/Softmax``)."""
     int8_calibration: Literal["auto", "entropy", "percentile", "minmax"] = "auto"
