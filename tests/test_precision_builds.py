@@ -143,7 +143,7 @@ INT8 = ("--precision", "int8")
         (("--batch", "1:1:2", "--latency-batch", "4"), 2, "is outside the profile --batch 1:1:2"),
         (("--precision", "bf16", "--target", "onnxruntime"), 2, "bf16 runs on the tensorrt targ"),
         (("--keep-fp32", "head"), 2, "keep_fp32: does nothing with precision fp32"),
-        ((*INT8, "--precision-drop", "0.5"), 2, "--precision-drop: Input should be less than or eq"),
+        ((*INT8, "--precision-drop", "0.5"), 2, "--precision-drop: Input should be less than"),
         (("--precision-drop", "0.02"), 2, "precision_drop: does nothing with precision fp32"),
         (("--precision", "fp16", "--int8-calibration", "entropy"), 2, "int8_calibration: does not"),
         ((*INT8, "--int8-quantizer", "modelopt", "--int8-calibration", "percentile"), 2,
