@@ -231,10 +231,15 @@ class BuildConfig(EngineOptions):
 
     def _unused_precision_settings(self) -> list[str]:
         """Given, and of no use: most likely ``precision`` was forgotten."""
-        names: tuple[str, ...] = () if self.precision in ("int8", "mixed") else INT8_SETTINGS
+        names: tuple[str, ...] = () if self.int8 else INT8_SETTINGS
         names += ("keep_fp32", "precision_drop") if self.precision == "fp32" else ()
         defaults = type(self).model_fields
         return [name for name in names if getattr(self, name) != defaults[name].default]
+
+    @property
+    def int8(self) -> bool:
+        """Whether layers are to compute in int8."""
+        return self.precision in ("int8", "mixed")
 
     @property
     def engine_options(self) -> EngineOptions:

@@ -85,9 +85,7 @@ def build(
     output = config.bundle_path()
     check_output(output)
     budgets = None if config.budget is None else read_budgets(config.budget)
-    _check_names(
-        config, graph=_reached(until, "export"), engines=_reached(until, "engine")
-    )  # fmt: skip
+    _check_names(config, until)
 
     run = Run(config, *_load(config, module, progress), Store(config.store), progress)
     folders: dict[str, Path] = {}
@@ -144,7 +142,7 @@ def forecast(config: BuildConfig, *, progress: Progress | None = None) -> dict[s
 
     progress = progress if progress is not None else Silent()
     check_output(config.bundle_path())
-    _check_names(config, graph=True, engines=True)
+    _check_names(config, "validate")
     loaded, samples = _load(config, None, progress)
     told: dict[str, Any] = {
         "model": loaded.spec.name,
@@ -217,17 +215,16 @@ def _load(
     return loaded, samples
 
 
-def _check_names(config: BuildConfig, *, graph: bool, engines: bool) -> None:
+def _check_names(config: BuildConfig, until: Stage) -> None:
     """Fail on a mistyped name or what is not there now rather than after minutes of work."""
     from cswap_deploy.pruning.criteria import get_criterion
     from cswap_deploy.targets import get_target
 
     if config.criterion != "cswap":
         get_criterion(config.criterion)
-    int8 = config.precision in ("int8", "mixed")
-    for target in config.target if engines else ():
-        get_target(target).check(config.engine_options, int8=int8)
-    if int8 and config.int8_quantizer == "modelopt" and graph:
+    for target in config.target if _reached(until, "engine") else ():
+        get_target(target).check(config.engine_options, int8=config.int8)
+    if config.int8_quantizer == "modelopt" and _reached(until, "export"):
         from cswap_deploy.export.modelopt import modelopt_version
 
         modelopt_version()

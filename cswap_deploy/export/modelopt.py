@@ -61,6 +61,7 @@ class ModelOpt:
         import onnx
 
         from cswap_deploy.export.qdq import quantised_nodes
+        from cswap_deploy.export.quantize import nothing_left
 
         out = self._scratch / f"modelopt-{method}.onnx"
         done = _run(
@@ -80,10 +81,7 @@ class ModelOpt:
         found = quantised_nodes(made)
         self.layers = tuple(name for name in found if name not in self._keep)
         if not self.layers:
-            raise ExportError(
-                f"no layer of {self._graph.name} is left to quantise",
-                fix="--precision fp16, or fp32",
-            )
+            raise nothing_left(self._graph)
 
     def quantised(self, method: str, leave: Collection[str]) -> bytes:
         """The graph with some layers left out, weights stored in int8."""

@@ -92,9 +92,13 @@ def _sources(graph: Any) -> dict[str, str]:
 def _drop_unread(graph: Any) -> None:
     """Pairs, and tensors, whose output is nobody's input."""
     for kind in (_DQ, _Q):
-        read = {name for n in graph.node for name in n.input} | {o.name for o in graph.output}
+        read = _read(graph)
         for node in [n for n in graph.node if n.op_type == kind and n.output[0] not in read]:
             graph.node.remove(node)
-    read = {name for n in graph.node for name in n.input} | {o.name for o in graph.output}
+    read = _read(graph)
     for tensor in [t for t in graph.initializer if t.name not in read]:
         graph.initializer.remove(tensor)
+
+
+def _read(graph: Any) -> set[str]:
+    return {name for n in graph.node for name in n.input} | {o.name for o in graph.output}

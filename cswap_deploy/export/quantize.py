@@ -149,9 +149,7 @@ def quantise(
 
     kept = set(leave)
     if kept >= set(quantisable(path)):
-        raise ExportError(
-            f"no layer of {path.name} is left to quantise", fix="--precision fp16, or fp32"
-        )
+        raise nothing_left(path)
     with _quiet():
         quantize_static(
             path, to, None, calibration_cache_path=ranges, quant_format=QuantFormat.QDQ,
@@ -166,6 +164,13 @@ def quantise(
                 "OpTypesToExcludeOutputQuantization": list(OPERATORS),
             },
         )  # fmt: skip
+
+
+def nothing_left(graph: Path) -> ExportError:
+    """Every layer is left out."""
+    return ExportError(
+        f"no layer of {graph.name} is left to quantise", fix="--precision fp16, or fp32"
+    )
 
 
 class _Reader:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cswap_deploy.artifacts import (
     Accuracy,
+    AccuracyChange,
     DataSpec,
     GpuState,
     Latency,
@@ -124,7 +125,7 @@ def _accuracy(manifest: Manifest, *, draw: bool) -> Section:
                 where,
                 _interval(change.dense),
                 _interval(change.pruned),
-                f"{points(change.drop)} ({points(change.low)} to {points(change.high)})",
+                _drop(change),
                 percent(change.agreement),
                 f"{change.pruned.images:,}",
             )
@@ -142,6 +143,11 @@ def _accuracy(manifest: Manifest, *, draw: bool) -> Section:
         (Table(head, tuple(rows)),),
         _figure(picture, "Top-1 of the dense and the pruned network."),
     )
+
+
+def _drop(change: AccuracyChange) -> str:
+    """Points of top-1, with their interval."""
+    return f"{points(change.drop)} ({points(change.low)} to {points(change.high)})"
 
 
 def _precision(manifest: Manifest) -> Section | None:
@@ -168,8 +174,7 @@ def _precision(manifest: Manifest) -> Section | None:
     rows = tuple(
         (
             r.engine.target, r.judged_by, top1(r.reduced.dense), top1(r.reduced.pruned),
-            f"{points(r.reduced.drop)} ({points(r.reduced.low)} to {points(r.reduced.high)})",
-            percent(r.reduced.agreement), f"{r.reduced.pruned.images:,}",
+            _drop(r.reduced), percent(r.reduced.agreement), f"{r.reduced.pruned.images:,}",
         )
         for r in manifest.targets
         if r.reduced is not None

@@ -21,7 +21,7 @@ from cswap_deploy.errors import (
 )
 from cswap_deploy.runtime.bundle import DeviceBundle, EngineFile
 from cswap_deploy.runtime.preprocess import filled_up, normalise, resize_and_crop
-from cswap_deploy.runtime.tensorrt_session import MODULES
+from cswap_deploy.runtime.tensorrt_session import MODULES, TensorRtSession
 
 ONNX_TARGETS = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 Picture = Union[str, "os.PathLike[str]", Image.Image]
@@ -108,7 +108,7 @@ class Classifier:
             raise MissingDependencyError(words, fix=err.fix) from err
         except refusals() as err:
             words = f"onnxruntime does not load {bundle.folder / bundle.onnx_path}: {err}"
-            if bundle.precision == "bf16":
+            if bundle.precision == "bf16" and device == "cpu":
                 words = "onnxruntime has no bf16 on CPUs: the graph runs in a TensorRT engine alone"
             raise ArtifactError("; ".join([*notes, words])) from err
         return cls(bundle, session, name, notes)
@@ -220,8 +220,6 @@ class Classifier:
 
 
 def _load_engine(bundle: DeviceBundle, engine: EngineFile, cuda_graph: bool) -> Any:
-    from cswap_deploy.runtime.tensorrt_session import TensorRtSession
-
     if engine.target not in MODULES:
         raise MissingDependencyError(
             f"{engine.target} engines are run by `cswap-deploy validate`, not here"

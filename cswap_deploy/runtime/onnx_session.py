@@ -51,8 +51,8 @@ class OnnxSession:
         )
         self.provider: str = self.session.get_providers()[0]
         if self.provider != wanted:
-            why = cuda_problem() or "its CUDA or cuDNN libraries do not load"
-            raise _no_provider(ort, wanted, f"it fell back to {self.provider}: {why}")
+            why = f"it fell back to {self.provider}: its CUDA or cuDNN libraries do not load"
+            raise _no_provider(ort, wanted, why)
         self._input: str = self.session.get_inputs()[0].name
 
     def run(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

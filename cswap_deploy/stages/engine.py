@@ -22,7 +22,7 @@ def engine_stage(run: Run, target: str, graphs: Graphs) -> Path:
     run.progress.stage("engine", target)
     adapter = get_target(target)
     # Such a runtime quantises by itself: the layers it fuses are not those of TensorRT.
-    itself = adapter.own_int8 and config.precision in ("int8", "mixed")
+    itself = adapter.own_int8 and config.int8
     graph = graphs.float32 if itself else graphs.model
     settings: dict[str, Any] = {
         "target": target,

@@ -66,7 +66,7 @@ def precision_stage(run: Run, exported: Path) -> Graphs:
     run.progress.stage("precision", config.precision)
     names = ("precision", "keep_fp32", "int8_calibration", "int8_quantizer", "drop_limit")
     tools = tool_versions("cswap-deploy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
-    if config.precision in ("int8", "mixed") and config.int8_quantizer == "modelopt":
+    if config.int8_quantizer == "modelopt":
         from cswap_deploy.export.modelopt import modelopt_version
 
         tools |= {"modelopt": modelopt_version()}

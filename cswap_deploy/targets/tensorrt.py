@@ -202,15 +202,18 @@ class TensorRt:
                 or it is stripped and the graph is not there or is another one.
         """
         check_digest(engine)
-        if engine.stripped and onnx is None:
-            raise ArtifactError(f"{engine.path} is without weights: its graph is needed too")
+        weights = None
+        if engine.stripped:
+            if onnx is None:
+                raise ArtifactError(f"{engine.path} is without weights: its graph is needed too")
+            weights = _read(onnx)
         return TensorRtSession(
             engine.path.read_bytes(),
             target=self.name,
             version=engine.versions[self.name],
             compute_capability=engine.compute_capability,
             version_compatible=engine.options is not None and engine.options.version_compatible,
-            weights=_read(onnx) if engine.stripped and onnx is not None else None,
+            weights=weights,
         )
 
     def versions(self) -> dict[str, str]:
