@@ -344,7 +344,7 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         from cswap_deploy.pipeline import settings_of
 
         before = settings_of(folder).model_dump()
-        if precision is not None:  # what was set for another one is not for this
+        if precision not in (None, before["precision"]):  # what was set for another is not for this
             before = {k: v for k, v in before.items() if k not in PRECISION_SETTINGS}
         given["opset"] = _maybe_int(opset)
         given = {name: value for name, value in given.items() if value is not None}
