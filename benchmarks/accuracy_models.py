@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cswap_deploy.artifacts import RatioOf
 from cswap_deploy.errors import MissingDependencyError
 from cswap_deploy.models.load import LoadedModel, load_model
+from cswap_deploy.records.plan import RatioOf
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_CODE = ("cswap_deploy/causal", "cswap_deploy/pruning", "cswap_deploy/data")
+_CODE = ("cswap_deploy/network", "cswap_deploy/causal", "cswap_deploy/pruning", "cswap_deploy/data")
 """What decides which units go and what becomes of the rest."""
 _EFFECTS = {"effects.py", "significance.py", "cost.py"}
 """Only the presets measure effects: a change here leaves the peers' figures as they are."""

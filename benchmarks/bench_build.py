@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cswap_deploy
-from cswap_deploy.bundle import verify_bundle
+from cswap_deploy.records.bundle import verify_bundle
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ import numpy.typing as npt
 from PIL import Image
 
 import cswap_deploy
-from cswap_deploy.artifacts import EngineArtifact, Latency, canonical_json
-from cswap_deploy.bundle import verify_bundle
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.latency import sweep
 from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
-from cswap_deploy.models.zoo import ZOO_DIR
+from cswap_deploy.models.demos import ZOO_DIR
+from cswap_deploy.records.bundle import verify_bundle
+from cswap_deploy.records.engine import EngineArtifact
+from cswap_deploy.records.measurements import Latency
+from cswap_deploy.records.value import canonical_json
 from cswap_deploy.runtime.bundle import DeviceBundle, Transform
 from cswap_deploy.runtime.classifier import ONNX_TARGETS
 from cswap_deploy.runtime.preprocess import normalise, resize_and_crop

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cswap_deploy.artifacts import BatchRange, OnnxArtifact
 from cswap_deploy.config import DROP_LIMITS, OPSETS
 from cswap_deploy.data import load_samples, normalised
 from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.export.precision import ROUNDED, reduce_precision
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.load import load_model
+from cswap_deploy.records.engine import BatchRange, OnnxArtifact
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.stages.run import tool_versions
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx

@@ -35,20 +35,20 @@ from torch import Tensor, nn
 from cswap_deploy.causal import memory
 from cswap_deploy.causal.adaptive import as_guesses, measure_adaptively
 from cswap_deploy.causal.effects import Effects, join, kl_divergence
+from cswap_deploy.causal.fisher import DIRECTIONS, Estimate, guess
 from cswap_deploy.causal.interventions import Moments, input_moments
 from cswap_deploy.causal.mixtures import half_mixed
-from cswap_deploy.causal.partition import Graph
-from cswap_deploy.causal.progressive import balanced_order
-from cswap_deploy.causal.quadratic import DIRECTIONS, Estimate, guess
 from cswap_deploy.causal.scoring import Local, measure
-from cswap_deploy.causal.sets import consumers
-from cswap_deploy.causal.units import Group
 from cswap_deploy.data import normalised
 from cswap_deploy.data.load import load_samples
 from cswap_deploy.errors import CswapError
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.models.load import load_model
+from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.units import Group
+from cswap_deploy.pruning.candidates import consumers
 from cswap_deploy.pruning.plan import Prepared, prepare
+from cswap_deploy.pruning.rounds import balanced_order
 
 PART = 64
 """Images of one turn."""

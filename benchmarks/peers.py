@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from cswap_deploy.causal.partition import Env, Graph
-from cswap_deploy.causal.units import Group, Slice, channel_dim
 from cswap_deploy.errors import UsageError, missing
+from cswap_deploy.network.graph import Env, Graph
+from cswap_deploy.network.units import Group, Slice, channel_dim
 from cswap_deploy.pruning.plan import Prepared
 
 Scores = dict[str, np.ndarray]

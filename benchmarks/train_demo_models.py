@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cswap_deploy.models.zoo import DEMOS, MEAN, STD, ZOO_DIR
+from cswap_deploy.models.demos import DEMOS, MEAN, STD, ZOO_DIR
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 RECIPES = {

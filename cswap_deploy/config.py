@@ -10,8 +10,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cswap_deploy.artifacts import BatchRange, EngineOptions, RatioOf
 from cswap_deploy.errors import UsageError
+from cswap_deploy.records.engine import BatchRange, EngineOptions
+from cswap_deploy.records.plan import RatioOf
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
@@ -47,7 +48,7 @@ DROP_LIMITS: dict[str, float] = {
 class BuildConfig(EngineOptions):
     """The settings of a build; every flag of ``cswap-deploy build`` is a field of the same name.
 
-    The options of the TensorRT builders are among them; see ``artifacts.EngineOptions``.
+    The options of the TensorRT builders are among them; see ``records.engine.EngineOptions``.
     """
 
     # model

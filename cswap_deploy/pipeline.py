@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cswap_deploy.artifacts import Manifest, PrunePlan, TargetResult, read_value
-from cswap_deploy.bundle import MANIFEST, PLAN
 from cswap_deploy.config import BuildConfig, load_config
 from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.bundle import MANIFEST, PLAN
+from cswap_deploy.records.files import atomic_folder, check_output, list_files
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.store import Store
+from cswap_deploy.records.value import read_value
 from cswap_deploy.stages import (
     BUILD,
     MODEL,
@@ -30,7 +34,6 @@ from cswap_deploy.stages import (
     take_pruned,
     validate_stage,
 )
-from cswap_deploy.store import Store, atomic_folder, check_output, list_files
 
 if TYPE_CHECKING:
     from torch import nn
@@ -217,7 +220,7 @@ def _load(
 
 def _check_names(config: BuildConfig, until: Stage) -> None:
     """Fail on a mistyped name or what is not there now rather than after minutes of work."""
-    from cswap_deploy.pruning.criteria import get_criterion
+    from cswap_deploy.pruning.importance import get_criterion
     from cswap_deploy.targets import get_target
 
     if config.criterion != "cswap":

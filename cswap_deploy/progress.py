@@ -1,7 +1,15 @@
-"""What long work tells whoever waits for it. The library is silent; the command draws bars."""
+"""What long work tells whoever waits for it, and the one place that silences libraries.
+
+The library is silent; the command draws bars.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -51,3 +59,24 @@ class Silent:
 
     def end(self) -> None:
         """Nothing."""
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[io.StringIO]:
+    """Keep what libraries print off the terminal: it would tear the progress bars and the JSON.
+
+    Prints, warnings and log lines go nowhere; yields what was printed.
+    """
+    chatter = io.StringIO()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(chatter),
+            contextlib.redirect_stderr(chatter),
+        ):
+            warnings.simplefilter("ignore")
+            yield chatter
+    finally:
+        logging.disable(before)

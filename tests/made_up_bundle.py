@@ -7,29 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy.artifacts import (
-    Accuracy,
-    AccuracyChange,
-    BatchRange,
-    DataSpec,
-    Device,
-    EngineArtifact,
-    GroupPlan,
-    Latency,
-    Manifest,
-    ModelSpec,
-    OnnxArtifact,
-    Parity,
-    Preprocessing,
-    PrunePlan,
-    RoundLog,
-    Size,
-    TargetResult,
-    TensorSpec,
-    UnitEffect,
-    sha256_text,
-)
-from cswap_deploy.store import list_files
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, OnnxArtifact, TensorSpec
+from cswap_deploy.records.files import list_files
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.measurements import Accuracy, AccuracyChange, Device, Latency, Parity
+from cswap_deploy.records.model import DataSpec, ModelSpec, Preprocessing
+from cswap_deploy.records.plan import GroupPlan, PrunePlan, RoundLog, Size, UnitEffect
+from cswap_deploy.records.value import sha256_text
 
 DENSE = Size(units=336, params=272_186, macs=40_550_000)
 PRUNED = Size(units=190, params=163_120, macs=27_910_000)

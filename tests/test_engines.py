@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cswap_deploy.artifacts import BatchRange, EngineOptions, OnnxArtifact, PrecisionResult
 from cswap_deploy.config import DROP_LIMITS, OPSETS
 from cswap_deploy.errors import BuildError, UsageError
 from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.export.precision import reduce_precision
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.load import load_model
+from cswap_deploy.records.engine import BatchRange, EngineOptions, OnnxArtifact
+from cswap_deploy.records.measurements import PrecisionResult
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
 
@@ -92,13 +93,14 @@ def types(told: dict[str, Any], kind: str) -> set[str]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Network]:
     """An embedded demo, pruned by 40 % of its parameters (by magnitude, for speed)."""
-    from cswap_deploy.artifacts import PrunePlan, read_value
     from cswap_deploy.config import load_config
     from cswap_deploy.data import load_samples, normalised
     from cswap_deploy.pipeline import build
     from cswap_deploy.progress import Silent
+    from cswap_deploy.records.plan import PrunePlan
+    from cswap_deploy.records.store import Store
+    from cswap_deploy.records.value import read_value
     from cswap_deploy.stages.run import Run, pruned_module
-    from cswap_deploy.store import Store
 
     folder = tmp_path_factory.mktemp("pruned")
     kept: dict[str, Network] = {}

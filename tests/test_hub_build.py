@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub_stand_in import IMAGENET_COPY, HubStandIn
 
-from cswap_deploy.bundle import verify_bundle
+from cswap_deploy.records.bundle import verify_bundle
 
 pytest.importorskip("datasets", reason="needs the extra 'hub'")
 COMMAND = "cswap-deploy build resnet50 --ratio 0.4"

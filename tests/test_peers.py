@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cswap_deploy.causal.units import Slice
 from cswap_deploy.errors import MissingDependencyError
+from cswap_deploy.network.units import Slice
 from cswap_deploy.pruning.plan import Prepared, prepare
 
 ROOT = Path(__file__).parents[1]

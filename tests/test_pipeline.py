@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import cswap_deploy
 from cswap_deploy import pipeline, stages
-from cswap_deploy.artifacts import Manifest, PrunePlan, sha256_file
-from cswap_deploy.bundle import read_bundle, read_plan, verify_bundle
 from cswap_deploy.config import load_config
-from cswap_deploy.pruning.apply import apply_plan
+from cswap_deploy.network.deletion import apply_plan
+from cswap_deploy.records.bundle import read_bundle, read_plan, verify_bundle
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.value import sha256_file
 
 if TYPE_CHECKING:
     from conftest import Made, Ran

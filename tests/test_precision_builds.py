@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from cswap_deploy.artifacts import Manifest, read_value
-from cswap_deploy.bundle import verify_bundle
 from cswap_deploy.errors import GateError
 from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.records.bundle import verify_bundle
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.value import read_value
 from cswap_deploy.stages.run import SCORING_BATCH
 from cswap_deploy.stages.validate import require_precision
 

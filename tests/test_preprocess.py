@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cswap_deploy.artifacts import Preprocessing
 from cswap_deploy.models.torchvision_shim import import_timm
+from cswap_deploy.records.model import Preprocessing
 from cswap_deploy.runtime.preprocess import normalise, resize_and_crop
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cswap_deploy.models.zoo import ZOO_DIR
+from cswap_deploy.models.demos import ZOO_DIR
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -1,7 +1,7 @@
 """Measure each unit on as many images as its decision needs.
 
 Most units are far from the cut, and most of an effect comes from a few images. So the effects of
-all units on all images are estimated first (:mod:`causal.quadratic`); then units are measured on
+all units on all images are estimated first (:mod:`causal.fisher`); then units are measured on
 the images that weigh most for them, a few more at a time, until it is certain at the chosen error
 rate on which side of the cut each one is. An estimate fills in only for images that were not
 measured, scaled by what was measured on the others; how well it does that, measured as well, is the
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from cswap_deploy.causal.effects import Effects, likely_harm, log_change
-from cswap_deploy.causal.quadratic import Estimate
+from cswap_deploy.causal.fisher import Estimate
 from cswap_deploy.causal.scoring import Scorer, Tick
-from cswap_deploy.causal.units import Group
+from cswap_deploy.network.units import Group
 
 FIRST_IMAGES = 8
 """Every look after the first doubles the images."""

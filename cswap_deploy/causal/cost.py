@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cswap_deploy.causal.partition import Graph
-from cswap_deploy.causal.quadratic import DIRECTIONS
-from cswap_deploy.causal.units import Group
+from cswap_deploy.causal.fisher import DIRECTIONS
+from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.units import Group
 
 BUDGET_MACS = 40_000_000_000_000
 """``--scoring-samples auto`` stays within this many multiply-accumulates: some minutes on two

@@ -26,16 +26,18 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from cswap_deploy.causal.branches import norm_after
-from cswap_deploy.causal.partition import Env, Graph
-from cswap_deploy.causal.units import Consumer, channel_dim, input_sum, mask_weight, select_input
+from cswap_deploy.network.graph import Env, Graph
+from cswap_deploy.network.offsets import shift_output
+from cswap_deploy.network.units import Consumer, channel_dim, input_sum, mask_weight, select_input
 
 Intervention = Literal["zero", "mean", "predicted"]
 
 _RIDGE = 1e-3
 """Of the regression on the other units, as a fraction of the mean variance."""
+
 _ROWS = 65_536
 """Positions the moments are taken over; more change nothing but the time."""
+
 _MOST_INPUTS = 8192
 """Above this many inputs a layer's covariance would not fit; its units are replaced by means."""
 
@@ -235,48 +237,6 @@ def fold(graph: Graph, layer: str, stand_in: StandIn) -> None:
     mask_weight(module, stand_in.index)
     if constant is not None:
         shift_output(graph, layer, constant)
-
-
-def shift_output(graph: Graph, layer: str, by: Tensor) -> None:
-    """Add a constant to every output of a layer, in place.
-
-    It goes into the layer's bias, or into the running mean of the batch norm that alone reads it.
-
-    Args:
-        graph: Over the module to change.
-        layer: A convolution or linear layer for which :func:`needs_bias` is false.
-        by: (O,).
-    """
-    module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
-    with torch.no_grad():
-        if module.bias is not None:
-            module.bias += by
-        else:
-            norm_after(graph, layer).running_mean -= by  # type: ignore[union-attr, operator]
-
-
-def set_offset(graph: Graph, dense: Graph, layer: str, offset: Tensor) -> None:
-    """Let a layer's output be its linear map plus a constant, in place; see :func:`shift_output`.
-
-    Args:
-        graph: Over the module to change.
-        dense: The network as it was.
-        layer: A convolution or linear layer for which :func:`needs_bias` is false.
-        offset: (O,).
-    """
-    module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
-    with torch.no_grad():
-        if module.bias is not None:
-            module.bias.copy_(offset)
-        else:
-            now, before = norm_after(graph, layer), norm_after(dense, layer)
-            now.running_mean.copy_(before.running_mean - offset)  # type: ignore[union-attr, operator]
-
-
-def needs_bias(graph: Graph, layer: str) -> bool:
-    """Whether a layer has nowhere to put a constant: no bias, no batch norm behind it."""
-    module = graph.module.get_submodule(layer)
-    return getattr(module, "bias", None) is None and norm_after(graph, layer) is None
 
 
 def _some_positions(x: Tensor, most: int) -> Tensor:

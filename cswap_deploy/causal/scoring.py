@@ -14,13 +14,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from cswap_deploy.causal.effects import Cut, Effects
-from cswap_deploy.causal.half import HalfGraph
+from cswap_deploy.causal.bfloat16 import HalfGraph
+from cswap_deploy.causal.effects import Effects
 from cswap_deploy.causal.interventions import Moments
+from cswap_deploy.causal.masked_forward import Cut
 from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.partition import Graph, bytes_of
-from cswap_deploy.causal.units import Group
 from cswap_deploy.errors import StageError
+from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.nodes import bytes_of
+from cswap_deploy.network.units import Group
 
 MOST_IMAGES = 64
 """Of one forward: more makes nothing faster."""

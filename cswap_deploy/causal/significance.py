@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cswap_deploy.artifacts import Verdict
+from cswap_deploy.records.plan import Verdict
 
 MIN_IMAGES = 3
 """A class with fewer images is tested together with the other small ones."""

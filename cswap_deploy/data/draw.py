@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cswap_deploy.artifacts import DataSpec, ModelSpec
 from cswap_deploy.data.sampling import Counts, balanced_shares, shuffled_queues
 from cswap_deploy.data.sets import ImageSet, Pixels, digest, image_digest
 from cswap_deploy.data.sources import Source, UnreadableError
 from cswap_deploy.errors import UsageError
+from cswap_deploy.records.model import DataSpec, ModelSpec
 
 Progress = Callable[[int, int, str], None]
 _THREADS = 4

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cswap_deploy.artifacts import ModelSpec
 from cswap_deploy.data.draw import Progress
 from cswap_deploy.data.labels import (
     CLASS_MAP_FIX,
@@ -29,6 +28,7 @@ from cswap_deploy.data.sets import Pixels
 from cswap_deploy.data.sources import ArraySource, UnreadableError, decode
 from cswap_deploy.errors import MissingDependencyError, UsageError, missing
 from cswap_deploy.models.hub import hub_failure, hub_words, reach_hub
+from cswap_deploy.records.model import ModelSpec
 
 IMAGENET_SETTING = "CSWAP_IMAGENET"
 IMAGENET_DEFAULT = "ILSVRC/imagenet-1k:validation,evanarlian/imagenet_1k_resized_256:val"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cswap_deploy.artifacts import ModelSpec
 from cswap_deploy.data.sets import Labels
 from cswap_deploy.errors import UsageError
+from cswap_deploy.records.model import ModelSpec
 
 _SYNSET = re.compile(r"n\d{8}")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from cswap_deploy.artifacts import ModelSpec
 from cswap_deploy.data.draw import Drawer, Progress
 from cswap_deploy.data.hub import open_hub, open_imagenet
 from cswap_deploy.data.sampling import Counts, split_counts, split_shares
 from cswap_deploy.data.sets import ImageSet, Samples, image_digest
 from cswap_deploy.data.sources import Source, open_folder, open_npz
 from cswap_deploy.errors import UsageError
+from cswap_deploy.records.model import ModelSpec
 
 _DATA_FIX = (
     "pass --data DIR (class folders), --data FILE.npz (images, labels) or --data hf:NAME[:split]"
 )
-_ZOO = Path(__file__).resolve().parent.parent / "zoo"
+_ZOO = Path(__file__).resolve().parent.parent / "models" / "zoo"
 _NOTHING: frozenset[bytes] = frozenset()
 
 

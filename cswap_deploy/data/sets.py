@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cswap_deploy.artifacts import DataSpec, Preprocessing
+from cswap_deploy.records.model import DataSpec, Preprocessing
 from cswap_deploy.runtime.preprocess import normalise
 
 Pixels = NDArray[np.uint8]

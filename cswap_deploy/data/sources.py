@@ -12,10 +12,10 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cswap_deploy.artifacts import ModelSpec, Preprocessing
 from cswap_deploy.data.labels import Mapping, check_range, map_names, read_class_map
 from cswap_deploy.data.sets import Labels, Pixels
 from cswap_deploy.errors import UsageError
+from cswap_deploy.records.model import ModelSpec, Preprocessing
 from cswap_deploy.runtime.preprocess import resize_and_crop
 
 IMAGE_SUFFIXES = frozenset(

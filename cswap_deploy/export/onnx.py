@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cswap_deploy.artifacts import OnnxArtifact, TensorSpec, sha256_file
-from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ArtifactError, ExportError
 from cswap_deploy.export.names import exported_modules, name_nodes
+from cswap_deploy.progress import captured
+from cswap_deploy.records.engine import OnnxArtifact, TensorSpec
+from cswap_deploy.records.value import sha256_file
 
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 _PROTOBUF_LIMIT = 2**31

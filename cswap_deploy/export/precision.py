@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import KeptLayer, OnnxArtifact, PrecisionResult, PrecisionTrial
 from cswap_deploy.errors import GateError, UsageError
 from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.engine import OnnxArtifact
+from cswap_deploy.records.measurements import KeptLayer, PrecisionResult, PrecisionTrial
 from cswap_deploy.runtime.onnx_session import OnnxSession
 
 if TYPE_CHECKING:

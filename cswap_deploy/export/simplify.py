@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cswap_deploy.artifacts import OnnxArtifact
 from cswap_deploy.errors import ArtifactError, missing
 from cswap_deploy.export.names import module_of, name_nodes
 from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx
+from cswap_deploy.records.engine import OnnxArtifact
 
 # A process of its own: onnxsim is native code that may crash, and it prints past Python's stdout.
 _SIMPLIFY = """

@@ -30,8 +30,9 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from cswap_deploy.artifacts import Manifest, TargetResult, Value
 from cswap_deploy.errors import GateError, UsageError
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.value import Value
 
 MIB = 1 << 20
 Limit = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import Accuracy, AccuracyChange
 from cswap_deploy.measure.parity import check_finite
 from cswap_deploy.measure.statistics import paired_difference_interval, wilson_interval
+from cswap_deploy.records.measurements import Accuracy, AccuracyChange
 
 Floats = npt.NDArray[np.float32]
 Classes = npt.NDArray[np.integer[Any]]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cswap_deploy.artifacts import Device
+from cswap_deploy.records.measurements import Device
 from cswap_deploy.runtime.host import usable_cores
 
 

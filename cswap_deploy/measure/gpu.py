@@ -19,8 +19,8 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
-from cswap_deploy.artifacts import GpuState, Spread
 from cswap_deploy.errors import missing
+from cswap_deploy.records.measurements import GpuState, Spread
 from cswap_deploy.runtime.host import cuda_problem
 
 INTERVAL = 0.1

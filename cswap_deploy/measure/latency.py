@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import DeviceTimes, GpuState, Latency
 from cswap_deploy.measure.gpu import GpuMonitor
+from cswap_deploy.records.measurements import DeviceTimes, GpuState, Latency
 from cswap_deploy.targets import Session
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import Parity
 from cswap_deploy.errors import StageError
+from cswap_deploy.records.measurements import Parity
 
 Run = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 

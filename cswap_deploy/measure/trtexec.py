@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 
-from cswap_deploy.artifacts import EngineArtifact, Latency
+from cswap_deploy.records.engine import EngineArtifact
+from cswap_deploy.records.measurements import Latency
 
 TOOLS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
 _SINCE_OTHER_DEFAULTS = {"tensorrt": (11,), "tensorrt-rtx": (1, 5)}

@@ -6,8 +6,8 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Literal
 
+from cswap_deploy.models.demos import DEMOS, INPUT_SIZE
 from cswap_deploy.models.torchvision_shim import import_timm
-from cswap_deploy.models.zoo import DEMOS, INPUT_SIZE
 
 TESTED = (
     "resnet18",

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cswap_deploy.artifacts import ModelSpec, Preprocessing
 from cswap_deploy.errors import StageError, UsageError
-from cswap_deploy.models import factory, timm_models, zoo
+from cswap_deploy.models import demos as zoo
+from cswap_deploy.models import factory, timm_models
 from cswap_deploy.models.checkpoints import load_into, read_checkpoint
+from cswap_deploy.records.model import ModelSpec, Preprocessing
 
 InputSize = tuple[int, int, int]
 

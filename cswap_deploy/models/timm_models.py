@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import Preprocessing
 from cswap_deploy.errors import MissingDependencyError, UsageError
 from cswap_deploy.models.checkpoints import load_in_order, read_checkpoint
+from cswap_deploy.models.demos import DEMOS
 from cswap_deploy.models.hub import cache_only, hub_failure, hub_words, reach_hub
 from cswap_deploy.models.torchvision_shim import import_timm
-from cswap_deploy.models.zoo import DEMOS
+from cswap_deploy.records.model import Preprocessing
 
 _LITE = re.compile(r"tf_efficientnet_lite([012])(\.in1k)?")
 _WEIGHTS_FIX = (

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
-from cswap_deploy.causal.compensate import solvable
 from cswap_deploy.causal.cost import (
     BUDGET_MACS,
     MOST_IMAGES,
@@ -20,22 +18,24 @@ from cswap_deploy.causal.cost import (
     affordable_images,
     loop_macs,
 )
-from cswap_deploy.causal.interventions import needs_bias
 from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.progressive import Scorers, prune_progressively
 from cswap_deploy.causal.scoring import Local
-from cswap_deploy.causal.selection import Limits
-from cswap_deploy.causal.sets import Order, Rival
-from cswap_deploy.causal.state import Settings, State
-from cswap_deploy.causal.units import Group, give_bias
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError
+from cswap_deploy.network.deletion import delete_removed, exact_groups
+from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.groups import find_groups
+from cswap_deploy.network.offsets import needs_bias
+from cswap_deploy.network.sizes import SizeModel, amount, smallest
+from cswap_deploy.network.units import Group, give_bias
 from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.apply import delete_removed, exact_groups
-from cswap_deploy.pruning.budget import SizeModel, amount, smallest
-from cswap_deploy.pruning.criteria import get_criterion, lamp, magnitude_l2
-from cswap_deploy.pruning.groups import find_groups
+from cswap_deploy.pruning.allocation import Limits
+from cswap_deploy.pruning.candidates import Order, Rival
+from cswap_deploy.pruning.importance import get_criterion, lamp, magnitude_l2
+from cswap_deploy.pruning.refit import solvable
+from cswap_deploy.pruning.rounds import Scorers, prune_progressively
+from cswap_deploy.pruning.state import Settings, State
+from cswap_deploy.records.plan import GroupPlan, PrunePlan, RatioOf, Size, UnitEffect
 
 _ALIGNED = 8
 """Widths that are no multiple of this run slower than wider ones that are: on ONNX Runtime's CPU

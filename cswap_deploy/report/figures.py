@@ -8,14 +8,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import (
-    AccuracyChange,
-    GroupPlan,
-    Latency,
-    Manifest,
-    PrunePlan,
-)
-from cswap_deploy.explain import cut, ranked_by, split_costs, verdict_counts
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.measurements import AccuracyChange, Latency
+from cswap_deploy.records.plan import GroupPlan, PrunePlan
+from cswap_deploy.report.explain import cut, ranked_by, split_costs, verdict_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cswap_deploy.artifacts import Manifest, RatioOf
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.plan import RatioOf
 from cswap_deploy.report import figures
 from cswap_deploy.report.words import (
     change_text,

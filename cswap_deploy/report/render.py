@@ -6,9 +6,10 @@ import re
 
 import jinja2
 
-from cswap_deploy.artifacts import Manifest, PrunePlan
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.gate.budgets import BudgetVerdict
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report import headline, sections
 
 _UNIT = re.compile(r"(?<=\d) (%|ms|KiB|MiB|[kMG]\b)")

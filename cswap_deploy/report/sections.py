@@ -10,22 +10,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from cswap_deploy.artifacts import (
-    Accuracy,
-    AccuracyChange,
-    DataSpec,
-    GpuState,
-    Latency,
-    Manifest,
-    PrunePlan,
-    Spread,
-    TargetResult,
-)
-from cswap_deploy.bundle import tensor_text
-from cswap_deploy.explain import VERDICTS, Explanation, Unit, explain
 from cswap_deploy.gate.budgets import BudgetVerdict
 from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
+from cswap_deploy.records.bundle import tensor_text
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.measurements import Accuracy, AccuracyChange, GpuState, Latency, Spread
+from cswap_deploy.records.model import DataSpec
+from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report import figures
+from cswap_deploy.report.explain import VERDICTS, Explanation, Unit, explain
 from cswap_deploy.report.words import (
     effect_interval,
     ms,

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cswap_deploy.explain import Explanation, Unit
+from cswap_deploy.report.explain import Explanation, Unit
 from cswap_deploy.report.words import effect_interval, nats, some
 
 _NARROW = 110
@@ -27,7 +27,7 @@ def explanation(told: Explanation, width: int) -> Iterator[RenderableType]:
     """What a plan says about its units.
 
     Args:
-        told: See :func:`cswap_deploy.explain.explain`.
+        told: See :func:`cswap_deploy.report.explain.explain`.
         width: Characters in a line.
 
     Returns:

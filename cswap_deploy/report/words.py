@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cswap_deploy.artifacts import Accuracy
+from cswap_deploy.records.measurements import Accuracy
 
 
 def percent(share: float) -> str:

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Transform:
-    """From a picture to the network's input; the words are those of ``artifacts.Preprocessing``."""
+    """From a picture to the network's input; the words are those of ``records.model``."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 if TYPE_CHECKING:
-    from cswap_deploy.artifacts import Preprocessing as Recorded
+    from cswap_deploy.records.model import Preprocessing as Recorded
     from cswap_deploy.runtime.bundle import Transform
 
     Preprocessing = Recorded | Transform

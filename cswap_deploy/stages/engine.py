@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy.artifacts import TargetResult, read_value
+from cswap_deploy.records.manifest import TargetResult
+from cswap_deploy.records.store import stage_key
+from cswap_deploy.records.value import read_value
 from cswap_deploy.stages.precision import Graphs
 from cswap_deploy.stages.run import MODEL, Run, calibration_inputs, few_images, once
-from cswap_deploy.store import stage_key
 
 _VERSION = 4
 """Raised when this stage's code changes what it writes."""

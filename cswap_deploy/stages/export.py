@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cswap_deploy.artifacts import (
-    OnnxArtifact,
-    Parity,
-    PrunePlan,
-    read_value,
-    sha256_file,
-)
+from cswap_deploy.records.engine import OnnxArtifact
+from cswap_deploy.records.measurements import Parity
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.store import stage_key
+from cswap_deploy.records.value import read_value, sha256_file
 from cswap_deploy.stages.run import (
     PARITY_BATCHES,
     WEIGHTS,
@@ -25,7 +23,6 @@ from cswap_deploy.stages.run import (
     runner,
     tool_versions,
 )
-from cswap_deploy.store import stage_key
 
 if TYPE_CHECKING:
     from torch import nn

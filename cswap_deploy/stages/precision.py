@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cswap_deploy.artifacts import OnnxArtifact, PrecisionResult, Value, read_value
+from cswap_deploy.records.engine import OnnxArtifact
+from cswap_deploy.records.measurements import PrecisionResult
+from cswap_deploy.records.store import stage_key
+from cswap_deploy.records.value import Value, read_value
 from cswap_deploy.stages.run import (
     MODEL,
     ExportRecord,
@@ -17,7 +20,6 @@ from cswap_deploy.stages.run import (
     once,
     tool_versions,
 )
-from cswap_deploy.store import stage_key
 
 _VERSION = 3
 """Raised when this stage's code changes what it writes."""

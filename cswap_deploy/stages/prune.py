@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import (
-    PrunePlan,
-    read_value,
-    sha256_text,
-)
-from cswap_deploy.bundle import PLAN, read_plan
 from cswap_deploy.errors import ArtifactError, MissingDependencyError
+from cswap_deploy.records.bundle import PLAN, read_plan
+from cswap_deploy.records.files import compare_files
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.store import stage_key
+from cswap_deploy.records.value import read_value, sha256_text
 from cswap_deploy.stages.run import (
     BUILD,
     WEIGHTS,
@@ -24,13 +23,12 @@ from cswap_deploy.stages.run import (
     once,
     tool_versions,
 )
-from cswap_deploy.store import compare_files, stage_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cswap_deploy.causal.progressive import Scorers
     from cswap_deploy.pruning.plan import Prepared
+    from cswap_deploy.pruning.rounds import Scorers
 
 _VERSION = 4
 """Raised when this stage's code changes what it writes."""
@@ -38,7 +36,7 @@ _VERSION = 4
 
 def prune_stage(run: Run) -> tuple[Path, PrunePlan]:
     """Score and remove; a folder with ``plan.json`` and ``pruned.safetensors``."""
-    from cswap_deploy.pruning.resume import RoundStore
+    from cswap_deploy.pruning.saved_rounds import RoundStore
 
     config = run.config
     run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
@@ -113,7 +111,7 @@ def _prune(run: Run, key: str, out: Path) -> None:
 
     from cswap_deploy.causal.memory import Budget, keep_freed_memory
     from cswap_deploy.pruning.plan import dense_plan, loop_settings, prepare, prune
-    from cswap_deploy.pruning.resume import RoundStore
+    from cswap_deploy.pruning.saved_rounds import RoundStore
 
     config = run.config
     keep_freed_memory()
@@ -165,7 +163,7 @@ def _scorers(run: Run, prepared: Prepared, images: Tensor) -> Iterator[Scorers]:
     if where is None:
         yield Local
         return
-    from cswap_deploy.pruning.workers import Recipe, pool_of
+    from cswap_deploy.causal.ray_workers import Recipe, pool_of
 
     recipe = Recipe(run.spec, prepared.biased, prepared.example.numpy())
     run.progress.begin(f"starting workers ({where})", 0)
@@ -205,7 +203,7 @@ def _architecture(run: Run) -> dict[str, Any]:
     spec = run.spec
     if spec.source != "factory":
         return {"name": spec.name, "arguments": spec.arguments}
-    from cswap_deploy.causal.partition import trace
+    from cswap_deploy.network.graph import trace
 
     # A user's forward can change while its weights stay; the graph shows it.
     return {"graph": sha256_text(trace(run.loaded.module, calibration(run)[0][:2]).code)}

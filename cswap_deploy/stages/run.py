@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cswap_deploy.artifacts import (
-    FileRef,
-    ModelSpec,
-    OnnxArtifact,
-    Parity,
-    PrunePlan,
-    Value,
-)
 from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import ExportError
 from cswap_deploy.progress import Progress
-from cswap_deploy.store import Store
+from cswap_deploy.records.engine import OnnxArtifact
+from cswap_deploy.records.measurements import Parity
+from cswap_deploy.records.model import ModelSpec
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.store import Store
+from cswap_deploy.records.value import FileRef, Value
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +98,7 @@ def pruned_module(run: Run, pruned: Path, plan: PrunePlan) -> nn.Module:
 
     from safetensors.torch import load_file
 
-    from cswap_deploy.pruning.apply import apply_plan
+    from cswap_deploy.network.deletion import apply_plan
 
     module = copy.deepcopy(run.loaded.module)
     if plan.groups:

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cswap_deploy.artifacts import (
-    AccuracyChange,
-    Latency,
-    Manifest,
-    PrunePlan,
-    TargetResult,
-    read_value,
-    sha256_text,
-)
 from cswap_deploy.errors import GateError
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.measurements import AccuracyChange, Latency
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.store import stage_key
+from cswap_deploy.records.value import read_value, sha256_text
 from cswap_deploy.runtime.preprocess import filled_up
 from cswap_deploy.stages.precision import Graphs
 from cswap_deploy.stages.run import (
@@ -37,7 +33,6 @@ from cswap_deploy.stages.run import (
     runner,
     tool_versions,
 )
-from cswap_deploy.store import stage_key
 
 if TYPE_CHECKING:
     from cswap_deploy.targets import Session, Target

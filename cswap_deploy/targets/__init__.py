@@ -10,15 +10,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import (
-    BatchRange,
-    EngineArtifact,
-    EngineOptions,
-    OnnxArtifact,
-    sha256_file,
-)
 from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.progress import Progress
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
+from cswap_deploy.records.value import sha256_file
 
 Images = npt.NDArray[np.float32]
 

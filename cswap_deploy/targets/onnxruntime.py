@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from cswap_deploy.artifacts import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
 from cswap_deploy.errors import ArtifactError, BuildError, StageError
 from cswap_deploy.progress import Progress
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
 from cswap_deploy.runtime.onnx_session import (
     OnnxSession,
     import_onnxruntime,

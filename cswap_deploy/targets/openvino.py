@@ -17,17 +17,11 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.artifacts import (
-    BatchRange,
-    EngineArtifact,
-    EngineOptions,
-    OnnxArtifact,
-    sha256_file,
-)
-from cswap_deploy.chatter import captured
 from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing
 from cswap_deploy.export.names import is_meant
-from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.progress import Progress, Silent, captured
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
+from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.targets import MOST_INT8_IMAGES, Images, Int8, check_digest
 

@@ -13,13 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cswap_deploy.artifacts import (
-    BatchRange,
-    EngineArtifact,
-    EngineOptions,
-    OnnxArtifact,
-    sha256_file,
-)
 from cswap_deploy.errors import (
     ArtifactError,
     BuildError,
@@ -29,6 +22,8 @@ from cswap_deploy.errors import (
 from cswap_deploy.export.names import module_of
 from cswap_deploy.measure.device import list_gpus
 from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
+from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import compute_capability, cuda_problem
 from cswap_deploy.runtime.tensorrt_session import (
     TensorRtSession,

@@ -10,7 +10,8 @@ from typing import Self
 from filelock import FileLock
 
 from cswap_deploy.errors import CswapError
-from cswap_deploy.store import Store, write_atomic
+from cswap_deploy.records.files import write_atomic
+from cswap_deploy.records.store import Store
 
 
 class TimingCache:

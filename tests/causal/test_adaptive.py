@@ -9,12 +9,12 @@ from small_networks import pictures, small_cnn
 
 from cswap_deploy.causal.adaptive import FIRST_IMAGES, Account, measure_adaptively, settle
 from cswap_deploy.causal.effects import likely_harm
+from cswap_deploy.causal.fisher import Estimate, guess
 from cswap_deploy.causal.interventions import input_moments
-from cswap_deploy.causal.partition import trace
-from cswap_deploy.causal.quadratic import Estimate, guess
 from cswap_deploy.causal.scoring import Local, measure
-from cswap_deploy.causal.sets import consumers
-from cswap_deploy.pruning.groups import find_groups
+from cswap_deploy.network.graph import trace
+from cswap_deploy.network.groups import find_groups
+from cswap_deploy.pruning.candidates import consumers
 
 UNITS, IMAGES_MANY = 200, 128
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from cswap_deploy.causal.effects import kl_divergence, likely_harm, relative_effect
 from cswap_deploy.causal.interventions import Intervention, input_moments
-from cswap_deploy.causal.partition import Graph, trace
-from cswap_deploy.causal.units import Group
 from cswap_deploy.errors import StageError
-from cswap_deploy.pruning.groups import find_groups
+from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.groups import find_groups
+from cswap_deploy.network.units import Group
 
 IMAGES, LABELS = pictures(10)
 KINDS = {

@@ -13,23 +13,16 @@ from small_networks import lively, measure_group, pictures, small_cnn, small_vit
 from torch import Tensor, nn
 
 from cswap_deploy.causal import interventions
-from cswap_deploy.causal.branches import norm_after
 from cswap_deploy.causal.effects import Effects, kl_divergence, relative_effect
-from cswap_deploy.causal.interventions import (
-    Intervention,
-    fold,
-    input_moments,
-    needs_bias,
-    set_offset,
-    stand_ins,
-)
-from cswap_deploy.causal.partition import Graph, trace
+from cswap_deploy.causal.interventions import Intervention, fold, input_moments, stand_ins
 from cswap_deploy.causal.significance import judge
-from cswap_deploy.causal.state import Settings
-from cswap_deploy.causal.units import Group
+from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.groups import find_groups
+from cswap_deploy.network.offsets import needs_bias, norm_after, set_offset
+from cswap_deploy.network.units import Group
 from cswap_deploy.progress import Silent
-from cswap_deploy.pruning.groups import find_groups
 from cswap_deploy.pruning.plan import prepare, prune
+from cswap_deploy.pruning.state import Settings
 
 IMAGES, LABELS = pictures(30)
 UNITS = [

@@ -11,16 +11,17 @@ import torch
 from small_networks import lively, pictures, small_cnn, small_vit
 from torch import nn
 
-from cswap_deploy.causal import memory, tails
+from cswap_deploy.causal import epilogue as tails
+from cswap_deploy.causal import memory
+from cswap_deploy.causal.bfloat16 import HalfGraph
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.causal.fanout import masked_fanout
-from cswap_deploy.causal.half import HalfGraph
 from cswap_deploy.causal.interventions import input_moments
 from cswap_deploy.causal.memory import Budget, free_memory, keep_freed_memory, parse_size
-from cswap_deploy.causal.partition import Graph, trace
 from cswap_deploy.causal.scoring import Local, independent, measure
 from cswap_deploy.errors import StageError, UsageError
-from cswap_deploy.pruning.groups import find_groups
+from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.groups import find_groups
 
 IMAGES, LABELS = pictures(10)
 

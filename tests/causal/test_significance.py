@@ -11,9 +11,9 @@ from small_networks import measure_group
 from torch import Tensor, nn
 
 from cswap_deploy.causal.effects import Effects
-from cswap_deploy.causal.partition import trace
 from cswap_deploy.causal.significance import class_samples, false_discovery, judge
-from cswap_deploy.pruning.groups import find_groups
+from cswap_deploy.network.graph import trace
+from cswap_deploy.network.groups import find_groups
 
 
 def scipy_p(sample: np.ndarray, method: str) -> float:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import TensorSpec, sha256_file
 from cswap_deploy.errors import ArtifactError, ExportError
 from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx, export_onnx
 from cswap_deploy.measure.parity import Run, parity
 from cswap_deploy.models.torchvision_shim import import_timm
+from cswap_deploy.records.engine import TensorSpec
+from cswap_deploy.records.value import sha256_file
 
 onnx = pytest.importorskip("onnx")
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cswap_deploy.artifacts import OnnxArtifact
 from cswap_deploy.errors import ExportError, GateError, MissingDependencyError, UsageError
 from cswap_deploy.export.onnx import describe_onnx, export_onnx
 from cswap_deploy.export.precision import ROUNDED, compare, make_quantiser, reduce_precision
 from cswap_deploy.export.qdq import quantised_nodes
 from cswap_deploy.export.quantize import find_ranges, quantisable, quantise
 from cswap_deploy.export.simplify import simplify_onnx
+from cswap_deploy.models.demos import ZOO_DIR
 from cswap_deploy.models.load import load_model
-from cswap_deploy.models.zoo import ZOO_DIR
 from cswap_deploy.progress import Silent
+from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.preprocess import normalise
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cswap_deploy.artifacts import OnnxArtifact
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export.onnx import describe_onnx
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.parity import parity
+from cswap_deploy.records.engine import OnnxArtifact
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")

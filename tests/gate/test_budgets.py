@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from made_up_bundle import accuracy_change, made_up_manifest, made_up_targets
 
-from cswap_deploy.artifacts import Manifest
 from cswap_deploy.errors import GateError, UsageError
 from cswap_deploy.gate.budgets import (
     Budgets,
@@ -18,6 +17,7 @@ from cswap_deploy.gate.budgets import (
     read_budgets,
     require,
 )
+from cswap_deploy.records.manifest import Manifest
 
 EXAMPLE = """
 accuracy_drop_max = 0.02

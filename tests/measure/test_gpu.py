@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from gpu_stand_ins import PCI, FakeNvml, plant
 
-from cswap_deploy.artifacts import GpuState, Spread
 from cswap_deploy.measure import gpu
 from cswap_deploy.measure.gpu import GpuMonitor, cuda_pci_bus_id, throttle_reasons
+from cswap_deploy.records.measurements import GpuState, Spread
 from cswap_deploy.runtime.host import cuda_problem
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from gpu_stand_ins import FakeGpuSession, FakeNvml, plant
 
-from cswap_deploy.artifacts import Latency, TargetResult
 from cswap_deploy.errors import StageError
 from cswap_deploy.measure.latency import WARMUP_LIMIT, measure_latency, sweep
+from cswap_deploy.records.manifest import TargetResult
+from cswap_deploy.records.measurements import Latency
 
 
 def images(count: int = 2) -> np.ndarray:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cswap_deploy.artifacts import EngineArtifact, EngineOptions, Latency
 from cswap_deploy.measure.trtexec import trtexec_line
+from cswap_deploy.records.engine import EngineArtifact, EngineOptions
+from cswap_deploy.records.measurements import Latency
 
 SHAPE = "--shapes=input:8x3x224x224 --infStreams=1 --iterations=200 --duration=0 --warmUp=351"
 REST = "--avgRuns=200 --percentile=50,90,99 --exposeDMA"

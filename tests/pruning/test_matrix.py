@@ -17,8 +17,8 @@ import torch
 from random_weights import MATRIX, lively
 
 import cswap_deploy
-from cswap_deploy.bundle import verify_bundle
 from cswap_deploy.models.torchvision_shim import import_timm
+from cswap_deploy.records.bundle import verify_bundle
 
 CLASSES = 10
 SIZE = (3, 32, 32)

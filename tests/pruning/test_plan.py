@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from random_weights import lively
 from torch import Tensor, nn
 
-from cswap_deploy.causal.state import Settings
 from cswap_deploy.errors import ExportError, PruneError, UsageError
+from cswap_deploy.network.deletion import exact_groups
+from cswap_deploy.network.groups import find_groups, remove_units
 from cswap_deploy.progress import Silent
-from cswap_deploy.pruning.apply import exact_groups
-from cswap_deploy.pruning.criteria import get_criterion
-from cswap_deploy.pruning.groups import find_groups, remove_units
+from cswap_deploy.pruning.importance import get_criterion
 from cswap_deploy.pruning.plan import Prepared, Pruned, prepare, prune
+from cswap_deploy.pruning.state import Settings
 
 IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(16) % 4

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from made_up_bundle import effect, made_up_manifest, made_up_plan, made_up_targets
 
-from cswap_deploy.artifacts import GroupPlan, PrunePlan
+from cswap_deploy.records.plan import GroupPlan, PrunePlan
 from cswap_deploy.report import figures
 
 pytest.importorskip("matplotlib")

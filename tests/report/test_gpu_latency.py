@@ -9,7 +9,8 @@ from typing import Any
 
 from made_up_bundle import latency, made_up_manifest, made_up_plan, made_up_targets
 
-from cswap_deploy.artifacts import DeviceTimes, GpuState, Latency, Manifest, Spread, TargetResult
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.measurements import DeviceTimes, GpuState, Latency, Spread
 from cswap_deploy.report.render import render_html, render_markdown
 
 STATE = GpuState(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from made_up_bundle import made_up_manifest, made_up_plan, made_up_targets
 
-from cswap_deploy.artifacts import KeptLayer, Manifest, PrecisionResult, PrecisionTrial
 from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.measurements import KeptLayer, PrecisionResult, PrecisionTrial
 from cswap_deploy.report.render import render_html, render_markdown
 
 

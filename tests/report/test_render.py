@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from made_up_bundle import accuracy_change, made_up_manifest, made_up_plan, made_up_targets
 
-from cswap_deploy.artifacts import Manifest, PrunePlan, Size
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.gate.budgets import Budgets, check_budgets
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.plan import PrunePlan, Size
 from cswap_deploy.report import headline, words
 from cswap_deploy.report.render import render_html, render_markdown
 

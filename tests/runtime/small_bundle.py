@@ -12,17 +12,16 @@ from made_up_bundle import made_up_manifest
 from PIL import Image
 from small_onnx import CLASSES, SHAPE, small_onnx
 
-from cswap_deploy.artifacts import (
+from cswap_deploy.records.engine import (
     BatchRange,
     EngineArtifact,
     EngineOptions,
-    ModelSpec,
     OnnxArtifact,
-    Preprocessing,
-    TargetResult,
     TensorSpec,
 )
-from cswap_deploy.store import list_files
+from cswap_deploy.records.files import list_files
+from cswap_deploy.records.manifest import TargetResult
+from cswap_deploy.records.model import ModelSpec, Preprocessing
 
 PRE = Preprocessing(
     input_size=SHAPE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize_shorter=18

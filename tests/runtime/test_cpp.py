@@ -23,12 +23,14 @@ from filelock import FileLock
 from made_up_bundle import made_up_manifest
 from numpy.typing import NDArray
 
-import cswap_deploy
-from cswap_deploy.artifacts import EngineArtifact, Preprocessing, TargetResult, sha256_file
+from cswap_deploy.records.engine import EngineArtifact
+from cswap_deploy.records.manifest import TargetResult
+from cswap_deploy.records.model import Preprocessing
+from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.preprocess import normalise
 
 STAND_IN = Path(__file__).parent / "nvinfer_stand_in"
-SOURCE = Path(cswap_deploy.__file__).parent / "runtime" / "cpp"
+SOURCE = Path(__file__).parents[2] / "kernels" / "cswap_run"
 STRICT = ("-O0", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
 SHAPE = (3, 4, 6)
 CLASSES = 7

@@ -23,8 +23,8 @@ from small_bundle import Engine, flip_a_byte, picture, write_bundle
 from small_onnx import CLASSES, SHAPE, small_onnx
 from strict_bindings import packages
 
-from cswap_deploy.artifacts import BatchRange, EngineArtifact, EngineOptions
 from cswap_deploy.errors import ArtifactError, MissingDependencyError, StageError, UsageError
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions
 from cswap_deploy.runtime.classifier import Classifier
 from cswap_deploy.runtime.cli import main
 from cswap_deploy.runtime.onnx_session import OnnxSession

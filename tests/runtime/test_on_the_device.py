@@ -18,8 +18,8 @@ from PIL import Image
 from small_bundle import model_spec, picture, write_bundle
 
 import cswap_deploy
-from cswap_deploy.artifacts import Preprocessing
 from cswap_deploy.data import load_samples, normalised
+from cswap_deploy.records.model import Preprocessing
 from cswap_deploy.runtime.bundle import Transform
 from cswap_deploy.runtime.classifier import Classifier
 from cswap_deploy.runtime.preprocess import normalise

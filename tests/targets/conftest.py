@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cswap_deploy.artifacts import OnnxArtifact
 from cswap_deploy.export.onnx import describe_onnx, export_onnx
+from cswap_deploy.records.engine import OnnxArtifact
 
 
 @pytest.fixture(scope="session")

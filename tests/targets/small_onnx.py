@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cswap_deploy.artifacts import OnnxArtifact, TensorSpec
+from cswap_deploy.records.engine import OnnxArtifact, TensorSpec
 
 SHAPE = (3, 16, 16)
 CLASSES = 5

@@ -25,7 +25,6 @@ from small_onnx import SHAPE, write_small_onnx
 from strict_bindings import NAMES, packages
 
 import cswap_deploy
-from cswap_deploy.artifacts import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
 from cswap_deploy.errors import (
     ArtifactError,
     BuildError,
@@ -34,6 +33,7 @@ from cswap_deploy.errors import (
     UsageError,
 )
 from cswap_deploy.progress import Silent
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
 from cswap_deploy.targets import tensorrt as adapter
 from cswap_deploy.targets.tensorrt import FLAVOURS, Flavour, TensorRt
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx

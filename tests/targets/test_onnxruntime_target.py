@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from cswap_deploy.artifacts import BatchRange, OnnxArtifact
 from cswap_deploy.errors import ArtifactError, BuildError, StageError, UsageError
 from cswap_deploy.measure.parity import parity
+from cswap_deploy.records.engine import BatchRange, OnnxArtifact
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.targets import TARGETS, get_target
 from cswap_deploy.targets.onnxruntime import OnnxRuntime

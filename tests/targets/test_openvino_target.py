@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import BatchRange, EngineArtifact, OnnxArtifact, sha256_file
 from cswap_deploy.errors import (
     ArtifactError,
     BuildError,
@@ -20,8 +19,10 @@ from cswap_deploy.errors import (
     StageError,
 )
 from cswap_deploy.export.onnx import describe_onnx, export_onnx
-from cswap_deploy.models.zoo import MEAN, STD, ZOO_DIR
+from cswap_deploy.models.demos import MEAN, STD, ZOO_DIR
 from cswap_deploy.progress import Silent
+from cswap_deploy.records.engine import BatchRange, EngineArtifact, OnnxArtifact
+from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.targets import Int8, get_target
@@ -402,7 +403,7 @@ def test_ctrl_c_after_engines_have_gone(vit_graph: OnnxArtifact, tmp_path: Path)
     needs("nncf")
     code = (
         "import gc, signal, sys; from pathlib import Path; import numpy as np\n"
-        "from cswap_deploy.artifacts import BatchRange\n"
+        "from cswap_deploy.records.engine import BatchRange\n"
         "from cswap_deploy.export.onnx import describe_onnx\n"
         "from cswap_deploy.targets import Int8\n"
         "from cswap_deploy.targets.openvino import OpenVino\n"
@@ -437,7 +438,7 @@ def test_nothing_is_printed_sent_or_left_behind(graph: OnnxArtifact, tmp_path: P
     out.mkdir()
     code = (
         "import logging, sys; from pathlib import Path; import numpy as np\n"
-        "from cswap_deploy.artifacts import BatchRange\n"
+        "from cswap_deploy.records.engine import BatchRange\n"
         "from cswap_deploy.export.onnx import describe_onnx\n"
         "from cswap_deploy.targets import Int8\n"
         "from cswap_deploy.targets.openvino import OpenVino\n"

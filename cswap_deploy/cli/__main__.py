@@ -1,0 +1,7 @@
+"""``python -m cswap_deploy.cli``."""
+
+from __future__ import annotations
+
+from cswap_deploy.cli.commands import main
+
+main()

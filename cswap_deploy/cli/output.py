@@ -1,0 +1,257 @@
+"""What the command prints: rich bars and tables on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from cswap_deploy.gate.budgets import BudgetVerdict
+    from cswap_deploy.progress import Progress as Told
+    from cswap_deploy.report.explain import Explanation
+
+_WIDE = 200
+_COLOURS = {"ok": "green", "warn": "yellow", "missing": "dim", "broken": "red"}
+
+
+class Console:
+    """Where results and progress go."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        # The file as it is now: exporters' chatter is kept off whatever sys.stderr is then.
+        self.err = RichConsole(file=sys.stderr, quiet=quiet, highlight=False)
+        # In a pipe nothing is cut: whoever reads it wants whole names and digests.
+        width = None if sys.stdout.isatty() else _WIDE
+        self.out = RichConsole(highlight=False, width=width)
+
+    @contextmanager
+    def progress(self) -> Iterator[Told]:
+        """Bars on a terminal, a line a stage elsewhere."""
+        teller = _Teller(self.err)
+        try:
+            yield teller
+        finally:
+            teller.close()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner."""
+        with self.err.status(what):
+            yield
+
+    def result(self, told: dict[str, Any]) -> None:
+        """One result, as JSON or as a list of names and values."""
+        if self.as_json:
+            print(json.dumps(told))
+            return
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in _flat(told):
+            grid.add_row(f"[bold]{escape(name)}", escape(value))
+        self.out.print(grid)
+
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Rows with the same columns."""
+        if self.as_json:
+            print(json.dumps({name: rows}))
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in rows[0]:
+            table.add_column(column.replace("_", " "), overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(_text(v)) for v in row.values()))
+        self.out.print(table)
+
+    def findings(self, rows: list[dict[str, Any]]) -> None:
+        """What ``doctor`` saw."""
+        if self.as_json:
+            print(json.dumps({"findings": rows}))
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("", "what", "found"):
+            table.add_column(column)
+        for row in rows:
+            detail = escape(row["detail"])
+            if row["fix"]:
+                detail += f"\n[dim]fix:[/] {escape(row['fix'])}"
+            table.add_row(f"[{_COLOURS[row['state']]}]{row['state']}", escape(row["name"]), detail)
+        self.out.print(table)
+
+    def verdicts(self, verdicts: tuple[BudgetVerdict, ...], extra: dict[str, Any] | None) -> None:
+        """Budgets; ``extra`` is None where a result was printed already."""
+        if self.as_json:
+            if extra is not None:
+                rows = [
+                    {"name": v.name, "measured": v.measured, "limit": v.limit, "ok": v.ok}
+                    for v in verdicts
+                ]
+                print(json.dumps(extra | {"ok": all(v.ok for v in verdicts), "budgets": rows}))
+            return
+        for v in verdicts:
+            mark = "[green]ok  [/]" if v.ok else "[red]FAIL[/]"
+            self.err.print(f"{mark} {escape(v.name)}: {escape(v.text)}")
+
+    def bundle(self, told: dict[str, Any]) -> None:
+        """A finished build: its path on stdout, a summary on stderr."""
+        if self.as_json:
+            print(json.dumps(told))
+            return
+        effective, of = told["ratio_effective"], told["ratio_of"]
+        self.err.print()
+        self._line(
+            "[bold]removed[/]",
+            f"{effective[of]:.2%} of {of} (asked {told['ratio_requested']:.2%}); "
+            f"params {effective['params']:.1%}, MACs {effective['macs']:.1%}, "
+            f"units {effective['channels']:.1%}",
+        )
+        for target in told.get("targets", ()):
+            self._line(f"[bold]{target['target']}[/]", _target_line(target))
+        for fallback in told.get("fallbacks", ()):
+            self._line("[yellow]note[/]", fallback)
+        if "targets" in told:
+            self._line("[bold]report[/]", f"{told['bundle']}/report.html")
+        print(told["bundle"])
+
+    def explanation(self, told: Explanation) -> None:
+        """What a plan says about its units, for ``explain``."""
+        if self.as_json:
+            print(json.dumps(told.plain()))
+            return
+        from cswap_deploy.report.terminal import explanation
+
+        for part in explanation(told, self.out.width):
+            self.out.print(part)
+
+    def _line(self, name: str, text: str) -> None:
+        self.err.print(name, escape(text), soft_wrap=True)
+
+
+class _Teller:
+    """Draws the stages of a build; satisfies ``progress.Progress``."""
+
+    def __init__(self, console: RichConsole) -> None:
+        self._console = console
+        self._live = console.is_terminal and not console.quiet
+        self._name = ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self.end()
+        self._name = f"{name} {detail}".strip()
+
+    def done(self, detail: str, *, reused: bool) -> None:
+        self.end()
+        how = " [dim](reused)[/]" if reused else ""
+        self._console.print(
+            f"[green]✓[/] [bold]{escape(self._name)}[/]{how} {escape(detail)}", soft_wrap=True
+        )
+
+    def note(self, text: str) -> None:
+        self._console.print(f"  [yellow]![/] {escape(text)}", soft_wrap=True)
+
+    def begin(self, what: str, total: int) -> None:
+        self.end()
+        if not self._live:
+            self._console.print(f"  {escape(what)}", soft_wrap=True)
+            return
+        counted = total > 0
+        bar = [BarColumn(bar_width=30), MofNCompleteColumn()] if counted else []
+        left = [TimeRemainingColumn(), TextColumn("left,")] if counted else []
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), *bar, _Rate(), *left,
+            TimeElapsedColumn(), TextColumn("so far"), _Memory(), console=self._console,
+            transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(what, total=total if counted else None)
+        self._bar.start()
+
+    def advance(self, steps: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, steps)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+    def close(self) -> None:
+        self.end()
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, once there are some."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="dim")
+
+
+class _Memory(ProgressColumn):
+    """Resident memory of this process, looked up twice a second."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        import psutil
+
+        used = psutil.Process().memory_info().rss
+        return Text(f"{used / 2**20:,.0f} MiB", style="dim")
+
+
+def _target_line(target: dict[str, Any]) -> str:
+    if target["top1"] is None:
+        return f"built, not run here: {target['reason']}"
+    line = f"top-1 {target['top1']:.2%} (drop {100 * target['top1_drop']:+.2f} points)"
+    if target["p50_ms"] is not None:
+        line += f", p50 {target['p50_ms']:.2f} ms, p99 {target['p99_ms']:.2f} ms"
+        if target.get("speedup"):
+            line += f", {target['speedup']:.2f}x the dense network's speed"
+    return line
+
+
+def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in told.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for i, item in enumerate(value):
+                yield from _flat(item, f"{prefix}{name}[{i}].")
+        else:
+            yield f"{prefix}{name}", _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

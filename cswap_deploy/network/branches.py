@@ -1,0 +1,99 @@
+"""Where a layer's output goes: through a batch norm or a scale, into a residual stream.
+
+A layer at the end of a residual branch can make up for what the stream itself has lost on the way,
+if its target says so. To see that, what lies between the layer and the addition must be understood:
+fixed scales and shifts of each channel, and changes of layout.
+
+Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks"
+(arXiv:1707.06168), section 3.3, "last layer of residual branch".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from cswap_deploy.network.nodes import ancestors, batched
+
+if TYPE_CHECKING:
+    pass
+
+_aten = torch.ops.aten
+
+LAYOUT = {_aten.permute.default}
+
+_SAME = {_aten.dropout.default, _aten.clone.default, _aten.contiguous.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """The end of a residual branch: a layer, what scales its output, the addition."""
+
+    path: tuple[fx.Node, ...]
+    """From the layer to the last node before the addition, in order."""
+    add: fx.Node
+    stream: fx.Node
+    """What the branch is added to."""
+
+
+def branch_of(node: fx.Node) -> Branch | None:
+    """The branch that a convolution or linear node ends, if it ends one.
+
+    Args:
+        node: In an exported graph; only nodes with a single reader are followed.
+    """
+    path = [node]
+    while True:
+        users = list(path[-1].users)
+        if len(users) != 1:
+            return None
+        (user,) = users
+        if user.target is _aten.add.Tensor and not user.kwargs:
+            others = [a for a in user.all_input_nodes if a is not path[-1]]
+            if len(others) == 1 and shape_of(user) and shape_of(others[0]) == shape_of(path[-1]):
+                return Branch(tuple(path), user, others[0])
+            return None
+        if not (
+            user.target in _SAME | LAYOUT
+            or (user.target is _aten.batch_norm.default and user.args[0] is path[-1])
+            or (user.target is _aten.mul.Tensor and _scales(user, path[-1]))
+        ):
+            return None
+        path.append(user)
+
+
+def streams_first(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The same order, but the end of each branch waits until the stream it joins is known."""
+    position = {node: i for i, node in enumerate(nodes)}
+    waiting: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in nodes:
+        if node.target in (_aten.conv2d.default, _aten.linear.default):
+            branch = branch_of(node)
+            if (
+                branch is not None
+                and position.get(branch.stream, -1) > position[node]
+                and branch.add not in waiting
+                and not set(branch.path) & ancestors(branch.stream)
+            ):
+                waiting[branch.add] = branch.path
+    held = {node for path in waiting.values() for node in path}
+    ordered: list[fx.Node] = []
+    for node in nodes:
+        if node not in held:
+            ordered += [*waiting.get(node, ()), node]
+    return ordered
+
+
+def _scales(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a product is with something that does not depend on the images."""
+    others = [a for a in node.all_input_nodes if a is not value]
+    return len(others) == 1 and others[0].op == "placeholder" and len(node.all_input_nodes) == 2
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Without the batch; empty where the value is no batch of tensors."""
+    value = node.meta.get("val")
+    return tuple(value.shape[1:]) if isinstance(value, Tensor) and batched(node) else ()

@@ -1,0 +1,409 @@
+"""The network as a graph that can be cut at a layer: run up to the cut once, then what follows.
+
+The graph is ``torch.export``'s, the one that the ONNX export uses too. It is executed node by node
+on the live parameters of the module, so weights that are masked or solved again take effect at the
+next run with no new export.
+
+Source: PyTorch documentation, "torch.export", "torch.fx".
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from cswap_deploy.errors import ExportError
+from cswap_deploy.network.branches import streams_first
+from cswap_deploy.network.nodes import ancestors, batched, bytes_of, elements
+from cswap_deploy.progress import captured
+
+Env = dict[fx.Node, Any]
+
+_MANY_ROWS = 256
+"""From which on a convolution is worth its set-up."""
+
+_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+_CONSUMING = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """What must run again when some layers' outputs change."""
+
+    nodes: tuple[fx.Node, ...]
+    """In execution order, the changed layers included."""
+    cached: tuple[fx.Node, ...]
+    """Values from before the cut that these nodes read."""
+
+
+class Graph:
+    """An exported network, executable in parts."""
+
+    def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
+        """Execute an exported program on a module's parameters; see :func:`trace`."""
+        self.module = module
+        self.program = program
+        """What was exported; other modules of the architecture can be bound to it."""
+        self.nodes: list[fx.Node] = []
+        """Operations, in the order in which they run."""
+        self._bound: dict[fx.Node, Callable[[], Any]] = {}
+        self._targets: dict[fx.Node, Callable[..., Any]] = {}
+        self._bind_inputs(program)
+        for node in program.graph.nodes:
+            if node.op == "output":
+                self.output: fx.Node = node.args[0][0]
+            elif node.op == "call_function":
+                self.nodes.append(node)
+                self._targets[node] = _faster(_functional(node.target))
+        self.nodes = streams_first(self.nodes)
+        self._sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        self._last_use = _last_uses(self.nodes)
+        self._readers = self._find_readers()
+        self.code = program.graph_module.code
+        """The graph as text; part of what identifies a model."""
+
+    def on(self, module: nn.Module) -> Graph:
+        """The same graph on another module of the same architecture; no new export."""
+        return Graph(self.program, module)
+
+    def to(self, device: torch.device) -> Graph:
+        """A copy of the network on another device."""
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(copy.deepcopy(self.program), device)
+        return Graph(program, copy.deepcopy(self.module).to(device))
+
+    def readers(self, layer: str) -> Sequence[fx.Node]:
+        """The convolution or linear nodes that read a layer's weight itself."""
+        return self._readers.get(layer, ())
+
+    def layers(self) -> list[str]:
+        """All convolutions and linear layers with a weight of their own, in order of execution."""
+        return self.order(self._readers)
+
+    def owner(self, node: fx.Node) -> nn.Module:
+        """The module whose parameter or buffer a placeholder is."""
+        return self.module.get_submodule(self._owners[node])
+
+    def order(self, layers: Iterable[str]) -> list[str]:
+        """Sort layers by when they first run."""
+        position = {node: i for i, node in enumerate(self.nodes)}
+        return sorted(layers, key=lambda layer: position[self._readers[layer][0]])
+
+    def suffix(self, changed: Iterable[fx.Node], *, given: bool = False) -> Suffix:
+        """Everything that depends on some nodes' outputs, those nodes first.
+
+        Args:
+            changed: The nodes.
+            given: Their new values are; what they read is not needed then.
+        """
+        first = set(changed)
+        dirty = set(first)
+        for node in self.nodes:
+            if node not in dirty and any(a in dirty for a in node.all_input_nodes):
+                dirty.add(node)
+        useful = ancestors(self.output)
+        nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
+        inputs = {a for n in nodes if not (given and n in first) for a in n.all_input_nodes}
+        cached = tuple(
+            n for n in self.nodes if n in inputs and n not in dirty and n not in self._sizes
+        )
+        if self._input in inputs:
+            cached = (self._input, *cached)
+        return Suffix(nodes, cached)
+
+    def macs(self, nodes: Iterable[fx.Node]) -> int:
+        """Multiply-accumulates of some nodes' convolutions and linear layers, for one image."""
+        total = 0
+        for node in nodes:
+            if node.target in _CONSUMING:
+                weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+                total += elements(node) * weight[0].numel()
+        return total
+
+    def bytes_of_all(self) -> int:
+        """What all values of one image take together: what a backward pass keeps, about."""
+        return sum(bytes_of(node) for node in self.nodes)
+
+    def largest(self) -> int:
+        """Elements of the largest value of one image."""
+        return max(elements(node) for node in self.nodes)
+
+    def run(
+        self,
+        images: Tensor,
+        *,
+        keep: Iterable[fx.Node] = (),
+        observe: Mapping[fx.Node, Callable[[fx.Node, Env], None]] | None = None,
+    ) -> tuple[Tensor, Env]:
+        """Execute the whole graph.
+
+        Args:
+            images: (N, C, H, W).
+            keep: Nodes whose values the caller wants.
+            observe: Called before a node executes, with the values it can see.
+
+        Returns:
+            Logits (N, classes), and the kept values.
+        """
+        env: Env = {self._input: images}
+        wanted = set(keep)
+        kept: Env = {self._input: images} if self._input in wanted else {}
+        for node in self.nodes:
+            if observe is not None and node in observe:
+                observe[node](node, env)
+            env[node] = self.execute(node, env)
+            if node in wanted:
+                kept[node] = env[node]
+            for dead in self._last_use.get(node, ()):
+                env.pop(dead, None)
+        return env[self.output], kept
+
+    def first_not_finite(self, images: Tensor) -> tuple[str, str]:
+        """The first layer whose output is not finite, and what it holds; ``the output`` if none."""
+        with torch.inference_mode():
+            env: Env = {self._input: images}
+            for node in self.nodes:
+                value = env[node] = self.execute(node, env)
+                if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                    stack = node.meta.get("nn_module_stack") or {}
+                    path = [str(entry[0]) for entry in stack.values()]
+                    what = "NaN" if torch.isnan(value).any() else "infinity"
+                    return (path[-1] if path and path[-1] else node.name), what
+                for dead in self._last_use.get(node, ()):
+                    env.pop(dead, None)
+        return "the output", "finite when run again"
+
+    def step(self, images: Tensor) -> Iterable[tuple[fx.Node, Env]]:
+        """Execute node by node; yields before each node, which then runs on what it finds."""
+        env: Env = {self._input: images}
+        for node in self.nodes:
+            yield node, env
+            env[node] = self.execute(node, env)
+            for dead in self._last_use.get(node, ()):
+                env.pop(dead, None)
+
+    def run_suffix(
+        self,
+        suffix: Suffix,
+        cached: Env,
+        *,
+        images: int,
+        variants: int,
+        replace: Mapping[fx.Node, Callable[[fx.Node, Env], Tensor]],
+    ) -> Tensor:
+        """Execute what follows a cut, for several variants of the network in one batch.
+
+        Args:
+            suffix: Of the replaced nodes.
+            cached: Values of ``suffix.cached``.
+            images: N, how many images they were computed for.
+            variants: V, how many variants; row ``v * N + n`` is image n under variant v.
+            replace: How to compute a changed node; it sees the values of the V * N batch.
+
+        Returns:
+            Logits (V * N, classes).
+        """
+        env: Env = {
+            node: _Repeated(value, variants) if batched(node) else value
+            for node, value in cached.items()
+        }
+        last = _last_uses(list(suffix.nodes))
+        for node in suffix.nodes:
+            if node in replace:
+                env[node] = replace[node](node, env)
+            else:
+                env[node] = self.execute(node, env, batch=variants * images)
+            for dead in last.get(node, ()):
+                env.pop(dead, None)
+        result: Tensor = env[self.output]
+        return result
+
+    def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
+        """One node, on values from ``env`` and on live parameters."""
+
+        def read(n: fx.Node) -> Any:
+            return self._size(n, env, batch) if n in self._sizes else self.argument(n, env, node)
+
+        if node in self._sizes:
+            return self._size(node, env, batch)
+        args = fx.node.map_arg(node.args, read)
+        kwargs = fx.node.map_arg(node.kwargs, read)
+        return self._targets[node](*args, **kwargs)
+
+    def argument(self, source: fx.Node, env: Env, reader: fx.Node) -> Any:
+        """A value as one of the nodes that read it gets it."""
+        return self.value(source, env)
+
+    def value(self, node: fx.Node, env: Env) -> Any:
+        """A node's value: a live parameter, or what was computed."""
+        if node in self._bound:
+            return self._bound[node]()
+        found = env[node]
+        if isinstance(found, _Repeated):
+            found = env[node] = found.tensor()
+        return found
+
+    def _size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
+        """A scalar that depends on the batch only."""
+        if node.target is torch.ops.aten.sym_size.int:
+            source, dim = node.args
+            assert isinstance(source, fx.Node)
+            if dim == 0 and batch is not None:
+                return batch
+            return env[node] if node in env else env[source].shape[dim]
+        args = fx.node.map_arg(node.args, lambda n: self._size(n, env, batch))
+        assert callable(node.target)
+        return node.target(*args)
+
+    def _bind_inputs(self, program: ExportedProgram) -> None:
+        """Connect placeholders to the module's live tensors, and the one user input."""
+        self._owners: dict[fx.Node, str] = {}
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+            if spec.kind is InputKind.USER_INPUT:
+                self._input = node
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
+                if spec.target in program.constants:  # a non-persistent buffer
+                    constant = program.constants[spec.target]
+                    self._bound[node] = partial(_same, constant)
+                else:
+                    owner, _, name = spec.target.rpartition(".")
+                    self._owners[node] = owner
+                    self._bound[node] = partial(getattr, self.module.get_submodule(owner), name)
+            else:
+                self._bound[node] = partial(_same, program.constants[str(spec.target)])
+        self._parameters = {
+            node: str(spec.target)
+            for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
+            if spec.kind is InputKind.PARAMETER
+        }
+
+    def _find_readers(self) -> dict[str, list[fx.Node]]:
+        readers: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.target in _CONSUMING and node.args[1] in self._parameters:
+                weight = self._parameters[node.args[1]]
+                readers.setdefault(weight.removesuffix(".weight"), []).append(node)
+        return readers
+
+
+def trace(module: nn.Module, example: Tensor) -> Graph:
+    """Export a module with a dynamic batch and make it executable in parts.
+
+    Args:
+        module: In eval mode; its parameters stay shared with the graph.
+        example: (N, C, H, W) with N >= 2.
+
+    Raises:
+        ExportError: ``torch.export`` cannot trace the module; the message has its words.
+    """
+    return Graph(_export(module, example), module)
+
+
+class _Repeated:
+    """A cached value that is repeated for every variant only when something reads it."""
+
+    __slots__ = ("value", "variants")
+
+    def __init__(self, value: Tensor, variants: int) -> None:
+        self.value, self.variants = value, variants
+
+    def tensor(self) -> Tensor:
+        out = self.value.repeat([self.variants] + [1] * (self.value.ndim - 1))
+        if self.value.ndim == 4 and self.value.is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)
+        return out
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
+    try:
+        with torch.no_grad(), captured():
+            program = torch.export.export(
+                module, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
+            )
+        if _mutates_shared_values(program.graph):
+            program = program.run_decompositions({})
+    except Exception as err:
+        words = str(err).strip().splitlines()
+        raise ExportError(
+            f"torch.export {torch.__version__} cannot trace {type(module).__name__} with a "
+            f"dynamic batch: {words[0] if words else type(err).__name__}",
+            fix="keep Python control flow on tensor values, and batch arithmetic, out of forward",
+            log=tuple(words),
+        ) from err
+    if any(n.op == "get_attr" for n in program.graph.nodes):
+        raise ExportError(
+            f"{type(module).__name__} uses control-flow operators, which cannot be cut",
+            fix="replace torch.cond and the like by plain tensor code",
+        )
+    return program
+
+
+def _in_place(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _mutates_shared_values(graph: fx.Graph) -> bool:
+    """Whether an in-place operation changes a value that something else reads too."""
+    return any(
+        _in_place(n.target)
+        and (not str(n.target).split(".")[1].endswith("_") or len(n.args[0].users) > 1)
+        for n in graph.nodes
+        if n.op == "call_function"
+    )
+
+
+def _functional(target: Any) -> Callable[..., Any]:
+    """The out-of-place twin of an in-place operation: cached values must survive a suffix run."""
+    if target is operator.getitem or not _in_place(target):
+        plain: Callable[..., Any] = target
+        return plain
+    _, name, overload = str(target).split(".")
+    twin: Callable[..., Any] = getattr(getattr(torch.ops.aten, name.removesuffix("_")), overload)
+    return twin
+
+
+def _faster(target: Callable[..., Any]) -> Callable[..., Any]:
+    return _linear if target is torch.ops.aten.linear.default else target
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer; in float32 on a CPU as the 1x1 convolution that it is.
+
+    PyTorch multiplies matrices with MKL, which on AMD's CPUs reaches less than half of what its
+    convolutions reach with oneDNN (benchmarks/LOG.md).
+    """
+    inputs = x.shape[-1]
+    rows = x.numel() // max(inputs, 1)
+    whole = x.device.type == "cpu" and x.dtype is torch.float32
+    if not (whole and _ONEDNN and rows >= _MANY_ROWS):
+        return torch.nn.functional.linear(x, weight, bias)
+    as_map = x.reshape(1, rows, 1, inputs).permute(0, 3, 1, 2)
+    out = torch.nn.functional.conv2d(as_map, weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        dead.setdefault(node, []).append(source)
+    return dead

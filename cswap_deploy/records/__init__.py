@@ -1,0 +1,1 @@
+"""What is saved: plans, measurements, manifests; the bundle and the store that hold them."""

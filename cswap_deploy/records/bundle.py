@@ -1,0 +1,141 @@
+"""Reading a bundle: open it, hold every file against its digest, say what is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cswap_deploy.errors import ArtifactError
+from cswap_deploy.records.engine import TensorSpec
+from cswap_deploy.records.files import compare_files
+from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.value import read_value
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCheck:
+    """A bundle whose listed files are all as they were when it was built."""
+
+    path: Path
+    manifest: Manifest
+    extra: tuple[str, ...]
+    """Files that the manifest does not list; nothing reads them."""
+
+
+def read_bundle(path: Path) -> Manifest:
+    """Read a bundle's manifest. Digests are not verified; ``verify_bundle`` does that.
+
+    Raises:
+        ArtifactError: ``path`` is not a bundle, or its manifest is damaged, of another schema
+            version, or names files outside the bundle.
+    """
+    if not path.is_dir():
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise ArtifactError(
+            f"{path} {state}; a bundle is the folder that `cswap-deploy build -o` writes"
+        )
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{path} is not a bundle: it has no {MANIFEST}",
+            fix="name the folder that `cswap-deploy build -o` wrote",
+        )
+    manifest = read_value(path / MANIFEST, Manifest)
+    outside = [ref.path for ref in manifest.files if not _inside(ref.path)]
+    if outside:
+        raise ArtifactError(
+            f"{path / MANIFEST} names files outside the bundle: {', '.join(outside)}"
+        )
+    return manifest
+
+
+def read_plan(path: Path) -> PrunePlan:
+    """Read the plan of the bundle at ``path``.
+
+    Raises:
+        ArtifactError: The plan is absent, damaged or of another schema version.
+    """
+    return read_value(path / PLAN, PrunePlan)
+
+
+def verify_bundle(path: Path) -> BundleCheck:
+    """Read a bundle and hold every file against the manifest's sha256 and size.
+
+    Do this before anything of the bundle is used: deserialising an engine runs native code.
+
+    Raises:
+        ArtifactError: The bundle is damaged; every file that is missing or differs is named.
+    """
+    manifest = read_bundle(path)
+    wrong, extra = compare_files(path, manifest.files)
+    if wrong:
+        raise ArtifactError(
+            f"{path} is damaged: " + "; ".join(wrong),
+            fix="copy the bundle again, or build it again",
+        )
+    return BundleCheck(path, manifest, tuple(name for name in extra if name != MANIFEST))
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """What a bundle holds, as plain data for ``inspect --json``.
+
+    Accuracy and ratios are fractions, sizes bytes, latency milliseconds.
+    """
+    return {
+        "model": manifest.model.name,
+        "weights": manifest.model.weights,
+        "weights_sha256": manifest.model.weights_sha256,
+        "created": manifest.created,
+        "tool_version": manifest.tool_version,
+        "ratio_requested": manifest.ratio_requested,
+        "ratio_of": manifest.ratio_of,
+        "ratio_effective": dict(manifest.ratio_effective),
+        "dense": manifest.dense.model_dump(),
+        "pruned": manifest.pruned.model_dump(),
+        "onnx": {
+            "path": str(manifest.onnx.path),
+            "size_bytes": manifest.onnx.size_bytes,
+            "opset": manifest.onnx.opset,
+            "nodes": manifest.onnx.nodes,
+            "precision": manifest.onnx.precision,
+            "inputs": [tensor.model_dump(mode="json") for tensor in manifest.onnx.inputs],
+            "outputs": [tensor.model_dump(mode="json") for tensor in manifest.onnx.outputs],
+        },
+        "preprocessing": manifest.model.preprocessing.model_dump(mode="json"),
+        "targets": [_target(result) for result in manifest.targets],
+        "files": {ref.path: ref.size_bytes for ref in manifest.files},
+        "fallbacks": list(manifest.fallbacks),
+    }
+
+
+def tensor_text(tensor: TensorSpec) -> str:
+    """One input or output in a line, for example ``input: float32 (batch, 3, 224, 224)``."""
+    return f"{tensor.name}: {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
+
+
+def _target(result: TargetResult) -> dict[str, Any]:
+    accuracy, latency = result.accuracy, result.latency
+    return {
+        "target": result.engine.target,
+        "path": str(result.engine.path),
+        "size_bytes": result.engine.size_bytes,
+        "precision": result.engine.precision,
+        "device": result.engine.device,
+        "run_here": result.engine.runnable,
+        "reason": result.engine.reason,
+        "top1": None if accuracy is None else accuracy.pruned.top1,
+        "top1_drop": None if accuracy is None else accuracy.drop,
+        "p50_ms": None if latency is None else latency.p50_ms,
+        "p99_ms": None if latency is None else latency.p99_ms,
+        "speedup": result.speedup,
+        "parity_max_abs": None if result.parity is None else result.parity.max_abs,
+    }
+
+
+def _inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts

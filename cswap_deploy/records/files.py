@@ -1,0 +1,300 @@
+"""Writes that are whole or absent, and files held against their digests.
+
+What is half-written lives in a scratch folder whose lock its process holds; when the process
+dies the lock is free, and the next writer clears the folder away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
+from cswap_deploy.records.value import FileRef, sha256_file
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY}
+
+_NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+_LOCK = "lock"
+
+_OURS = ("manifest.json", "build.json")
+"""A folder with one of these was made by a build and may be replaced by one."""
+
+_YOUNG_SECONDS = 60.0
+"""A scratch folder without a lock file may belong to a process that is about to make it."""
+
+
+def list_files(folder: Path) -> tuple[FileRef, ...]:
+    """Every file below ``folder`` with digest and size (bytes), ordered by relative path."""
+    return tuple(
+        FileRef(
+            path=path.relative_to(folder).as_posix(),
+            sha256=sha256_file(path),
+            size_bytes=path.stat().st_size,
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    )
+
+
+def compare_files(folder: Path, expected: tuple[FileRef, ...]) -> tuple[list[str], list[str]]:
+    """Hold the files below ``folder`` against a list of them.
+
+    Returns:
+        Sentences on files that are missing or differ, and the paths of files not in the list.
+    """
+    wrong = []
+    for ref in expected:
+        path = folder / ref.path
+        if not path.is_file():
+            wrong.append(f"{ref.path} is missing")
+        elif (size := path.stat().st_size) != ref.size_bytes:
+            wrong.append(f"{ref.path} has {size:,} bytes instead of {ref.size_bytes:,}")
+        elif (digest := sha256_file(path)) != ref.sha256:
+            wrong.append(f"{ref.path} has sha256 {digest[:12]}… instead of {ref.sha256[:12]}…")
+    known = {ref.path for ref in expected}
+    present = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
+    return wrong, [path for path in present if path not in known]
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Lend an empty folder beside ``target`` and move it there when the block ends well.
+
+    A bundle that is already there is replaced by two renames (after a kill between them, the next
+    call puts the old one back); anything else that is there is kept and refused. When the block
+    raises (Ctrl-C too) nothing of the new folder is left.
+
+    Args:
+        target: Where the folder goes; its parents are made.
+
+    Raises:
+        UsageError: ``target`` is a file, holds something other than a bundle, is a mount point, or
+            cannot be written.
+        MissingDependencyError: The disk is full.
+    """
+    target = target.resolve()
+    _refuse_foreign(target)
+    prefix = f".{target.name}.partial-"
+    with scratch_folder(target.parent, prefix=prefix, option="-o", restore=target) as scratch:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        flush(new)
+        _refuse_foreign(target)
+        _swap(new, target, old=scratch / "old")
+
+
+def check_output(target: Path) -> None:
+    """Fail now rather than after minutes of work if ``atomic_folder(target)`` would not work.
+
+    Raises:
+        UsageError: As ``atomic_folder``.
+    """
+    target = target.resolve()
+    _refuse_foreign(target)
+    made = [p for p in target.parents if not p.exists()]
+    prefix = f".{target.name}.partial-"
+    with scratch_folder(target.parent, prefix=prefix, option="-o", restore=target):
+        pass
+    _remove_empty(made)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or what was there before.
+
+    Raises:
+        UsageError: The folder cannot be written.
+        MissingDependencyError: The disk is full.
+    """
+    with scratch_folder(path.parent, prefix=f".{path.name}.partial-", option="-o") as scratch:
+        new = scratch / "new"
+        new.write_bytes(data)
+        sync(new)
+        os.replace(new, path)
+        sync(path.parent)
+
+
+@contextmanager
+def scratch_folder(
+    parent: Path, *, prefix: str, option: str, restore: Path | None = None
+) -> Iterator[Path]:
+    """Lend a locked folder in ``parent``; it is gone afterwards, and so are parents made for it."""
+    made = [p for p in (parent, *parent.parents) if not p.exists()]
+    scratch: Path | None = None
+    lock: FileLock | None = None
+    done = False
+    try:
+        with disk_errors(parent, option=option):
+            parent.mkdir(parents=True, exist_ok=True)
+            _clear_stale(parent, prefix=prefix, restore=restore)
+            scratch, lock = _locked_folder(parent, prefix)
+        with disk_errors(parent, option=option, within=scratch):
+            yield scratch
+        done = True
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            lock.release()
+        if not done:
+            _remove_empty(made)
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, FileLock]:
+    """Make a scratch folder and hold its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = FileLock(folder / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, FileNotFoundError):
+            continue  # another process took it for stale between the two steps
+        if (folder / _LOCK).exists():
+            return folder, lock
+        lock.release()
+
+
+def _clear_stale(parent: Path, *, prefix: str, restore: Path | None) -> None:
+    """Remove scratch folders whose process is gone."""
+    for folder in parent.glob(f"{_escape(prefix)}*"):
+        with suppress(FileNotFoundError):
+            if not (folder / _LOCK).exists():
+                if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            lock = FileLock(folder / _LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            try:
+                if restore is not None and (folder / "old").is_dir() and not restore.exists():
+                    os.rename(folder / "old", restore)  # killed between the two moves of a swap
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                lock.release()
+
+
+def _escape(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _swap(new: Path, target: Path, *, old: Path) -> None:
+    """Put ``new`` where ``target`` is; what was there goes to ``old``."""
+    replaced = target.exists()
+    if replaced:
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException as err:
+        if isinstance(err, OSError) and err.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UsageError(
+                f"another process wrote {target} at the same moment; its folder is kept",
+                fix="run the command again; finished stages are reused",
+            ) from err
+        if replaced:
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.is_dir():
+        if os.path.ismount(target):
+            raise UsageError(
+                f"{target} is a mount point; a bundle is moved into place as one folder",
+                fix=f"-o {target / 'bundle'}",
+            )
+        with disk_errors(target, option="-o"):
+            foreign = any(target.iterdir()) and not any((target / name).is_file() for name in _OURS)
+        if foreign:
+            raise UsageError(
+                f"{target} is not empty and is not a bundle (it has no manifest.json); "
+                "it is left as it is",
+                fix="choose another folder with -o",
+            )
+    elif target.exists():
+        raise UsageError(f"{target} is a file; a bundle is a folder", fix="choose another -o")
+
+
+@contextmanager
+def disk_errors(path: Path, *, option: str, within: Path | None = None) -> Iterator[None]:
+    """Turn a full or unwritable disk into an error that says what to do.
+
+    Args:
+        path: The folder that was asked for.
+        option: The flag that names another one.
+        within: Where set, only trouble with files below it counts as unwritable: the code that runs
+            in it may read elsewhere.
+    """
+    try:
+        yield
+    except CswapError:
+        raise
+    except Exception as err:
+        number = err.errno if isinstance(err, OSError) else None
+        # safetensors and other libraries wrap the system's error in their own, as text
+        if number in _FULL or "No space left on device" in str(err):
+            raise _full(path, within, option, err) from err
+        if isinstance(err, OSError) and _unusable(err, within):
+            raise UsageError(
+                f"cannot use {path}: {err.strerror}",
+                fix=f"choose a folder that you may write, with {option}",
+            ) from err
+        raise
+
+
+def _unusable(err: OSError, within: Path | None) -> bool:
+    if within is None:
+        return err.errno in _UNWRITABLE | _NO_FOLDER
+    named = isinstance(err.filename, str) and Path(err.filename).is_relative_to(within)
+    return named and err.errno in _UNWRITABLE
+
+
+def _full(path: Path, within: Path | None, option: str, err: Exception) -> MissingDependencyError:
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    written = 0
+    if within is not None:
+        written = sum(p.stat().st_size for p in within.rglob("*") if p.is_file())
+    words = os.strerror(err.errno) if isinstance(err, OSError) and err.errno else str(err)
+    return MissingDependencyError(
+        f"the disk that holds {path} is full: more than {written:,} bytes are needed there and "
+        f"{free:,} more are free ({words})",
+        fix=f"free some space, or choose a folder on another disk with {option}",
+    )
+
+
+def flush(folder: Path) -> None:
+    """Bring every file and folder below to the disk, so that a power cut cannot empty them."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

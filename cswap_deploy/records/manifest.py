@@ -1,0 +1,76 @@
+"""The manifest: what a bundle holds and how it came about."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
+from cswap_deploy.records.measurements import (
+    AccuracyChange,
+    Device,
+    Latency,
+    Parity,
+    PrecisionResult,
+)
+from cswap_deploy.records.model import DataSpec, ModelSpec
+from cswap_deploy.records.plan import RatioOf, ScoringCost, Size
+from cswap_deploy.records.value import FileRef, Value
+
+
+class TargetResult(Value):
+    """One target's engine and what was measured on it."""
+
+    engine: EngineArtifact
+    parity: Parity | None = None
+    accuracy: AccuracyChange | None = None
+    reduced: AccuracyChange | None = None
+    """From the pruned float32 network (``dense`` here) to the graph of reduced precision."""
+    judged_by: str = ""
+    """What ``reduced`` was measured on: the engine, or a stand-in where it does not run here."""
+    latency: Latency | None = None
+    dense_latency: Latency | None = None
+    """The dense graph on the same runtime, interleaved with ``latency``."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense over pruned, by median."""
+        if self.latency is None or self.dense_latency is None:
+            return None
+        return self.dense_latency.p50_ms / self.latency.p50_ms
+
+
+class Manifest(Value):
+    """What a bundle holds and how it came about."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    """ISO 8601, UTC."""
+    tool_version: str
+    model: ModelSpec
+    calibration: DataSpec | None
+    validation: DataSpec | None
+    shared_images: int = 0
+    """Images in both sets; above zero only where the user allowed it."""
+    ratio_requested: float
+    ratio_of: RatioOf
+    ratio_effective: dict[RatioOf, float]
+    dense: Size
+    pruned: Size
+    onnx: OnnxArtifact
+    export_parity: tuple[Parity, ...]
+    """After export and after each graph pass."""
+    torch_accuracy: AccuracyChange | None = None
+    """Dense and pruned network in PyTorch."""
+    targets: tuple[TargetResult, ...]
+    precision: PrecisionResult | None = None
+    """``None`` for float32."""
+    scoring: ScoringCost | None = None
+    """``None`` where nothing was measured."""
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: Device
+    fallbacks: tuple[str, ...] = ()
+    stages: dict[str, Literal["run", "reused"]] = Field(default_factory=dict)
+    files: tuple[FileRef, ...] = ()

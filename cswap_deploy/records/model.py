@@ -1,0 +1,62 @@
+"""Which network and which images a build is about."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cswap_deploy.records.value import Value
+
+
+class Preprocessing(Value):
+    """From a decoded RGB (or grey) image to the network's input.
+
+    Resize the shorter side to ``resize_shorter`` pixels, crop the centre to ``input_size``, divide
+    by 255, subtract ``mean``, divide by ``std``. An image that already has the input's height and
+    width is neither resized nor cropped when ``resize_shorter`` equals that size.
+    """
+
+    input_size: tuple[int, int, int]
+    """(C, H, W)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_shorter: int
+    """Pixels."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+
+
+class ModelSpec(Value):
+    """What a model is and where its weights came from; enough to make it again."""
+
+    name: str
+    """As the user typed it."""
+    source: Literal["demo", "timm", "factory"]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of ``timm.create_model``, for example ``img_size``."""
+    weights: str
+    """Where the weights came from, for people: a file, a hub repository, a package, ``random``."""
+    weights_sha256: str
+    """Over every tensor's name, dtype, shape and bytes."""
+    num_classes: int
+    label_space: Literal["imagenet-1k", "fashion-mnist"] | None = None
+    class_names: tuple[str, ...] = ()
+    preprocessing: Preprocessing
+
+
+class DataSpec(Value):
+    """Which images were used: enough to tell whether two runs saw the same ones."""
+
+    source: str
+    """As the user named it, or the embedded set's name."""
+    sha256: str
+    """Over the preprocessed uint8 pixels and the labels, in order."""
+    count: int
+    classes: int
+    """Distinct labels among the images."""
+    mapping: str = ""
+    """How folder or column names became class indices, in words."""
+    class_indices: dict[str, int] = Field(default_factory=dict)
+    """Folder or label name -> class index of the model, where names had to be mapped."""
+    unreadable: tuple[str, ...] = ()
+    """Files that did not decode and were left out."""
