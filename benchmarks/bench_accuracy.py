@@ -40,7 +40,6 @@ from torch import Tensor, nn
 
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.cli.output import Console
-from cswap_deploy.config import load_config
 from cswap_deploy.data import normalised
 from cswap_deploy.data.load import load_samples
 from cswap_deploy.data.sets import ImageSet
@@ -49,6 +48,7 @@ from cswap_deploy.measure.accuracy import accuracy_change
 from cswap_deploy.models.load import LoadedModel
 from cswap_deploy.network.sizes import amount
 from cswap_deploy.network.units import Group
+from cswap_deploy.old_config import load_config
 from cswap_deploy.progress import Phases, Progress, Silent
 from cswap_deploy.pruning.plan import Prepared, loop_settings, prepare, remove_progressively
 from cswap_deploy.pruning.state import Settings

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.cli.output import Console
-from cswap_deploy.config import load_config
 from cswap_deploy.data import normalised
 from cswap_deploy.data.load import load_samples
+from cswap_deploy.old_config import load_config
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.plan import Prepared, loop_settings, prepare, remove_progressively
 from cswap_deploy.pruning.rounds import balanced_order

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from cswap_deploy.config import BuildConfig
+    from cswap_deploy.old_config import BuildConfig
     from cswap_deploy.pipeline import Bundle
     from cswap_deploy.progress import Progress
 
     __version__: str
 
 __all__ = ["BuildConfig", "Bundle", "CswapError", "__version__", "build"]
-_HOMES = {"BuildConfig": "cswap_deploy.config", "Bundle": "cswap_deploy.pipeline"}
+_HOMES = {"BuildConfig": "cswap_deploy.old_config", "Bundle": "cswap_deploy.pipeline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -71,7 +71,7 @@ def build(
     Raises:
         CswapError: A subclass says what failed and how to mend it; see ``cswap_deploy.errors``.
     """
-    from cswap_deploy.config import load_config
+    from cswap_deploy.old_config import load_config
     from cswap_deploy.pipeline import build as run
 
     named = model if isinstance(model, str) else type(model).__name__

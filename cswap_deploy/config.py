@@ -1,23 +1,43 @@
-"""Everything a build can be told, in one typed model for flags, TOML files and Python callers."""
+"""Everything a build can be told: one model, with a section for each stage.
+
+A setting is declared here once. Its field gives the type, the bounds and the default; the
+:class:`Flag` beside the type gives the help text. The flag of the command, the name in a TOML file
+and the stage's key in the store are made from the field; a new setting is one field and its use.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cswap_deploy.errors import UsageError
-from cswap_deploy.records.engine import BatchRange, EngineOptions
+from cswap_deploy.records.engine import BatchRange
 from cswap_deploy.records.plan import RatioOf
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 
-
+Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
+OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
+"""Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
+convolutions in bfloat16 with 22."""
+DROP_LIMITS: dict[str, float] = {
+    "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
+}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "cswap": {
         "intervention": "predicted", "effect": "kl", "mix": True, "select": "set", "refit": True,
@@ -28,132 +48,177 @@ METHODS: dict[str, dict[str, Any]] = {
         "refit": False, "refit_producers": False, "rounds": 16,
     },
 }  # fmt: skip
-"""What ``--method`` stands for; each choice can be given by itself, and wins. ``paper`` is the
-method as published (arXiv:2510.18636), ``cswap`` the best that was measured
-(benchmarks/LOG.md)."""
+"""What ``--method`` stands for; a setting of its own wins. ``paper`` is the method as published
+(arXiv:2510.18636), ``cswap`` the best that was measured (benchmarks/LOG.md)."""
 
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
-OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
-"""Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
-convolutions in bfloat16 with 22."""
-INT8_SETTINGS = ("int8_calibration", "int8_quantizer")
-PRECISION_SETTINGS = (*INT8_SETTINGS, "keep_fp32", "precision_drop")
-"""That belong to a precision."""
-DROP_LIMITS: dict[str, float] = {
-    "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
-}  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How the command shows a setting, and whether the setting shapes the stage's result."""
+
+    help: str
+    metavar: str = ""
+    """Of the value; from the type unless said."""
+    short: str = ""
+    off: str = ""
+    """The flag that says no, where ``--no-NAME`` would read badly."""
+    common: bool = False
+    """Among the few that most people use: first in ``--help``."""
+    expert: bool = False
+    """In TOML files and Python only; the command has no flag for it."""
+    in_key: bool = True
+    """Whether another value may give another result, so that it belongs to the store's key."""
 
 
-class BuildConfig(EngineOptions):
-    """The settings of a build; every flag of ``cswap-deploy build`` is a field of the same name.
+class Section(BaseModel):
+    """The settings of one stage."""
 
-    The options of the TensorRT builders are among them; see ``records.engine.EngineOptions``.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    title: ClassVar[str]
+    """Heading of its flags in ``--help``."""
 
-    # model
-    model: str
-    checkpoint: Path | None = None
-    pretrained: bool = True
-    input_size: tuple[int, int, int] | None = None
-    """(C, H, W)."""
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    def key(self) -> dict[str, Any]:
+        """The settings that shape the stage's result, as plain data for its key in the store."""
+        free = {name for name in type(self).model_fields if not flag_of(type(self), name).in_key}
+        return self.model_dump(mode="json", exclude=free)
 
-    # data
-    data: str | None = None
-    validation_data: str | None = None
-    class_map: Path | None = None
-    """JSON object: folder or label name -> class index of the model."""
-    calibration_samples: int = Field(default=1024, ge=1)
-    """Images to measure on (``scoring_samples`` of them in each round), to solve layers on, and to
-    judge sets of units on."""
-    validation_samples: int = Field(default=2000, ge=1)
-    allow_overlap: bool = False
-    """Let an image be in both sets; the report says so."""
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list(cls, value: Any, info: Any) -> Any:
+        """Flags give several numbers as one text, ``3,224,224``."""
+        kind = cls.model_fields[info.field_name].annotation
+        if not isinstance(value, str) or not _is_numbers(kind):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", p, re.I) for p in parts):
+            example = "3,224,224" if "int" in str(kind) else "0.485,0.456,0.406"
+            raise ValueError(f"numbers with commas between them are wanted, for example {example}")
+        return parts
 
-    # pruning
-    ratio: float = Field(default=0.4, ge=0.0, lt=1.0)
-    ratio_of: RatioOf = "params"
-    round_to: int | Literal["auto"] = "auto"
-    criterion: str = "cswap"
-    scoring_samples: int | Literal["auto"] = "auto"
-    """Images on which each unit's effect is known in each round; auto: 256, fewer where measuring
-    is ``exact`` and would cost more than ``causal.cost.BUDGET_MACS``."""
-    measuring: Literal["auto", "exact", "bf16", "adaptive"] = "auto"
-    """``exact``: every unit on every one of these images. ``adaptive``: until its side of the cut
-    is certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
-    float32 where that leaves its side of the cut open. auto: exact unless it costs more than
+
+class ModelConfig(Section):
+    """Which network, and how its pictures are prepared."""
+
+    title = "Network and images"
+
+    model: Annotated[str, Flag("demo-resnet, demo-vit, a timm name, or package.module:factory.")]
+    checkpoint: Annotated[
+        Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE")
+    ] = None
+    pretrained: Annotated[bool, Flag("timm's own weights, or random ones.")] = True
+    input_size: Annotated[
+        tuple[int, int, int] | None, Flag("What the network takes.", metavar="C,H,W")
+    ] = None
+    mean: Annotated[
+        tuple[float, ...] | None, Flag("Mean of pixels in [0, 1].", metavar="R,G,B")
+    ] = None
+    std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together")
+        return self
+
+
+class DataConfig(Section):
+    """Which images the network is pruned on, and which it is tested on."""
+
+    title = "Network and images"
+
+    data: Annotated[
+        str | None,
+        Flag(
+            "Labelled images to prune and test on.", metavar="DIR|FILE.npz|hf:NAME[:SPLIT]",
+            common=True,
+        ),
+    ] = None  # fmt: skip
+    validation_data: Annotated[
+        str | None, Flag("As --data, for the test images alone.", metavar="...")
+    ] = None
+    class_map: Annotated[
+        Path | None, Flag("Folder or label name -> class index.", metavar="FILE.json")
+    ] = None
+    calibration_samples: Annotated[int, Field(ge=1), Flag("Images to prune on.")] = 1024
+    """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
+    to compare candidates on."""
+    validation_samples: Annotated[int, Field(ge=1), Flag("Images to test on.")] = 2000
+    allow_overlap: Annotated[bool, Flag("Let an image be in both sets; the report says so.")] = (
+        False
+    )
+
+
+class PruneConfig(Section):
+    """How units are measured, chosen and removed, and how the rest makes up for them."""
+
+    title = "Pruning"
+
+    ratio: Annotated[float, Field(ge=0, lt=1), Flag("Fraction to remove.", common=True)] = 0.4
+    ratio_of: Annotated[RatioOf, Flag("What the ratio is a fraction of.", common=True)] = "params"
+    method: Annotated[
+        Literal["cswap", "paper"], Flag("The best measured, or as published.", in_key=False)
+    ] = "cswap"
+    """Fills in what is not given; see :data:`METHODS`."""
+    criterion: Annotated[
+        str, Flag("cswap, or an importance without measuring: magnitude, lamp, random.")
+    ] = "cswap"
+    rounds: Annotated[int, Field(ge=1), Flag("Steps of measuring and removing.")] = 4
+    round_to: Annotated[
+        int | Literal["auto"], Flag("Kept units of a group: a multiple of this.")
+    ] = "auto"
+    effect: Annotated[Literal["kl", "true-class"], Flag("The effect that ranks the units.")] = "kl"
+    """Both are measured; verdicts come from ``true-class``."""
+    intervention: Annotated[
+        Literal["predicted", "mean", "zero"], Flag("What a unit is set to.")
+    ] = "predicted"
+    """The ablation value while its effect is measured, and when it goes."""
+    measuring: Annotated[
+        Literal["auto", "exact", "bf16", "adaptive"],
+        Flag("Units on all images, or as far as their decision needs."),
+    ] = "auto"
+    """``exact``: every unit on every image. ``adaptive``: until its side of the threshold is
+    certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
+    float32 where that leaves its side open. ``auto``: exact unless it costs more than
     ``causal.cost.BUDGET_MACS``, else adaptive within that."""
-    error_rate: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """Of ``adaptive``: probability of the wrong side at which a unit's measuring ends."""
-    memory_budget: int | None = Field(default=None, ge=1)
-    """Bytes that measuring may use beside network and images; a third of what is free unless said.
-    In text ``512MiB``, ``2GiB``. Changes no result."""
-    rounds: int = Field(default=4, ge=1)
-    """Steps in which the ratio is reached; effects are measured again in each."""
-    method: Literal["cswap", "paper"] = "cswap"
-    """Fills in what follows where it is not given; see ``METHODS``."""
-    effect: Literal["kl", "true-class"] = "kl"
-    """What ranks the units; both are measured, verdicts come from ``true-class``."""
-    mix: bool = True
-    """Measure on every second image lightly mixed with another: a network knows its training images
-    by heart, and few units seem to matter there."""
-    intervention: Literal["zero", "mean", "predicted"] = "predicted"
-    """What a unit is set to while its effect is measured, and when it goes."""
-    select: Literal["set", "unit"] = "set"
-    """``unit``: what goes is what has the least effect by itself. ``set``: several orders propose
-    what goes, and the set with the least effect as a whole is taken."""
-    scoring_device: Literal["cpu", "cuda"] = "cpu"
-    """Where effects are measured."""
-    workers: str | None = None
-    """Who measures effects: so many processes (``4``), or a Ray cluster (``ray://HOST:PORT``); this
-    process unless said. Changes no result."""
-    alpha: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """False-discovery rate of the verdicts."""
-    min_effect: float = Field(default=0.01, ge=0.0)
-    """Smallest |effect| on a class that counts as a verdict, as a fraction of the probability."""
-    refit: bool = True
-    """Solve every layer behind a removed unit again, in closed form."""
-    refit_producers: bool = True
-    """With ``refit``: in the last round also let the units that stay take over what others carried,
-    each solved again in closed form."""
-
-    # export, targets
-    target: tuple[str, ...] = ("onnxruntime",)
-    precision: Precision = "fp32"
-    """Number formats of graph and engine: ``int8`` leaves in float32 what is not quantised,
-    ``mixed`` in float16."""
-    precision_drop: float | None = Field(default=None, ge=0.0, le=0.2)
-    """Largest loss of top-1 that the precision may cost, against the pruned float32 network; .001
-    for fp16, .005 for bf16, .01 with int8 unless said. One image is always allowed. No more than
-    .2, so that percents typed by mistake are refused."""
-    keep_fp32: tuple[str, ...] = ()
-    """What keeps its type: modules (``blocks.0.attn``), or patterns of nodes (``*/Softmax``)."""
-    int8_calibration: Literal["auto", "entropy", "percentile", "minmax"] = "auto"
-    """How the range of an activation is found; auto: the best of the three by measured effect."""
-    int8_quantizer: Literal["onnxruntime", "modelopt"] = "onnxruntime"
-    """Who places Q/DQ pairs. ``modelopt``: NVIDIA's, from the environment of CSWAP_MODELOPT."""
-    opset: int | Literal["auto"] = "auto"
-    """Of ONNX; auto: the lowest that has the operators in this precision, 18, 21 or 22."""
-    batch: BatchRange = BatchRange()
-    """Smallest, tuned-for and largest batch of an engine."""
-    latency_batch: int | None = Field(default=None, ge=1)
-    """Timed; the batch that the engine is tuned for unless said."""
-    latency_runs: int = Field(default=200, ge=10)
-    threads: int | None = Field(default=None, ge=1)
-    """Threads of the CPU runtime; the machine's cores unless said."""
-    parity_tolerance: float = Field(default=1e-3, gt=0.0)
-    """Largest |difference of logits| that export and engine may show."""
-    budget: Path | None = None
-
-    # running
-    output: Path | None = None
-    """The bundle; ``<model>-<ratio>`` in the working directory unless said."""
-    store: Path | None = None
-    """Where finished stages are kept; the user's cache directory unless said."""
-    resume: bool = True
-    seed: int = 0
+    scoring_samples: Annotated[
+        int | Literal["auto"], Flag("Images that each unit is measured on.")
+    ] = "auto"
+    """In each round. ``auto``: 256, fewer where measuring is ``exact`` and would cost more than
+    ``causal.cost.BUDGET_MACS``."""
+    scoring_device: Annotated[Literal["cpu", "cuda"], Flag("Where effects are measured.")] = "cpu"
+    workers: Annotated[
+        str | None,
+        Flag("Worker processes, or a Ray cluster.", metavar="N|ray://HOST:PORT", in_key=False),
+    ] = None
+    memory_budget: Annotated[
+        ByteSize | None,
+        Field(ge=1),
+        Flag("Memory for measuring, as 2GiB (a third of what is free).", "SIZE", in_key=False),
+    ] = None
+    """Bytes beside network and images."""
+    refit: Annotated[bool, Flag("Refit the layers behind removed units, in closed form.")] = True
+    refit_producers: Annotated[
+        bool, Flag("In the last round also reconstruct producers.", expert=True)
+    ] = True
+    """With ``refit``: the weights that produce the units that stay, each in closed form."""
+    select: Annotated[
+        Literal["set", "unit"], Flag("Compare candidates as a whole, or take single units.")
+    ] = "set"
+    """``unit``: what has the least effect by itself goes. ``set``: several rankings and
+    allocations propose candidates, and the one with the least effect as a whole goes."""
+    mix: Annotated[bool, Flag("Measure on lightly mixed images too.", expert=True)] = True
+    """Every second image is lightly mixed with another: a network knows its training images by
+    heart, and few units seem to matter there."""
+    error_rate: Annotated[
+        float, Field(gt=0, lt=1), Flag("Of wrong sides in adaptive measuring.", expert=True)
+    ] = 0.05
+    alpha: Annotated[
+        float, Field(gt=0, lt=1), Flag("False-discovery rate of the verdicts.", expert=True)
+    ] = 0.05
+    min_effect: Annotated[
+        float, Field(ge=0), Flag("Smallest effect that counts for a verdict.", expert=True)
+    ] = 0.01
+    """Size of the effect on a class, as a fraction of its probability."""
 
     @model_validator(mode="before")
     @classmethod
@@ -163,18 +228,6 @@ class BuildConfig(EngineOptions):
             return preset | {name: v for name, v in given.items() if v is not None}
         return given
 
-    @field_validator("memory_budget", mode="before")
-    @classmethod
-    def _bytes(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        from cswap_deploy.causal.memory import parse_size
-
-        try:
-            return parse_size(value)
-        except UsageError as err:
-            raise ValueError(str(err)) from err
-
     @field_validator("workers", mode="before")
     @classmethod
     def _where(cls, value: Any) -> Any:
@@ -182,18 +235,6 @@ class BuildConfig(EngineOptions):
         if isinstance(text, str) and not re.fullmatch(r"[1-9]\d*|ray://\S+:\d+", text):
             raise ValueError("must be a number above zero, or ray://HOST:PORT")
         return text
-
-    @field_validator("target")
-    @classmethod
-    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(value))
-
-    @field_validator("opset")
-    @classmethod
-    def _known_opset(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 18:
-            raise ValueError("must be 18 or higher, or auto")
-        return value
 
     @field_validator("round_to", "scoring_samples")
     @classmethod
@@ -203,54 +244,75 @@ class BuildConfig(EngineOptions):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        given = [self.mean is not None, self.std is not None]
-        if any(given) and not all(given):
-            raise ValueError("mean and std go together")
+    def _one_place(self) -> Self:
         if self.workers is not None and self.scoring_device != "cpu":
             raise ValueError("workers measure on CPUs; scoring_device cuda is for this process")
-        if not self.batch.min <= self.timed_batch <= self.batch.max:
-            raise ValueError(
-                f"latency_batch {self.timed_batch} is outside the profile --batch {self.batch}"
-            )
+        return self
+
+
+class ExportConfig(Section):
+    """The ONNX graph and its number formats."""
+
+    title = "Graph and number formats"
+
+    precision: Annotated[Precision, Flag("Number formats of the engine.", common=True)] = "fp32"
+    """Of graph and engine; ``int8`` leaves in float32 what is not quantised, ``mixed`` in
+    float16."""
+    precision_drop: Annotated[
+        float | None,
+        Field(ge=0, le=0.2),
+        Flag("Largest loss of top-1 it may cost (fp16 .001, bf16 .005, int8 .01), or exit 3."),
+    ] = None
+    """A fraction, against the pruned float32 network; one image is always allowed. No more than
+    .2, so that percents typed by mistake are refused."""
+    keep_fp32: Annotated[
+        tuple[str, ...],
+        Flag("Keeps float32, as blocks.0.attn or '*/Softmax'; repeat.", metavar="MODULE"),
+    ] = ()
+    """Modules, or patterns of ONNX nodes."""
+    int8_calibration: Annotated[
+        Literal["auto", "entropy", "percentile", "minmax"],
+        Flag("How int8 ranges are found.", expert=True),
+    ] = "auto"
+    """``auto``: the best of the three by measured effect."""
+    int8_quantizer: Annotated[
+        Literal["onnxruntime", "modelopt"], Flag("The quantiser that places Q/DQ pairs.")
+    ] = "onnxruntime"
+    """``modelopt``: NVIDIA's, from the environment that ``CSWAP_MODELOPT`` names."""
+    opset: Annotated[int | Literal["auto"], Flag("ONNX opset; auto is the lowest that does.")] = (
+        "auto"
+    )
+    parity_tolerance: Annotated[
+        float, Field(gt=0), Flag("Largest difference of logits allowed after export.")
+    ] = 1e-3
+
+    @field_validator("opset")
+    @classmethod
+    def _known_opset(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 18:
+            raise ValueError("must be 18 or higher, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_precision(self) -> Self:
         if isinstance(self.opset, int) and self.opset < OPSETS[self.precision]:
             raise ValueError(
                 f"{self.precision} needs opset {OPSETS[self.precision]} or higher, got {self.opset}"
             )
-        unused = self._unused_precision_settings()
-        if unused:
-            raise ValueError(f"{', '.join(unused)}: does nothing with precision {self.precision}")
+        needless: tuple[str, ...] = () if self.int8 else ("int8_calibration", "int8_quantizer")
+        needless += ("keep_fp32", "precision_drop") if self.precision == "fp32" else ()
+        fields = type(self).model_fields
+        given = [name for name in needless if getattr(self, name) != fields[name].default]
+        if given:  # most likely --precision was forgotten
+            raise ValueError(f"{', '.join(given)}: does nothing with precision {self.precision}")
         if self.int8_quantizer == "modelopt" and self.int8_calibration == "percentile":
             raise ValueError("modelopt has no int8_calibration percentile: entropy, minmax or auto")
-        builders = [target for target in self.target if target.startswith("tensorrt")]
-        options = ", ".join(self.engine_options.model_dump(exclude_defaults=True))
-        if options and not builders:
-            raise ValueError(f"{options}: for the tensorrt targets, not {', '.join(self.target)}")
-        if self.precision == "bf16" and set(self.target) - set(builders):
-            raise ValueError("bf16 runs on the tensorrt targets alone; add --target tensorrt-rtx")
         return self
-
-    def _unused_precision_settings(self) -> list[str]:
-        """Given, and of no use: most likely ``precision`` was forgotten."""
-        names: tuple[str, ...] = () if self.int8 else INT8_SETTINGS
-        names += ("keep_fp32", "precision_drop") if self.precision == "fp32" else ()
-        defaults = type(self).model_fields
-        return [name for name in names if getattr(self, name) != defaults[name].default]
 
     @property
     def int8(self) -> bool:
         """Whether layers are to compute in int8."""
         return self.precision in ("int8", "mixed")
-
-    @property
-    def engine_options(self) -> EngineOptions:
-        """What is for the TensorRT builders alone."""
-        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.model_fields})
-
-    @property
-    def timed_batch(self) -> int:
-        """Samples in a timed call."""
-        return self.batch.opt if self.latency_batch is None else self.latency_batch
 
     @property
     def graph_opset(self) -> int:
@@ -259,19 +321,167 @@ class BuildConfig(EngineOptions):
 
     @property
     def drop_limit(self) -> float:
-        """What ``precision_drop`` comes to."""
+        """Largest loss of top-1 that the precision may cost (fraction)."""
         given = self.precision_drop
         return DROP_LIMITS[self.precision] if given is None else given
 
+    def export_key(self) -> dict[str, Any]:
+        """What shapes the float32 graphs; the rest comes after them."""
+        return {"opset": self.graph_opset, "parity_tolerance": self.parity_tolerance}
+
+    def precision_key(self) -> dict[str, Any]:
+        """What shapes the narrowed graph."""
+        own = self.key()
+        return {n: v for n, v in own.items() if n not in ("opset", "parity_tolerance")} | {
+            "precision_drop": self.drop_limit
+        }
+
+
+class EngineConfig(Section):
+    """The runtimes, and what TensorRT's builders can be told."""
+
+    title = "Engines"
+
+    target: Annotated[
+        tuple[str, ...],
+        Flag(
+            "onnxruntime, onnxruntime-cuda, openvino, tensorrt, tensorrt-rtx; repeat.",
+            metavar="NAME", common=True,
+        ),
+    ] = ("onnxruntime",)  # fmt: skip
+    batch: Annotated[
+        BatchRange, Flag("Smallest, tuned-for and largest batch.", metavar="MIN:OPT:MAX")
+    ] = BatchRange()
+    workspace_mib: Annotated[
+        int | None, Field(ge=1), Flag("TensorRT: scratch memory of the builder.", metavar="MIB")
+    ] = None
+    optimization_level: Annotated[
+        int | None, Field(ge=0, le=5), Flag("TensorRT: effort of the builder (3).", metavar="0..5")
+    ] = None
+    hardware_compat: Annotated[
+        Literal["none", "ampere+", "same-cc"], Flag("TensorRT: other GPUs that may run it.")
+    ] = "none"
+    version_compatible: Annotated[bool, Flag("TensorRT: later versions may run it.")] = False
+    compute_capability: Annotated[
+        tuple[str, ...], Flag("TensorRT-RTX: GPUs to build for; repeat.", metavar="X.Y")
+    ] = ()
+    strip_weights: Annotated[
+        bool, Flag("TensorRT: the engine takes its weights from model.onnx (RTX: needs a GPU).")
+    ] = False
+    refit_engine: Annotated[bool, Flag("TensorRT: the engine's weights may be replaced.")] = False
+
+    @field_validator("target")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _for_a_builder(self) -> Self:
+        told = set(self.builder_options(only_given=True))
+        if told and not any(target.startswith("tensorrt") for target in self.target):
+            raise ValueError(
+                f"{', '.join(sorted(told))}: for the tensorrt targets, not {', '.join(self.target)}"
+            )
+        return self
+
+    def builder_options(self, *, only_given: bool = False) -> dict[str, Any]:
+        """What is for the TensorRT builders alone."""
+        return self.model_dump(exclude={"target", "batch"}, exclude_defaults=only_given)
+
+
+class MeasureConfig(Section):
+    """How engines are timed, and what they are held against."""
+
+    title = "Checks"
+
+    latency_batch: Annotated[
+        int | None, Field(ge=1), Flag("Batch that is timed (OPT of --batch).", metavar="N")
+    ] = None
+    latency_runs: Annotated[int, Field(ge=10), Flag("Timed calls.")] = 200
+    threads: Annotated[
+        int | None, Field(ge=1), Flag("Threads of a CPU runtime (this machine's cores).", "N")
+    ] = None
+    budget: Annotated[
+        Path | None,
+        Flag(
+            "Fail (exit 3) if a limit is exceeded.", metavar="FILE.toml", common=True, in_key=False
+        ),
+    ] = None
+
+
+class RunConfig(Section):
+    """Where results go, and what is reused."""
+
+    title = "Running"
+
+    output: Annotated[
+        Path | None,
+        Flag("Folder to leave the result in.", metavar="DIR", short="-o", common=True),
+    ] = None
+    """``<model>-<ratio>`` in the working directory unless said."""
+    store: Annotated[Path | None, Flag("Where finished stages are kept.", metavar="DIR")] = None
+    """The user's cache directory unless said."""
+    resume: Annotated[bool, Flag("Reuse finished stages, or not.", off="--fresh")] = True
+    seed: Annotated[int, Flag("Of every random choice.")] = 0
+
+
+class Config(BaseModel):
+    """The settings of a build, one section a stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    prune: PruneConfig = Field(default_factory=PruneConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    measure: MeasureConfig = Field(default_factory=MeasureConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        batch = self.engine.batch
+        if not batch.min <= self.timed_batch <= batch.max:
+            raise ValueError(
+                f"latency_batch {self.timed_batch} is outside the profile --batch {batch}"
+            )
+        others = [t for t in self.engine.target if not t.startswith("tensorrt")]
+        if self.export.precision == "bf16" and others:
+            raise ValueError("bf16 runs on the tensorrt targets alone; add --target tensorrt-rtx")
+        return self
+
+    @property
+    def timed_batch(self) -> int:
+        """Samples in a timed call."""
+        given = self.measure.latency_batch
+        return self.engine.batch.opt if given is None else given
+
     def bundle_path(self) -> Path:
         """Where the bundle goes."""
-        if self.output is not None:
-            return self.output
-        return Path(f"{self.model.replace(':', '-').replace('/', '-')}-{self.ratio:g}")
+        if self.run.output is not None:
+            return self.run.output
+        name = self.model.model.replace(":", "-").replace("/", "-")
+        return Path(f"{name}-{self.prune.ratio:g}")
 
 
-def load_config(file: Path | None = None, **settings: Any) -> BuildConfig:
-    """Merge TOML files and explicit settings; settings that are ``None`` count as not given.
+def sections() -> dict[str, type[Section]]:
+    """Section name -> its type, in the order of the stages."""
+    return {name: cast("type[Section]", f.annotation) for name, f in Config.model_fields.items()}
+
+
+def flag_of(section: type[Section], field: str) -> Flag:
+    """How the command shows a setting."""
+    (found,) = (m for m in section.model_fields[field].metadata if isinstance(m, Flag))
+    return found
+
+
+def load_config(file: Path | None = None, **settings: Any) -> Config:
+    """Merge TOML files and explicit settings.
+
+    Args:
+        file: Settings by name (``ratio = 0.3``), or in a table of their section
+            (``[prune]``); wins over the file that ``CSWAP_CONFIG`` names.
+        **settings: By name; they win over both. ``None`` counts as not given.
 
     Raises:
         UsageError: The file cannot be read, a name is unknown, or a value is out of range.
@@ -279,27 +489,54 @@ def load_config(file: Path | None = None, **settings: Any) -> BuildConfig:
     merged: dict[str, Any] = {}
     for path in (os.environ.get(CONFIG_VARIABLE), file):
         if path:
-            merged |= _read_toml(Path(path))
+            merged |= flat(_read_toml(Path(path)))
     merged |= {name: value for name, value in settings.items() if value is not None}
+    homes = {name: section for section, kind in sections().items() for name in kind.model_fields}
+    nested: dict[str, Any] = {section: {} for section in sections()}
+    for name, value in merged.items():
+        if name in homes:
+            nested[homes[name]][name] = value
+        else:
+            nested[name] = value  # the model refuses it, among whatever else is wrong
     try:
-        return BuildConfig.model_validate(merged)
+        return Config.model_validate(nested)
     except ValidationError as err:
-        lines = []
-        for problem in err.errors():
-            name = ".".join(str(part) for part in problem["loc"][:1]).replace("_", "-")
-            got = (
-                ""
-                if problem["type"] in ("missing", "extra_forbidden")
-                else (f" (got {problem['input']!r})" if problem["loc"] else "")
-            )
-            lines.append(f"--{name}: {problem['msg']}{got}" if name else problem["msg"])
         where = f" in {file} and the flags" if file is not None else ""
-        raise UsageError(f"bad settings{where}:\n  " + "\n  ".join(dict.fromkeys(lines))) from err
+        lines = dict.fromkeys(_problem(problem) for problem in err.errors())
+        raise UsageError(f"bad settings{where}:\n  " + "\n  ".join(lines)) from err
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of section tables, and those beside them, by name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in sections() and isinstance(value, dict):
+            found |= {inner.replace("-", "_"): v for inner, v in value.items()}
+        else:
+            found[name.replace("-", "_")] = value
+    return found
+
+
+def _problem(problem: Any) -> str:
+    """One of pydantic's errors, with the flag and the value."""
+    place = [part for part in problem["loc"][:2] if isinstance(part, str)]
+    known = len(place) == 2 or (bool(place) and place[0] not in sections())
+    name = place[-1].replace("_", "-") if known else ""
+    said = problem["type"] in ("missing", "extra_forbidden") or not name
+    text = f"{problem['msg']}" + ("" if said else f" (got {problem['input']!r})")
+    return f"--{name}: {text}" if name else text
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        read = tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise UsageError(f"cannot read the configuration {file}: {err}") from err
-    return {name.replace("-", "_"): value for name, value in read.items()}
+
+
+def _is_numbers(annotation: Any) -> bool:
+    """Whether a setting is several numbers, or none."""
+    kinds = [annotation, *get_args(annotation)]
+    return any(
+        set(get_args(kind)) - {Ellipsis} <= {int, float} and get_args(kind) for kind in kinds
+    )

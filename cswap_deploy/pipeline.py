@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cswap_deploy.config import BuildConfig, load_config
+from cswap_deploy.old_config import BuildConfig, load_config
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.bundle import MANIFEST, PLAN
 from cswap_deploy.records.files import atomic_folder, check_output, list_files

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cswap_deploy.config import BuildConfig, load_config
 from cswap_deploy.errors import UsageError
+from cswap_deploy.old_config import BuildConfig, load_config
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.value import read_value
 from cswap_deploy.stages import BuildRecord

@@ -93,8 +93,8 @@ def types(told: dict[str, Any], kind: str) -> set[str]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Network]:
     """An embedded demo, pruned by 40 % of its parameters (by magnitude, for speed)."""
-    from cswap_deploy.config import load_config
     from cswap_deploy.data import load_samples, normalised
+    from cswap_deploy.old_config import load_config
     from cswap_deploy.pipeline import build
     from cswap_deploy.progress import Silent
     from cswap_deploy.records.plan import PrunePlan

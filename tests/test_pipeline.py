@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import cswap_deploy
 from cswap_deploy import pipeline, stages
-from cswap_deploy.config import load_config
 from cswap_deploy.network.deletion import apply_plan
+from cswap_deploy.old_config import load_config
 from cswap_deploy.records.bundle import read_bundle, read_plan, verify_bundle
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import PrunePlan

@@ -21,8 +21,8 @@ from cswap_deploy.help_sections import Sectioned
 
 if TYPE_CHECKING:
     from cswap_deploy.cli.output import Console
-    from cswap_deploy.config import BuildConfig
     from cswap_deploy.gate.budgets import BudgetVerdict
+    from cswap_deploy.old_config import BuildConfig
     from cswap_deploy.pipeline import Bundle, Stage
 
 app = typer.Typer(
@@ -274,7 +274,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
         given["round_to"] = _maybe_int(round_to)
         given["scoring_samples"] = _maybe_int(scoring_samples)
         given["opset"] = _maybe_int(opset)
-        from cswap_deploy.config import load_config
+        from cswap_deploy.old_config import load_config
 
         settings = load_config(config, **given)
         console = _console(as_json=as_json, quiet=quiet)
@@ -340,7 +340,7 @@ def _continue_command(until: Stage) -> Callable[..., None]:
         if check_ops:
             _check_ops(folder, target, _console(as_json=as_json, quiet=quiet))
             return
-        from cswap_deploy.config import PRECISION_SETTINGS, load_config
+        from cswap_deploy.old_config import PRECISION_SETTINGS, load_config
         from cswap_deploy.pipeline import settings_of
 
         before = settings_of(folder).model_dump()

@@ -9,9 +9,9 @@ import torch
 
 from cswap_deploy.causal.cost import loop_macs
 from cswap_deploy.causal.scoring import measure
-from cswap_deploy.config import BuildConfig
 from cswap_deploy.data import ImageSet, normalised
 from cswap_deploy.models.load import LoadedModel
+from cswap_deploy.old_config import BuildConfig
 from cswap_deploy.pruning.plan import Prepared, prepare, scoring
 
 _GROUPS, _UNITS = 6, 8

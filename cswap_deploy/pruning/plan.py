@@ -20,7 +20,6 @@ from cswap_deploy.causal.cost import (
 )
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.causal.scoring import Local
-from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import PruneError
 from cswap_deploy.network.deletion import delete_removed, exact_groups
 from cswap_deploy.network.graph import Graph, trace
@@ -28,6 +27,7 @@ from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.offsets import needs_bias
 from cswap_deploy.network.sizes import SizeModel, amount, smallest
 from cswap_deploy.network.units import Group, give_bias
+from cswap_deploy.old_config import BuildConfig
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.allocation import Limits
 from cswap_deploy.pruning.candidates import Order, Rival

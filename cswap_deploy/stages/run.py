@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cswap_deploy.config import BuildConfig
 from cswap_deploy.errors import ExportError
+from cswap_deploy.old_config import BuildConfig
 from cswap_deploy.progress import Progress
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.measurements import Parity

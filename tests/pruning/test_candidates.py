@@ -14,8 +14,8 @@ from small_networks import pictures, small_cnn, small_vit
 from torch import Tensor, nn
 
 from cswap_deploy.causal.mixtures import lightly_mixed
-from cswap_deploy.config import BuildConfig
 from cswap_deploy.network.sizes import amount
+from cswap_deploy.old_config import BuildConfig
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import candidates as sets
 from cswap_deploy.pruning import rounds as progressive
