@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cswap_deploy.config import DataConfig, ModelConfig, RatioOf
 from cswap_deploy.errors import MissingDependencyError
 from cswap_deploy.models.load import LoadedModel, load_model
-from cswap_deploy.records.plan import RatioOf
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,7 +18,7 @@ class Model:
     """What is pruned, on which images; paths are relative to ``CSWAP_DATA``."""
 
     name: str
-    """As ``load_model`` takes it."""
+    """As ``--model`` takes it."""
     ratio_of: RatioOf
     round_to: int | str
     ratios: tuple[float, ...]
@@ -65,9 +65,18 @@ MODELS = {
 def load(model: Model) -> LoadedModel:
     """The network with its weights."""
     checkpoint = file_of(model.checkpoint)
-    return load_model(
-        model.name, checkpoint=None if checkpoint is None else Path(checkpoint),
+    config = ModelConfig(
+        model=model.name, checkpoint=None if checkpoint is None else Path(checkpoint),
         input_size=model.input_size, mean=model.mean, std=model.std,
+    )  # fmt: skip
+    return load_model(config)
+
+
+def data_of(model: Model, calibration: int) -> DataConfig:
+    """Its images."""
+    return DataConfig(
+        data=file_of(model.data), validation_data=file_of(model.validation_data),
+        calibration_samples=calibration, validation_samples=model.validation,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Accuracy kept without training: this package's presets against eleven other rankings.
+"""Accuracy kept without training: this package's presets against eleven other importances.
 
     python benchmarks/bench_accuracy.py --model resnet56 --seeds 5
     python benchmarks/bench_accuracy.py --model demo-vit --methods cswap obs --ratios 0.4
@@ -34,24 +34,24 @@ import accuracy_figure
 import numpy as np
 import peers
 import torch
-from accuracy_models import MODELS, ROOT, Model, file_of, load
+from accuracy_models import MODELS, ROOT, Model, data_of, load
 from accuracy_results import Result, code_digest, read_results, write_result
 from torch import Tensor, nn
 
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.cli.output import Console
-from cswap_deploy.data import normalised
-from cswap_deploy.data.load import load_samples
-from cswap_deploy.data.sets import ImageSet
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data import Calibration, calibration_set, load_samples
 from cswap_deploy.errors import MissingDependencyError
 from cswap_deploy.measure.accuracy import accuracy_change
 from cswap_deploy.models.load import LoadedModel
-from cswap_deploy.network.sizes import amount
-from cswap_deploy.network.units import Group
-from cswap_deploy.old_config import load_config
 from cswap_deploy.progress import Phases, Progress, Silent
-from cswap_deploy.pruning.plan import Prepared, loop_settings, prepare, remove_progressively
-from cswap_deploy.pruning.state import Settings
+from cswap_deploy.pruning.allocation import Values
+from cswap_deploy.pruning.importance import Importance, View, importance_of
+from cswap_deploy.pruning.job import Job
+from cswap_deploy.pruning.prepare import Prepared, prepare
+from cswap_deploy.pruning.rounds import remove_in_rounds
+from cswap_deploy.pruning.state import State
 
 RESULTS = ROOT / "benchmarks/results/accuracy"
 FIGURES = ROOT / ".github"
@@ -104,37 +104,28 @@ class Draw:
     """The images of one seed, and what the dense network says about them."""
 
     def __init__(self, loaded: LoadedModel, model: Model, calibration: int, seed: int) -> None:
-        samples = load_samples(
-            data=file_of(model.data), validation_data=file_of(model.validation_data),
-            model=loaded.spec, calibration_samples=calibration,
-            validation_samples=model.validation, seed=seed,
-        )  # fmt: skip
+        data, steps = data_of(model, calibration), loaded.spec.preprocessing
+        samples = load_samples(data, model=loaded.spec, seed=seed, progress=Silent())
+        self.calibration = calibration_set(samples.calibration, steps)
+        self.test = calibration_set(samples.validation, steps)
         self.loaded, self.seed = loaded, seed
-        self.images, self.labels = self._tensors(samples.calibration)
-        self.test_images, self.test_labels = self._tensors(samples.validation)
-        self.scores: dict[str, peers.Scores] = {}
+        self.known: dict[str, Values] = {}
         self.seconds: dict[str, float] = {}
 
     @cached_property
     def dense(self) -> Tensor:
         """(N, classes) logits of the dense network on the test images."""
-        return logits(self.loaded.module, self.test_images)
+        return logits(self.loaded.module, self.test.images)
 
-    def score(self, prepared: Prepared, method: str) -> peers.Scores:
-        """A peer's scores; computed once for all ratios."""
-        if method not in self.scores:
+    def values(self, prepared: Prepared, method: str) -> Values:
+        """A peer's importance; computed once for all ratios."""
+        if method not in self.known:
             begun = time.perf_counter()
             rng = np.random.default_rng(self.seed)
-            self.scores[method] = peers.PEERS[method](prepared, self.images, self.labels, rng)
+            view = View(prepared.graph, prepared.groups, self.calibration, rng)
+            self.known[method] = peers.PEERS[method].of(view)
             self.seconds[method] = time.perf_counter() - begun
-        return self.scores[method]
-
-    def _tensors(self, images: ImageSet) -> tuple[Tensor, Tensor]:
-        values = torch.from_numpy(normalised(images, self.loaded.spec.preprocessing))
-        return (
-            values.contiguous(memory_format=torch.channels_last),
-            torch.from_numpy(images.labels),
-        )
+        return self.known[method]
 
 
 def main() -> None:
@@ -174,10 +165,8 @@ def measure_model(name: str, config: Config, progress: Progress) -> Iterator[Res
         if draw is None or draw.seed != case.seed:
             draw = Draw(loaded, model, calibration, case.seed)
         if prepared is None:
-            prepared = prepare(
-                loaded.module, images=draw.images, ratio=min(c.ratio for c in cases),
-                ratio_of=model.ratio_of, round_to=model.round_to,
-            )  # fmt: skip
+            least = min(cases, key=lambda c: c.ratio)
+            prepared = prepare(loaded.module, draw.calibration.images, settings(least, model))
         try:
             result = measure(case, model, prepared, draw, digests[case.method], progress)
         except (peers.NotApplicableError, MissingDependencyError) as err:
@@ -198,22 +187,18 @@ def measure(
     case: Case, model: Model, prepared: Prepared, draw: Draw, code: str, progress: Progress
 ) -> Result:
     """Prune a copy of the network as one case says, and score it."""
-    scores = None
+    values = None
     if case.method not in PRESETS:
-        scores = ranking(draw.score(prepared, case.method), case, model, prepared)
+        values = ranking(draw.values(prepared, case.method), case, model, prepared)
     begun = time.perf_counter()
     pruned, removed = prune_copy(
-        prepared,
-        settings(case, model, prepared, len(draw.images)),
-        images=draw.images,
-        labels=draw.labels,
-        scores=scores,
-        watcher=progress if scores is None else Silent(),
-    )
+        prepared, draw.calibration, settings(case, model),
+        seed=case.seed, values=values, progress=progress if values is None else Silent(),
+    )  # fmt: skip
     seconds = time.perf_counter() - begun + draw.seconds.get(case.method, 0.0)
-    after = logits(pruned, draw.test_images)
+    after = logits(pruned, draw.test.images)
     change = accuracy_change(
-        draw.dense.argmax(1).numpy(), after.argmax(1).numpy(), draw.test_labels.numpy()
+        draw.dense.argmax(1).numpy(), after.argmax(1).numpy(), draw.test.labels.numpy()
     )
     divergence = kl_divergence(after.double()[None], draw.dense.double())
     return Result(
@@ -225,12 +210,12 @@ def measure(
         ratio_of=model.ratio_of,
         removed=round(removed, 4),
         seed=case.seed,
-        calibration=len(draw.images),
+        calibration=len(draw.calibration.images),
         top1=round(change.pruned.top1, 6),
         top1_dense=round(change.dense.top1, 6),
         agreement=round(change.agreement, 6),
         kl=round(float(divergence.mean()), 6),
-        images=len(draw.test_labels),
+        images=len(draw.test.labels),
         seconds=round(seconds, 2),
         code=code,
         torch=torch.__version__,
@@ -239,34 +224,26 @@ def measure(
 
 def prune_copy(
     prepared: Prepared,
-    settings: Settings,
+    calibration: Calibration,
+    config: PruneConfig,
     *,
-    images: Tensor,
-    labels: Tensor,
-    scores: peers.Scores | None,
-    watcher: Phases,
+    seed: int,
+    values: Values | None,
+    progress: Phases,
 ) -> tuple[nn.Module, float]:
     """Prune as the command does, on a copy: preparing takes seconds and is done once.
 
     Returns:
         The masked network (the deleted one gives the same outputs), and the fraction removed.
     """
-    copied = prepared.copy()
-
-    def ranking(group: Group) -> np.ndarray:
-        assert scores is not None
-        return scores[group.name]
-
-    remove_progressively(
-        copied,
-        images=images,
-        labels=labels,
-        settings=settings,
-        scores=None if scores is None else ranking,
-        watcher=watcher,
-    )
-    total = amount(prepared.dense_size, settings.ratio_of)
-    return copied.module, 1 - amount(copied.sizes.size(), settings.ratio_of) / total
+    network = prepared.copy()
+    importance = importance_of(config.criterion)
+    if values is not None:
+        importance = Importance(lambda _: values)
+    job = Job(network, calibration, config, importance, seed, progress=progress)
+    remove_in_rounds(job, State())
+    total = network.dense_size.amount(config.ratio_of)
+    return network.module, 1 - network.sizes.size().amount(config.ratio_of) / total
 
 
 def logits(module: nn.Module, images: Tensor) -> Tensor:
@@ -275,29 +252,26 @@ def logits(module: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([module(part) for part in torch.split(images, BATCH)])
 
 
-def settings(case: Case, model: Model, prepared: Prepared, images: int) -> Settings:
+def settings(case: Case, model: Model) -> PruneConfig:
     """What the command would use for a preset; one round and no effects for a peer."""
-    if case.method not in PRESETS:
-        # Natively a peer's units become zero; with the refit they are removed as the package does.
-        return Settings(
-            ratio=case.ratio, ratio_of=model.ratio_of, refit=case.refit, seed=case.seed,
-            rounds=1, intervention="mean" if case.refit else "zero",
-        )  # fmt: skip
-    config = load_config(
-        model=model.name, ratio=case.ratio, ratio_of=model.ratio_of, method=case.method,
-        refit=case.refit, seed=case.seed,
-    )  # fmt: skip
-    return loop_settings(config, prepared, images)
+    asked: dict[str, Any] = {
+        "ratio": case.ratio, "ratio_of": model.ratio_of, "round_to": model.round_to,
+        "refit": case.refit,
+    }  # fmt: skip
+    if case.method in PRESETS:
+        return PruneConfig(method=case.method, **asked)
+    # Natively a peer's units become zero; with the refit they are removed as the package does.
+    return PruneConfig(intervention="mean" if case.refit else "zero", **asked)
 
 
-def ranking(scores: peers.Scores, case: Case, model: Model, prepared: Prepared) -> peers.Scores:
-    """The loop divides every score by what it saves; a plain ranking undoes that beforehand."""
+def ranking(values: Values, case: Case, model: Model, prepared: Prepared) -> Values:
+    """The loop divides every value by what it saves; a plain ranking undoes that beforehand."""
     if model.ratio_of == "channels" or case.cost_aware:
-        return scores
-    plain = peers.per_position(scores, prepared.groups)
+        return values
+    plain = peers.per_position(values, prepared.groups)
     return {
-        name: values * prepared.sizes.saving(name, [0], model.ratio_of)
-        for name, values in plain.items()
+        name: found * prepared.sizes.saving(name, [0], model.ratio_of)
+        for name, found in plain.items()
     }
 
 

@@ -16,19 +16,22 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from accuracy_models import MODELS, ROOT, Model, file_of, load
+from accuracy_models import MODELS, ROOT, data_of, load
 from bench_accuracy import RESULTS, logits
 from torch import Tensor
 
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.cli.output import Console
-from cswap_deploy.data import normalised
-from cswap_deploy.data.load import load_samples
-from cswap_deploy.old_config import load_config
-from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.plan import Prepared, loop_settings, prepare, remove_progressively
-from cswap_deploy.pruning.rounds import balanced_order
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data import Calibration, load_samples
+from cswap_deploy.data.sampling import balanced_order
+from cswap_deploy.progress import Phases, Silent
+from cswap_deploy.pruning.importance import importance_of
+from cswap_deploy.pruning.job import Job
+from cswap_deploy.pruning.prepare import prepare
+from cswap_deploy.pruning.rounds import remove_in_rounds
 from cswap_deploy.pruning.state import State
+from cswap_deploy.runtime.preprocess import normalise
 
 FIGURE = ROOT / ".github" / "calibration.svg"
 
@@ -81,26 +84,24 @@ def measure(config: Config, watcher: Phases) -> Result:
     model = MODELS[config.model]
     loaded = load(model)
     wanted = max(*config.sizes, 2 * config.overlap)
-    samples = load_samples(
-        data=file_of(model.data), validation_data=file_of(model.validation_data),
-        model=loaded.spec, calibration_samples=wanted, validation_samples=model.validation, seed=0,
-    )  # fmt: skip
+    steps = loaded.spec.preprocessing
+    samples = load_samples(data_of(model, wanted), model=loaded.spec, seed=0, progress=Silent())
     images, labels = (
-        torch.from_numpy(normalised(samples.calibration, loaded.spec.preprocessing)),
+        torch.from_numpy(normalise(samples.calibration.images, steps)),
         torch.from_numpy(samples.calibration.labels),
     )
-    tests = torch.from_numpy(normalised(samples.validation, loaded.spec.preprocessing))
+    tests = torch.from_numpy(normalise(samples.validation.images, steps))
     truth = torch.from_numpy(samples.validation.labels)
     order = torch.from_numpy(balanced_order(labels.numpy()))
     dense = logits(loaded.module, tests)
-    prepared = prepare(
-        loaded.module, images=images, ratio=config.ratio, ratio_of=model.ratio_of,
-        round_to=model.round_to,
-    )  # fmt: skip
+    asked = PruneConfig(ratio=config.ratio, ratio_of=model.ratio_of, round_to=model.round_to)
+    prepared = prepare(loaded.module, images, asked)
 
     def pruned(rows: Tensor) -> tuple[Row, State]:
-        module, state = _prune(prepared, config, model, images[rows], labels[rows], watcher)
-        found = logits(module, tests)
+        network, state, drawn = prepared.copy(), State(), Calibration(images[rows], labels[rows])
+        importance = importance_of(asked.criterion)
+        remove_in_rounds(Job(network, drawn, asked, importance, progress=watcher), state)
+        found = logits(network.module, tests)
         row = Row(
             images=len(rows),
             top1=float((found.argmax(1) == truth).float().mean()),
@@ -154,23 +155,6 @@ def draw(result: dict) -> None:  # type: ignore[type-arg]
         axes.spines[["top", "right"]].set_visible(False)
         FIGURE.parent.mkdir(exist_ok=True)
         figure.savefig(FIGURE, metadata={"Date": None})
-
-
-def _prune(
-    prepared: Prepared,
-    config: Config,
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    watcher: Phases,
-) -> tuple[torch.nn.Module, State]:
-    chosen = load_config(model=model.name, ratio=config.ratio, ratio_of=model.ratio_of)
-    copied = prepared.copy()
-    state = remove_progressively(
-        copied, images=images, labels=labels, watcher=watcher,
-        settings=loop_settings(chosen, prepared, len(images)),
-    )  # fmt: skip
-    return copied.module, state
 
 
 def _overlap(first: State, second: State) -> tuple[int, int]:

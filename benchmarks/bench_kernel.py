@@ -29,13 +29,14 @@ from cswap_deploy.causal import fanout_library
 from cswap_deploy.causal.fanout import (
     Activation,
     Epilogue,
-    Window,
+    Fanout,
     fanout_backend,
     lay_out,
     masked_fanout,
     masked_fanout_reference,
 )
 from cswap_deploy.errors import CswapError, MissingDependencyError, StageError
+from cswap_deploy.network.unfolding import Window
 
 
 @dataclass(frozen=True)
@@ -100,34 +101,22 @@ class Result:
     fraction_of_copy_bandwidth: float
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one case."""
-
-    z: Tensor
-    r: Tensor
-    weight: Tensor
-    window: Window
-    epilogue: Epilogue
-
-    def some(self, variants: list[int]) -> Inputs:
-        return replace(self, r=self.r[variants], weight=self.weight[variants])
-
-    def double(self) -> Inputs:
-        def wide(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.double()
-
-        e = self.epilogue
-        return Inputs(
-            self.z.double(), self.r.double(), self.weight.double(), self.window,
-            Epilogue(wide(e.scale), wide(e.shift), wide(e.other), e.activation),
-        )  # fmt: skip
-
-    def call(self, function: Callable[..., Tensor]) -> Tensor:
-        return function(self.z, self.r, self.weight, window=self.window, epilogue=self.epilogue)
+def some(inputs: Fanout, variants: list[int]) -> Fanout:
+    return replace(inputs, r=inputs.r[variants], weight=inputs.weight[variants])
 
 
-def make(shape: Shape, dtype: torch.dtype, *, channels_last: bool, config: Config) -> Inputs:
+def double(inputs: Fanout) -> Fanout:
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.double()
+
+    e = inputs.epilogue
+    return Fanout(
+        inputs.z.double(), inputs.r.double(), inputs.weight.double(), window=inputs.window,
+        epilogue=Epilogue(wide(e.scale), wide(e.shift), wide(e.other), e.activation),
+    )  # fmt: skip
+
+
+def make(shape: Shape, dtype: torch.dtype, *, channels_last: bool, config: Config) -> Fanout:
     rng = torch.Generator("cuda").manual_seed(0)
 
     def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -147,15 +136,15 @@ def make(shape: Shape, dtype: torch.dtype, *, channels_last: bool, config: Confi
     if channels_last:
         z = z.contiguous(memory_format=torch.channels_last)
         other = None if other is None else other.contiguous(memory_format=torch.channels_last)
-    padding, stride = shape.kernel // 2, shape.stride
+    kernel, stride, padding = shape.kernel, shape.stride, shape.kernel // 2
     scale, shift = (draw(channels, dtype=torch.float32) for _ in range(2))
-    return Inputs(
-        z, r, weight, Window((stride, stride), (padding, padding)),
-        Epilogue(scale, shift, other, shape.activation),
+    return Fanout(
+        z, r, weight, window=Window((kernel, kernel), (stride, stride), (padding, padding)),
+        epilogue=Epilogue(scale, shift, other, shape.activation),
     )  # fmt: skip
 
 
-def batched(inputs: Inputs) -> Tensor:
+def batched(inputs: Fanout) -> Tensor:
     """The formula in as few passes over the whole output as torch's own operations need."""
     z, epilogue = inputs.z, inputs.epilogue
     variants, convolution = len(inputs.weight), inputs.weight.ndim == 5
@@ -177,7 +166,7 @@ def batched(inputs: Inputs) -> Tensor:
     return out.relu_() if epilogue.activation.kind == "relu" else out
 
 
-def verify(inputs: Inputs) -> tuple[float, float]:
+def verify(inputs: Fanout) -> tuple[float, float]:
     """Errors of kernel and reference against float64, on the first, a middle and the last variant.
 
     Raises:
@@ -186,13 +175,13 @@ def verify(inputs: Inputs) -> tuple[float, float]:
     last = len(inputs.weight) - 1
     chosen = sorted({0, last // 2, last})
     images = len(inputs.z)
-    whole = inputs.call(masked_fanout).unflatten(0, (last + 1, images))
+    whole = masked_fanout(inputs).unflatten(0, (last + 1, images))
     got = whole[chosen].flatten(0, 1).double()
     del whole
     again = batched(inputs).unflatten(0, (last + 1, images))[chosen].flatten(0, 1).double()
-    some = inputs.some(chosen)
-    exact = some.double().call(masked_fanout_reference)
-    reference = some.call(masked_fanout_reference).double()
+    few = some(inputs, chosen)
+    exact = masked_fanout_reference(double(few))
+    reference = masked_fanout_reference(few).double()
     kernel_error = float((got - exact).abs().max())
     reference_error = float((reference - exact).abs().max())
     floor = torch.finfo(inputs.z.dtype).eps * float(exact.abs().max())
@@ -224,9 +213,7 @@ def interleaved(runs: list[Callable[[], object]], config: Config) -> list[list[f
 def measure(shape: Shape, dtype: str, *, channels_last: bool, config: Config) -> Result:
     inputs = make(shape, DTYPES[dtype], channels_last=channels_last, config=config)
     kernel_error, reference_error = verify(inputs)
-    problem = lay_out(
-        inputs.z, inputs.r, inputs.weight, window=inputs.window, epilogue=inputs.epilogue
-    )
+    problem = lay_out(inputs)
     library = fanout_library.cuda_library(inputs.z.device)
     assert library is not None
     stream = torch.cuda.current_stream().cuda_stream
@@ -234,8 +221,8 @@ def measure(shape: Shape, dtype: str, *, channels_last: bool, config: Config) ->
     kernel_ms, call_ms, reference_ms, batched_ms, copy_ms = interleaved(
         [
             lambda: library.run(problem, stream=stream),
-            lambda: inputs.call(masked_fanout),
-            lambda: inputs.call(masked_fanout_reference),
+            lambda: masked_fanout(inputs),
+            lambda: masked_fanout_reference(inputs),
             lambda: batched(inputs),
             lambda: target.copy_(problem.out),
         ],

@@ -22,24 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 import cswap_deploy
 from cswap_deploy.measure.device import describe_device
-from cswap_deploy.measure.latency import sweep
+from cswap_deploy.measure.latency import measure_latency
 from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
-from cswap_deploy.models.demos import ZOO_DIR
+from cswap_deploy.models.demos import IMAGES
 from cswap_deploy.records.bundle import verify_bundle
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.measurements import Latency
 from cswap_deploy.records.value import canonical_json
 from cswap_deploy.runtime.bundle import DeviceBundle, Transform
-from cswap_deploy.runtime.classifier import ONNX_TARGETS
+from cswap_deploy.runtime.classifier import ONNX_TARGETS, load_engine
 from cswap_deploy.runtime.preprocess import normalise, resize_and_crop
-from cswap_deploy.targets import Session, get_target
-
-Floats = npt.NDArray[np.float32]
+from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.targets import get_target
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Opened:
 def pictures(folder: Path | None, transform: Transform, count: int) -> Floats:
     """The first pictures of a folder, else of the embedded clothes, as the network wants them."""
     if folder is None:
-        with np.load(ZOO_DIR / "fashion-mnist-test.npz") as arrays:
+        with np.load(IMAGES["validation"]) as arrays:
             found = [Image.fromarray(pixels[..., 0]) for pixels in arrays["images"][:count]]
     else:
         found = [Image.open(path) for path in sorted(folder.iterdir())[:count]]
@@ -143,15 +141,8 @@ def open_session(opened: Opened, target: str, threads: int | None, cuda_graph: b
         path = opened.folder / opened.engine.path
         engine = opened.engine.model_copy(update={"path": path})
         return get_target(target).load(engine, threads=threads)
-    from cswap_deploy.runtime.tensorrt_session import TensorRtSession
-
     file = next(e for e in bundle.engines if e.target == target)
-    return TensorRtSession(
-        bundle.read(file.path), target=target, version=file.version,
-        compute_capability=file.compute_capability, version_compatible=file.version_compatible,
-        weights=bundle.read(bundle.onnx_path) if file.stripped else None,
-        cuda_graph=cuda_graph,
-    )  # fmt: skip
+    return load_engine(bundle, file, cuda_graph=cuda_graph)
 
 
 def check(name: str, opened: Opened, session: Session, batches: tuple[int, ...]) -> float:
@@ -176,23 +167,25 @@ def measure(
 ) -> tuple[list[Result], dict[str, Any]]:
     profiles = [o.engine.batch for o in bundles.values() if o.engine and o.engine.batch]
     batches = tuple(b for b in config.batches if all(p.min <= b <= p.max for p in profiles))
+    assert batches, f"no batch of {config.batches} is inside all profiles"
     worst: dict[tuple[bool, str], float] = {}
-
-    def load(cuda_graph: bool) -> dict[str, Session]:
-        sessions = {
-            name: open_session(opened, target, threads, cuda_graph)
-            for name, opened in bundles.items()
-        }
-        for name, session in sessions.items():
-            worst[cuda_graph, name] = check(name, bundles[name], session, batches)
-        return sessions
-
     images = next(iter(bundles.values())).images
     assert all(np.array_equal(images, o.images) for o in bundles.values()), "unlike preprocessing"
-    found = sweep(
-        load, images=images, runs=config.runs, warmup=config.warmup, batches=batches,
-        graphs=(False, True) if target in TOOLS else (False,),
-    )  # fmt: skip
+    found = {}
+    for cuda_graph in (False, True) if target in TOOLS else (False,):
+        sessions: dict[str, Session] = {}
+        try:
+            for name, opened in bundles.items():
+                sessions[name] = open_session(opened, target, threads, cuda_graph)
+                worst[cuda_graph, name] = check(name, opened, sessions[name], batches)
+            for batch in batches:
+                found[batch, cuda_graph] = measure_latency(
+                    sessions, images=images[np.arange(batch) % len(images)], runs=config.runs,
+                    warmup=config.warmup,
+                )  # fmt: skip
+        finally:
+            for session in sessions.values():
+                session.close()
     results, raw = [], {}
     for (batch, cuda_graph), latencies in found.items():
         first = next(iter(latencies.values()))

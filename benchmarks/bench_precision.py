@@ -23,15 +23,18 @@ from pathlib import Path
 
 import numpy as np
 
-from cswap_deploy.config import DROP_LIMITS, OPSETS
-from cswap_deploy.data import load_samples, normalised
+from cswap_deploy.config import OPSETS, BatchRange, DataConfig, ExportConfig, ModelConfig
+from cswap_deploy.data import load_samples
 from cswap_deploy.export.onnx import export_onnx
-from cswap_deploy.export.precision import ROUNDED, reduce_precision
+from cswap_deploy.export.precision import ROUNDED, narrow
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.load import load_model
-from cswap_deploy.records.engine import BatchRange, OnnxArtifact
+from cswap_deploy.progress import Silent
+from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.runtime.onnx_session import OnnxSession
-from cswap_deploy.stages.run import tool_versions
+from cswap_deploy.runtime.preprocess import normalise
+from cswap_deploy.stages import tool_versions
+from cswap_deploy.targets import BuildRequest
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
 
 BATCH = 50
@@ -65,20 +68,21 @@ def classes(graph: Path, images: np.ndarray) -> np.ndarray:
 def engine_mib(graph: OnnxArtifact, folder: Path) -> float | None:
     if find_spec("tensorrt_rtx") is None:
         return None
-    built = TensorRtRtx().build(graph, batch=BatchRange(max=8), out_dir=folder)
+    built = TensorRtRtx().build(BuildRequest(graph, batch=BatchRange(max=8), out_dir=folder))
     return built.size_bytes / 2**20
 
 
 def measure(name: str, formats: list[tuple[str, str]]) -> list[Row]:
-    loaded = load_model(name)
+    loaded = load_model(ModelConfig(model=name))
     photos = Path(os.environ.get("CSWAP_DATA", "data")) / "imagenet-sample"
-    samples = load_samples(
-        data=None if name.startswith("demo-") else str(photos), validation_data=None,
-        model=loaded.spec, calibration_samples=320, validation_samples=2000, class_map=None,
-        allow_overlap=False, seed=0,
-    )  # fmt: skip
+    data = DataConfig(
+        data=None if name.startswith("demo-") else str(photos), calibration_samples=320
+    )
+    samples = load_samples(data, model=loaded.spec, seed=0, progress=Silent())
     steps = loaded.spec.preprocessing
-    calibration, test = (normalised(s, steps) for s in (samples.calibration, samples.validation))
+    calibration, test = (
+        normalise(s.images, steps) for s in (samples.calibration, samples.validation)
+    )
     rows: list[Row] = []
     exact: np.ndarray | None = None
     for precision, quantizer in formats:
@@ -91,12 +95,16 @@ def measure(name: str, formats: list[tuple[str, str]]) -> list[Row]:
             graph = simplify_onnx(exported, path=folder / "model.onnx")
             judged, kept, layers, ranges = graph.path, 0, 0, ""
             if precision != "fp32":
-                graph, result = reduce_precision(
-                    graph, precision=precision, images=calibration,
-                    labels=samples.calibration.labels, drop_limit=DROP_LIMITS[precision],
-                    path=folder / "narrow.onnx", int8_quantizer=quantizer,
+                config = ExportConfig(precision=precision)
+                if config.int8:
+                    config = ExportConfig(precision=precision, int8_quantizer=quantizer)
+                path = folder / "narrow.onnx"
+                record = narrow(
+                    graph, config=config, images=calibration, labels=samples.calibration.labels,
+                    path=path,
                 )  # fmt: skip
-                judged = folder / ROUNDED if result.emulated else graph.path
+                graph, result = record.model.model_copy(update={"path": path}), record.result
+                judged = folder / ROUNDED if result.emulated else path
                 kept, layers, ranges = len(result.kept), result.layers, result.calibration
             found = classes(judged, test)
             exact = found if exact is None else exact

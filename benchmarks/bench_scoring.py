@@ -28,27 +28,30 @@ from pathlib import Path
 
 import numpy as np
 import peers
+import psutil
 import torch
-from accuracy_models import MODELS, Model, file_of, load
+from accuracy_models import MODELS, Model, data_of, load
 from torch import Tensor, nn
 
 from cswap_deploy.causal import memory
-from cswap_deploy.causal.adaptive import as_guesses, measure_adaptively
+from cswap_deploy.causal.adaptive import StoppingRule, as_estimates, measure_adaptively
 from cswap_deploy.causal.effects import Effects, join, kl_divergence
-from cswap_deploy.causal.fisher import DIRECTIONS, Estimate, guess
+from cswap_deploy.causal.experiment import Experiment
+from cswap_deploy.causal.fisher import DIRECTIONS, FisherEstimate, estimate_effects
 from cswap_deploy.causal.interventions import Moments, input_moments
+from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.mixtures import half_mixed
-from cswap_deploy.causal.scoring import Local, measure
-from cswap_deploy.data import normalised
-from cswap_deploy.data.load import load_samples
+from cswap_deploy.config import ModelConfig, PruneConfig
+from cswap_deploy.data import load_samples
+from cswap_deploy.data.sampling import balanced_order
 from cswap_deploy.errors import CswapError
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.models.load import load_model
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.units import Group
-from cswap_deploy.pruning.candidates import consumers
-from cswap_deploy.pruning.plan import Prepared, prepare
-from cswap_deploy.pruning.rounds import balanced_order
+from cswap_deploy.network.units import Group, consumers
+from cswap_deploy.progress import Silent
+from cswap_deploy.pruning.prepare import Prepared, prepare
+from cswap_deploy.runtime.preprocess import normalise
 
 PART = 64
 """Images of one turn."""
@@ -140,17 +143,16 @@ def run(case: Case, tell: Callable[[str], None]) -> Result:
         seconds["tuned"].append(
             _timed(lambda p=part: _naive(prepared.dense.module, naive, p)) / len(naive) * total
         )
-        for half in (False, True):
+        measurement = LocalMeasurement(Experiment(graph, part, truth, moments))
+        for bfloat16 in (False, True):
 
-            def one(part: Tensor = part, truth: Tensor = truth, half: bool = half) -> None:
-                effects[half].append(
-                    measure(graph, wanted, images=part, labels=truth, moments=moments, half=half)
-                )
+            def one(of: LocalMeasurement = measurement, bfloat16: bool = bfloat16) -> None:
+                effects[bfloat16].append(of.effects(wanted, bfloat16=bfloat16))
 
             # What lies before the cuts runs once for all units, however many they are.
             prefix = _timed(lambda part=part: _forward(graph, part))
             behind = max(_timed(one) - prefix, 0.0)
-            seconds["bf16" if half else "exact"].append(behind / taken * total + prefix)
+            seconds["bf16" if bfloat16 else "exact"].append(behind / taken * total + prefix)
         tell(
             f"  {min(len(images), PART * (turn + 1))} images: naive "
             f"{sum(seconds['naive']):.0f} s (tuned {sum(seconds['tuned']):.0f} s), exact "
@@ -182,20 +184,17 @@ def _network(case: Case) -> tuple[Model, Prepared, Tensor, Tensor]:
     """The network ready to be pruned, and its calibration images as the loop sees them."""
     if case.name == "resnet50":  # random weights: nothing but time is measured on them
         model = Model("resnet50", "params", "auto", (RATIO,))
-        loaded = load_model("resnet50", pretrained=False)
+        loaded = load_model(ModelConfig(model="resnet50", pretrained=False))
         torch.manual_seed(0)
         images = torch.randn(case.images, *loaded.spec.preprocessing.input_size)
         labels = torch.arange(case.images)
     else:
         model = MODELS[case.name]
         loaded = load(model)
-        samples = load_samples(
-            data=file_of(model.data), validation_data=file_of(model.validation_data),
-            model=loaded.spec, calibration_samples=max(case.images, model.calibration),
-            validation_samples=model.validation, seed=0,
-        )  # fmt: skip
+        data = data_of(model, max(case.images, model.calibration))
+        samples = load_samples(data, model=loaded.spec, seed=0, progress=Silent())
         drawn = samples.calibration
-        images = torch.from_numpy(normalised(drawn, loaded.spec.preprocessing))
+        images = torch.from_numpy(normalise(drawn.images, loaded.spec.preprocessing))
         labels = torch.from_numpy(drawn.labels)
         order = torch.from_numpy(balanced_order(drawn.labels))[: case.images]
         images, labels = images[order], labels[order]
@@ -205,7 +204,9 @@ def _network(case: Case) -> tuple[Model, Prepared, Tensor, Tensor]:
         images, labels = images[shuffled], labels[shuffled]
     images = images.contiguous(memory_format=torch.channels_last)
     prepared = prepare(
-        loaded.module, images=images, ratio=RATIO, ratio_of=model.ratio_of, round_to=model.round_to
+        loaded.module,
+        images,
+        PruneConfig(ratio=RATIO, ratio_of=model.ratio_of, round_to=model.round_to),
     )
     return model, prepared, images, labels
 
@@ -290,12 +291,8 @@ def _verify(prepared: Prepared, images: Tensor, labels: Tensor) -> float:
     with torch.inference_mode():
         base = prepared.dense.module(images).double()
     slow = kl_divergence(logits, base).numpy()
-    fast = np.concatenate(
-        [
-            measure(prepared.graph, {g: [u]}, images=images, labels=labels, moments={})[0].kl
-            for g, u in units
-        ]
-    )
+    measurement = LocalMeasurement(Experiment(prepared.graph, images, labels))
+    fast = np.concatenate([measurement.effects({g: [u]})[0].kl for g, u in units])
     difference = float(np.abs(slow - fast).max() / slow.max())
     assert difference < 1e-3, f"exact effects are not the naive loop's: {difference}"
     return difference
@@ -341,7 +338,7 @@ def _decisions(
     def goes(costs: np.ndarray) -> set[int]:
         return set(np.argsort(costs / savings, kind="stable")[:count].tolist())
 
-    def cuts(costs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def thresholds(costs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         together = np.sort(np.concatenate([costs[g.name] for g in groups]) / savings)
         limit = together[count - 1 : count + 1].mean()
         return {
@@ -351,23 +348,22 @@ def _decisions(
 
     wanted = {g: list(range(g.units)) for g in groups}
 
-    def decide(guesses: list[Estimate] | None) -> tuple[float, float, set[int]]:
+    experiment = Experiment(prepared.graph, images, labels, moments)
+    rule = StoppingRule(thresholds, error_rate=0.05)
+
+    def decide(estimates: list[FisherEstimate] | None) -> tuple[float, float, set[int]]:
         begun = time.perf_counter()
-        if guesses is None:
-            guesses = guess(
-                prepared.graph, wanted, images=images, labels=labels, moments=moments
-            )  # fmt: skip
-        scorer = Local(prepared.graph, images, labels, moments)
-        found, spent = measure_adaptively(
-            scorer, wanted, guesses, effect="kl", cuts=cuts, error_rate=0.05
-        )
+        if estimates is None:
+            estimates = estimate_effects(experiment, wanted)
+        measurement = LocalMeasurement(experiment)
+        found, spent = measure_adaptively(measurement, wanted, estimates, effect="kl", rule=rule)
         seconds = time.perf_counter() - begun
         left = goes(np.concatenate([e.kl.mean(1) for e in found]))
         return seconds, spent.forwards / spent.exact, left
 
-    whole = {half: [join(parts) for parts in zip(*e, strict=True)] for half, e in effects.items()}
+    whole = {b: [join(parts) for parts in zip(*e, strict=True)] for b, e in effects.items()}
     exact = goes(np.concatenate([e.kl.mean(1) for e in whole[False]]))
-    seconds, _, left = decide(as_guesses(whole[True]))
+    seconds, _, left = decide(as_estimates(whole[True]))
     result.bf16_s += seconds
     result.same_units_bf16 = len(exact & left) / count
     runs = [decide(None) for _ in range(3)]
@@ -400,13 +396,10 @@ def _grow(count: int) -> tuple[float, float]:
     images = images.repeat(times, 1, 1, 1).contiguous(memory_format=torch.channels_last)
     labels = labels.repeat(times)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = memory.resident_mib()
-    seconds = _timed(
-        lambda: measure(
-            prepared.graph, {g: [0, 1] for g in prepared.groups}, images=images, labels=labels,
-            moments=moments, budget=memory.Budget.of(GROWTH_BUDGET),
-        )
-    )  # fmt: skip
+    before = psutil.Process().memory_info().rss / 2**20
+    budget = memory.Budget.of(GROWTH_BUDGET)
+    measurement = LocalMeasurement(Experiment(prepared.graph, images, labels, moments, budget))
+    seconds = _timed(lambda: measurement.effects({g: [0, 1] for g in prepared.groups}))
     return round(seconds, 2), round(_peak_mib() - before, 1)
 
 

@@ -1,8 +1,8 @@
-"""Rankings that others use to prune without training, on this package's units.
+"""Importances that others use to prune without training, on this package's units.
 
-Every function scores all units of a prepared network; the smallest scores go first. A unit takes
-the sum over the positions it occupies (an attention head has many, a channel one). What a library
-offers is taken from it, with its own normalisation: torch-pruning divides a group's scores by
+Each gives every unit a value; the smallest goes first. A unit takes the sum over the positions it
+occupies (an attention head has many, a channel one). What a library
+offers is taken from it, with its own normalisation: torch-pruning divides a group's values by
 their mean, so that groups can be ranked together, and so do the peers that are written here.
 
     random                 no information
@@ -34,14 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cswap_deploy.errors import UsageError, missing
-from cswap_deploy.network.graph import Env, Graph
-from cswap_deploy.network.units import Group, Slice, channel_dim
-from cswap_deploy.pruning.plan import Prepared
-
-Scores = dict[str, np.ndarray]
-"""Group -> (units,) float64."""
-Peer = Callable[[Prepared, Tensor, Tensor, np.random.Generator], Scores]
-"""(network, images (N, C, H, W), true classes (N,), random numbers) -> scores."""
+from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.units import Group, Member, channel_dim
+from cswap_deploy.pruning.allocation import Values
+from cswap_deploy.pruning.importance import Importance, View
 
 CHUNK = 64
 """Images per forward or backward pass."""
@@ -55,73 +51,72 @@ class NotApplicableError(UsageError):
     """A ranking has nothing to say about a network."""
 
 
-def random(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def random(view: View) -> Values:
     """No information; the floor that any ranking must beat."""
-    return _normalised(net.groups, {g.name: rng.random(g.units) for g in net.groups})
+    return _normalised(view.groups, {g.name: view.rng.random(g.units) for g in view.groups})
 
 
-def magnitude_l1(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def magnitude_l1(view: View) -> Values:
     """Sum of |w| over the layers of the group."""
-    return _by_library(net, net.dense.module, "GroupMagnitudeImportance", p=1)
+    return _by_library(view, view.graph.module, "GroupMagnitudeImportance", p=1)
 
 
-def magnitude_l2(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def magnitude_l2(view: View) -> Values:
     """Sum of w^2 over the layers of the group."""
-    return _by_library(net, net.dense.module, "GroupMagnitudeImportance", p=2)
+    return _by_library(view, view.graph.module, "GroupMagnitudeImportance", p=2)
 
 
-def bn_scale(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def bn_scale(view: View) -> Values:
     """Batch norm's |gamma|; a group without batch norm counts as average."""
-    return _by_library(net, net.dense.module, "BNScaleImportance")
+    return _by_library(view, view.graph.module, "BNScaleImportance")
 
 
-def lamp(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def lamp(view: View) -> Values:
     """Sum of w^2, over the sum of all that are not smaller in the group."""
-    return _by_library(net, net.dense.module, "LAMPImportance")
+    return _by_library(view, view.graph.module, "LAMPImportance")
 
 
-def fpgm(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def fpgm(view: View) -> Values:
     """Distance to all other filters of the group: what is near the others can be replaced.
 
     Raises:
         NotApplicableError: The network has grouped convolutions; torch-pruning's FPGM indexes
             beyond their weights (1.6.1).
     """
-    for name, layer in net.dense.module.named_modules():
+    for name, layer in view.graph.module.named_modules():
         if isinstance(layer, nn.Conv2d) and 1 < layer.groups < layer.in_channels:
             raise NotApplicableError(f"FPGM does not take the grouped convolution {name}")
-    return _by_library(net, net.dense.module, "FPGMImportance")
+    return _by_library(view, view.graph.module, "FPGMImportance")
 
 
-def taylor(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def taylor(view: View) -> Values:
     """Sum of |w * dL/dw|, L the mean cross-entropy of the calibration images."""
-    module = copy.deepcopy(net.dense.module).requires_grad_(True)
+    module = copy.deepcopy(view.graph.module).requires_grad_(True)
+    images, labels = view.calibration.images, view.calibration.labels
     for x, y in zip(torch.split(images, CHUNK), torch.split(labels, CHUNK), strict=True):
         loss = F.cross_entropy(module(x), y, reduction="sum") / len(images)
         loss.backward()  # type: ignore[no-untyped-call]
-    return _by_library(net, module, "GroupTaylorImportance")
+    return _by_library(view, module, "GroupTaylorImportance")
 
 
-def activation(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def activation(view: View) -> Values:
     """Mean |activation|, at the inputs of the layers that read the unit."""
-    sizes = _input_norms(net, images, power=1)
-    return _normalised(net.groups, _over_consumers(net.groups, lambda c: sizes[c.layer]))
+    sizes = _input_norms(view, power=1)
+    return _normalised(view.groups, _over_consumers(view.groups, lambda c: sizes[c.layer]))
 
 
-def wanda(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def wanda(view: View) -> Values:
     """Norm of the weights that read a position, times the norm of what they read."""
-    sizes = _input_norms(net, images, power=2)
+    sizes = _input_norms(view, power=2)
 
-    def score(consumer: Slice) -> Tensor:
-        layer = net.dense.module.get_submodule(consumer.layer)
+    def score(consumer: Member) -> Tensor:
+        layer = view.graph.module.get_submodule(consumer.layer)
         return _input_weight_norms(layer) * sizes[consumer.layer].sqrt()
 
-    return _normalised(net.groups, _over_consumers(net.groups, score))
+    return _normalised(view.groups, _over_consumers(view.groups, score))
 
 
-def integrated_gradients(
-    net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator
-) -> Scores:
+def integrated_gradients(view: View) -> Values:
     """Share of each unit in the true class's logit, by captum's integrated gradients.
 
     The path leads from zero to the consumer's input, with everything else as it is; |attribution|
@@ -136,16 +131,17 @@ def integrated_gradients(
         from captum.attr import IntegratedGradients  # type: ignore[import-untyped]
     except ImportError as err:
         raise missing("captum", "bench", err) from err
-    images, labels = images[:ATTRIBUTED], labels[:ATTRIBUTED]
+    images = view.calibration.images[:ATTRIBUTED]
+    labels = view.calibration.labels[:ATTRIBUTED]
     found: dict[str, Tensor] = {}
-    for layer in {c.layer for g in net.groups for c in g.consumers}:
-        dim = channel_dim(net.dense.module.get_submodule(layer))
-        for node in net.dense.readers(layer):
+    for layer in {c.layer for g in view.groups for c in g.consumers}:
+        dim = channel_dim(view.graph.module.get_submodule(layer))
+        for node in view.graph.readers(layer):
             for x, y in zip(
                 torch.split(images, CHUNK // STEPS), torch.split(labels, CHUNK // STEPS),
                 strict=True,
             ):  # fmt: skip
-                forward, inputs = _after(net.dense, node, x)
+                forward, inputs = _after(view.graph, node, x)
                 with torch.enable_grad():
                     shares = IntegratedGradients(forward).attribute(
                         inputs, baselines=0.0, target=y, n_steps=STEPS
@@ -153,65 +149,65 @@ def integrated_gradients(
                 shares = shares.detach().double().abs().movedim(dim, -1)
                 total = shares.reshape(-1, shares.shape[-1]).sum(0) / len(images)
                 found[layer] = found.get(layer, 0.0) + total
-    return _normalised(net.groups, _over_consumers(net.groups, lambda c: found[c.layer]))
+    return _normalised(view.groups, _over_consumers(view.groups, lambda c: found[c.layer]))
 
 
-def obs(net: Prepared, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Scores:
+def obs(view: View) -> Values:
     """Error that a unit's consumer is left with when all its other weights are solved again.
 
     Several consumers are added up as fractions of their outputs' variances. Groups are normalised
     by their means: ranked as fractions, ResNet-20 keeps .64 of 40 % with the refit, else .84.
     """
-    moments = input_covariances(net, images)
+    moments = input_covariances(view)
     scores = {}
-    for group in net.groups:
+    for group in view.groups:
         total = np.zeros(group.units)
         for consumer in group.consumers:
-            layer = net.dense.module.get_submodule(consumer.layer)
+            layer = view.graph.module.get_submodule(consumer.layer)
             errors, variance = removal_errors(layer, moments[consumer.layer], consumer)
             total += errors / max(variance, 1e-30)
         scores[group.name] = total
-    return _normalised(net.groups, scores)
+    return _normalised(view.groups, scores)
 
 
-PEERS: dict[str, Peer] = {
-    "random": random,
-    "magnitude-l1": magnitude_l1,
-    "magnitude-l2": magnitude_l2,
-    "bn-scale": bn_scale,
-    "lamp": lamp,
-    "fpgm": fpgm,
-    "taylor": taylor,
-    "activation": activation,
-    "wanda": wanda,
-    "integrated-gradients": integrated_gradients,
-    "obs": obs,
+PEERS: dict[str, Importance] = {
+    "random": Importance(random),
+    "magnitude-l1": Importance(magnitude_l1),
+    "magnitude-l2": Importance(magnitude_l2),
+    "bn-scale": Importance(bn_scale),
+    "lamp": Importance(lamp),
+    "fpgm": Importance(fpgm),
+    "taylor": Importance(taylor, needs_images=True),
+    "activation": Importance(activation, needs_images=True),
+    "wanda": Importance(wanda, needs_images=True),
+    "integrated-gradients": Importance(integrated_gradients, needs_images=True),
+    "obs": Importance(obs, needs_images=True),
 }
-WEIGHTS_ONLY = frozenset({"magnitude-l1", "magnitude-l2", "bn-scale", "lamp", "fpgm"})
-"""They look at no image, so they give the same ranking whatever the calibration set."""
+WEIGHTS_ONLY = {name for name, peer in PEERS.items() if not peer.needs_images} - {"random"}
+"""The same whatever the calibration set and the seed."""
 
 
-def per_position(scores: Scores, groups: tuple[Group, ...]) -> Scores:
+def per_position(values: Values, groups: tuple[Group, ...]) -> Values:
     """Mean instead of sum over a unit's positions: how torch-pruning ranks whole heads."""
-    return {g.name: scores[g.name] / len(g.root_indices[0]) for g in groups}
+    return {g.name: values[g.name] / len(g.root_indices[0]) for g in groups}
 
 
 # --- torch-pruning -------------------------------------------------------------------------------
 
 
-def _by_library(net: Prepared, module: nn.Module, importance: str, **settings: Any) -> Scores:
-    """Scores of one of torch-pruning's importances, with its default normalisation."""
+def _by_library(view: View, module: nn.Module, importance: str, **settings: Any) -> Values:
+    """Values of one of torch-pruning's importances, with its default normalisation."""
     import torch_pruning as tp
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Fresh containers: the library's mutable defaults leak from one graph to the next.
         graph = tp.DependencyGraph().build_dependency(
-            module, net.example, unwrapped_parameters=[], ignored_layers=[], ignored_params=[],
-            customized_pruners={}, verbose=False,
+            module, view.calibration.images[:2], unwrapped_parameters=[], ignored_layers=[],
+            ignored_params=[], customized_pruners={}, verbose=False,
         )  # fmt: skip
         scores, silent = {}, []
-        for group in net.groups:
+        for group in view.groups:
             root = module.get_submodule(group.name)
             pruner = graph.get_pruner_of_module(root)
             coupled = graph.get_pruning_group(
@@ -226,7 +222,7 @@ def _by_library(net: Prepared, module: nn.Module, importance: str, **settings: A
                 scores[group.name] = np.array(
                     [float(values[list(r)].sum()) for r in group.root_indices]
                 )
-    if len(silent) == len(net.groups):
+    if len(silent) == len(view.groups):
         raise NotApplicableError(f"torch-pruning's {importance} finds nothing to score here")
     return scores
 
@@ -234,7 +230,7 @@ def _by_library(net: Prepared, module: nn.Module, importance: str, **settings: A
 # --- what consumers read -------------------------------------------------------------------------
 
 
-def _over_consumers(groups: tuple[Group, ...], score: Callable[[Slice], Tensor]) -> Scores:
+def _over_consumers(groups: tuple[Group, ...], score: Callable[[Member], Tensor]) -> Values:
     """Sum, over a unit's consumers and positions, of a score for each input of a consumer."""
     totals = {}
     for group in groups:
@@ -246,7 +242,7 @@ def _over_consumers(groups: tuple[Group, ...], score: Callable[[Slice], Tensor])
     return totals
 
 
-def _normalised(groups: tuple[Group, ...], scores: Scores) -> Scores:
+def _normalised(groups: tuple[Group, ...], scores: Values) -> Values:
     """Divide by the group's mean per position, as torch-pruning does."""
     return {
         g.name: scores[g.name] * len(g.root_indices[0]) / max(scores[g.name].mean(), 1e-30)
@@ -254,31 +250,30 @@ def _normalised(groups: tuple[Group, ...], scores: Scores) -> Scores:
     }
 
 
-def _observe(net: Prepared, images: Tensor, see: Callable[[str, fx.Node, Tensor], None]) -> None:
+def _observe(view: View, see: Callable[[str, fx.Node, Tensor], None]) -> None:
     """Call ``see(layer, node, input)`` for every consumer, a chunk of images at a time."""
 
-    def hook(layer: str) -> Callable[[fx.Node, Env], None]:
-        return lambda node, env: see(layer, node, net.dense.value(_source(node), env))
-
-    layers = {c.layer for g in net.groups for c in g.consumers}
-    hooks = {node: hook(layer) for layer in layers for node in net.dense.readers(layer)}
+    layers = {c.layer for g in view.groups for c in g.consumers}
+    layer_of = {node: layer for layer in layers for node in view.graph.readers(layer)}
     with torch.inference_mode():
-        for part in torch.split(images, CHUNK):
-            net.dense.run(part, observe=hooks)
+        for part in torch.split(view.calibration.images, CHUNK):
+            for node, env in view.graph.step(part):
+                if node in layer_of:
+                    see(layer_of[node], node, view.graph.value(_source(node), env))
 
 
-def _input_norms(net: Prepared, images: Tensor, *, power: int) -> dict[str, Tensor]:
+def _input_norms(view: View, *, power: int) -> dict[str, Tensor]:
     """Consumer -> (I,) float64 mean |input|^power over images and positions."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
 
     def see(layer: str, node: fx.Node, x: Tensor) -> None:
-        rows = x.movedim(channel_dim(net.dense.module.get_submodule(layer)), -1)
+        rows = x.movedim(channel_dim(view.graph.module.get_submodule(layer)), -1)
         rows = rows.reshape(-1, rows.shape[-1])
         sums[layer] = sums.get(layer, 0.0) + rows.double().abs().pow(power).sum(0)
         counts[layer] += len(rows)
 
-    _observe(net, images, see)
+    _observe(view, see)
     return {layer: sums[layer] / counts[layer] for layer in sums}
 
 
@@ -316,7 +311,7 @@ def _after(graph: Graph, node: fx.Node, x: Tensor) -> tuple[Callable[[Tensor], T
 # --- reconstruction error ------------------------------------------------------------------------
 
 
-def input_covariances(net: Prepared, images: Tensor) -> dict[str, Tensor]:
+def input_covariances(view: View) -> dict[str, Tensor]:
     """Consumer -> (G, F, F) float64 covariance of what each output sees, a convolution group each.
 
     F counts a group's inputs times kernel positions, in the order of ``weight.flatten(1)``.
@@ -326,12 +321,12 @@ def input_covariances(net: Prepared, images: Tensor) -> dict[str, Tensor]:
     counts: dict[str, int] = defaultdict(int)
 
     def see(layer: str, node: fx.Node, x: Tensor) -> None:
-        rows = _seen(node, net.dense.module.get_submodule(layer), x)
+        rows = _seen(node, view.graph.module.get_submodule(layer), x)
         grams[layer] = grams.get(layer, 0.0) + (rows.transpose(1, 2) @ rows).double()
         sums[layer] = sums.get(layer, 0.0) + rows.sum(1, dtype=torch.float64)
         counts[layer] += rows.shape[1]
 
-    _observe(net, images, see)
+    _observe(view, see)
     means = {layer: sums[layer] / counts[layer] for layer in sums}
     return {
         layer: gram / counts[layer] - means[layer][:, :, None] * means[layer][:, None, :]
@@ -354,7 +349,7 @@ def _seen(node: fx.Node, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def removal_errors(
-    layer: nn.Module, covariance: Tensor, consumer: Slice, *, ridge: float = 1e-3
+    layer: nn.Module, covariance: Tensor, consumer: Member, *, ridge: float = 1e-3
 ) -> tuple[np.ndarray, float]:
     """Least squared error of a layer's output without each unit, the rest solved again.
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cswap_deploy.models.demos import DEMOS, MEAN, STD, ZOO_DIR
+from cswap_deploy.models.demos import DEMOS, IMAGES, MEAN, STD, weights_file
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 RECIPES = {
@@ -135,9 +135,9 @@ def train(name: str, source: Path, epochs: int, seed: int) -> dict[str, float]:
         "seed": seed,
         "train_seconds": round(time.perf_counter() - begun),
     }
-    ZOO_DIR.mkdir(exist_ok=True)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    path = ZOO_DIR / f"{name}.safetensors"
+    path = weights_file(name)
+    path.parent.mkdir(exist_ok=True)
     save_file(state, path, metadata={k: str(v) for k, v in result.items()})
     path.chmod(0o644)  # the library writes for the owner alone
     return result
@@ -145,18 +145,14 @@ def train(name: str, source: Path, epochs: int, seed: int) -> dict[str, float]:
 
 def write_images(source: Path, count: int, seed: int) -> None:
     """Balanced samples: calibration from the training split, test from the test split."""
-    for part, name in (("calibration", "train"), ("test", "t10k")):
+    for part, name in (("calibration", "train"), ("validation", "t10k")):
         images, labels = split(source, name)
         rng = np.random.default_rng(seed)
         pick = np.concatenate(
             [rng.choice(np.flatnonzero(labels == c), count // 10, replace=False) for c in range(10)]
         )
         rng.shuffle(pick)
-        np.savez_compressed(
-            ZOO_DIR / f"fashion-mnist-{part}.npz",
-            images=images[pick][..., None],
-            labels=labels[pick],
-        )
+        np.savez_compressed(IMAGES[part], images=images[pick][..., None], labels=labels[pick])
 
 
 def main() -> None:

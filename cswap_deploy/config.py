@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -25,12 +23,12 @@ from pydantic import (
 )
 
 from cswap_deploy.errors import UsageError
-from cswap_deploy.records.engine import BatchRange
-from cswap_deploy.records.plan import RatioOf
+from cswap_deploy.settings import Flag, Section, read_toml
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 
+RatioOf = Literal["params", "channels", "macs"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
 """Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
@@ -52,50 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
 (arXiv:2510.18636), ``cswap`` the best that was measured (benchmarks/LOG.md)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """How the command shows a setting, and whether the setting shapes the stage's result."""
-
-    help: str
-    metavar: str = ""
-    """Of the value; from the type unless said."""
-    short: str = ""
-    off: str = ""
-    """The flag that says no, where ``--no-NAME`` would read badly."""
-    common: bool = False
-    """Among the few that most people use: first in ``--help``."""
-    expert: bool = False
-    """In TOML files and Python only; the command has no flag for it."""
-    in_key: bool = True
-    """Whether another value may give another result, so that it belongs to the store's key."""
-
-
-class Section(BaseModel):
-    """The settings of one stage."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    title: ClassVar[str]
-    """Heading of its flags in ``--help``."""
-
-    def key(self) -> dict[str, Any]:
-        """The settings that shape the stage's result, as plain data for its key in the store."""
-        free = {name for name in type(self).model_fields if not flag_of(type(self), name).in_key}
-        return self.model_dump(mode="json", exclude=free)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _list(cls, value: Any, info: Any) -> Any:
-        """Flags give several numbers as one text, ``3,224,224``."""
-        kind = cls.model_fields[info.field_name].annotation
-        if not isinstance(value, str) or not _is_numbers(kind):
-            return value
-        parts = [part.strip() for part in value.split(",")]
-        if not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", p, re.I) for p in parts):
-            example = "3,224,224" if "int" in str(kind) else "0.485,0.456,0.406"
-            raise ValueError(f"numbers with commas between them are wanted, for example {example}")
-        return parts
-
-
 class ModelConfig(Section):
     """Which network, and how its pictures are prepared."""
 
@@ -103,7 +57,7 @@ class ModelConfig(Section):
 
     model: Annotated[str, Flag("demo-resnet, demo-vit, a timm name, or package.module:factory.")]
     checkpoint: Annotated[
-        Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE")
+        Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True)
     ] = None
     pretrained: Annotated[bool, Flag("timm's own weights, or random ones.")] = True
     input_size: Annotated[
@@ -129,12 +83,11 @@ class DataConfig(Section):
     data: Annotated[
         str | None,
         Flag(
-            "Labelled images to prune and test on.", metavar="DIR|FILE.npz|hf:NAME[:SPLIT]",
-            common=True,
+            "Labelled images: a folder, an .npz, or hf:NAME[:SPLIT].", metavar="PATH", common=True
         ),
     ] = None  # fmt: skip
     validation_data: Annotated[
-        str | None, Flag("As --data, for the test images alone.", metavar="...")
+        str | None, Flag("As --data, for the test images alone.", metavar="PATH")
     ] = None
     class_map: Annotated[
         Path | None, Flag("Folder or label name -> class index.", metavar="FILE.json")
@@ -143,9 +96,7 @@ class DataConfig(Section):
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
     to compare candidates on."""
     validation_samples: Annotated[int, Field(ge=1), Flag("Images to test on.")] = 2000
-    allow_overlap: Annotated[bool, Flag("Let an image be in both sets; the report says so.")] = (
-        False
-    )
+    allow_overlap: Annotated[bool, Flag("Let an image be in both sets.")] = False
 
 
 class PruneConfig(Section):
@@ -159,50 +110,39 @@ class PruneConfig(Section):
         Literal["cswap", "paper"], Flag("The best measured, or as published.", in_key=False)
     ] = "cswap"
     """Fills in what is not given; see :data:`METHODS`."""
-    criterion: Annotated[
-        str, Flag("cswap, or an importance without measuring: magnitude, lamp, random.")
-    ] = "cswap"
+    criterion: Annotated[str, Flag("Importance: cswap, magnitude, lamp, random.")] = "cswap"
     rounds: Annotated[int, Field(ge=1), Flag("Steps of measuring and removing.")] = 4
-    round_to: Annotated[
-        int | Literal["auto"], Flag("Kept units of a group: a multiple of this.")
-    ] = "auto"
-    effect: Annotated[Literal["kl", "true-class"], Flag("The effect that ranks the units.")] = "kl"
-    """Both are measured; verdicts come from ``true-class``."""
+    round_to: Annotated[int | Literal["auto"], Flag("Multiple to which widths are kept.")] = "auto"
+    effect: Annotated[Literal["kl", "true-class"], Flag("What ranks the units.")] = "kl"
     intervention: Annotated[
-        Literal["predicted", "mean", "zero"], Flag("What a unit is set to.")
+        Literal["predicted", "mean", "zero"], Flag("What a unit is set to.", expert=True)
     ] = "predicted"
-    """The ablation value while its effect is measured, and when it goes."""
     measuring: Annotated[
         Literal["auto", "exact", "bf16", "adaptive"],
-        Flag("Units on all images, or as far as their decision needs."),
+        Flag("How thoroughly."),
     ] = "auto"
     """``exact``: every unit on every image. ``adaptive``: until its side of the threshold is
     certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
     float32 where that leaves its side open. ``auto``: exact unless it costs more than
     ``causal.cost.BUDGET_MACS``, else adaptive within that."""
-    scoring_samples: Annotated[
-        int | Literal["auto"], Flag("Images that each unit is measured on.")
-    ] = "auto"
-    """In each round. ``auto``: 256, fewer where measuring is ``exact`` and would cost more than
-    ``causal.cost.BUDGET_MACS``."""
+    scoring_samples: Annotated[int | Literal["auto"], Flag("Images for measuring.")] = "auto"
+    """In each round. ``auto``: 256, fewer where exact measuring would cost too much."""
     scoring_device: Annotated[Literal["cpu", "cuda"], Flag("Where effects are measured.")] = "cpu"
     workers: Annotated[
         str | None,
-        Flag("Worker processes, or a Ray cluster.", metavar="N|ray://HOST:PORT", in_key=False),
+        Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False),
     ] = None
     memory_budget: Annotated[
         ByteSize | None,
         Field(ge=1),
-        Flag("Memory for measuring, as 2GiB (a third of what is free).", "SIZE", in_key=False),
+        Flag("For measuring, as 2GiB (a third of what is free).", "SIZE", in_key=False),
     ] = None
-    """Bytes beside network and images."""
-    refit: Annotated[bool, Flag("Refit the layers behind removed units, in closed form.")] = True
+    refit: Annotated[bool, Flag("Refit the layers behind removed units.")] = True
     refit_producers: Annotated[
         bool, Flag("In the last round also reconstruct producers.", expert=True)
     ] = True
-    """With ``refit``: the weights that produce the units that stay, each in closed form."""
     select: Annotated[
-        Literal["set", "unit"], Flag("Compare candidates as a whole, or take single units.")
+        Literal["set", "unit"], Flag("Compare candidates as a whole, or single units.", expert=True)
     ] = "set"
     """``unit``: what has the least effect by itself goes. ``set``: several rankings and
     allocations propose candidates, and the one with the least effect as a whole goes."""
@@ -218,7 +158,6 @@ class PruneConfig(Section):
     min_effect: Annotated[
         float, Field(ge=0), Flag("Smallest effect that counts for a verdict.", expert=True)
     ] = 0.01
-    """Size of the effect on a class, as a fraction of its probability."""
 
     @model_validator(mode="before")
     @classmethod
@@ -243,6 +182,14 @@ class PruneConfig(Section):
             raise ValueError("must be 1 or more, or auto")
         return value
 
+    @field_validator("memory_budget", mode="wrap")
+    @classmethod
+    def _size(cls, value: Any, read: Any) -> Any:
+        try:
+            return read(value)
+        except ValidationError as err:
+            raise ValueError("is no amount of memory; write 512MiB, 2GiB or bytes") from err
+
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.workers is not None and self.scoring_device != "cpu":
@@ -256,35 +203,32 @@ class ExportConfig(Section):
     title = "Graph and number formats"
 
     precision: Annotated[Precision, Flag("Number formats of the engine.", common=True)] = "fp32"
-    """Of graph and engine; ``int8`` leaves in float32 what is not quantised, ``mixed`` in
+    """Types of graph and engine; ``int8`` leaves in float32 what is not quantised, ``mixed`` in
     float16."""
     precision_drop: Annotated[
         float | None,
         Field(ge=0, le=0.2),
-        Flag("Largest loss of top-1 it may cost (fp16 .001, bf16 .005, int8 .01), or exit 3."),
+        Flag("Top-1 it may cost, or exit 3 (int8 .01)."),
     ] = None
     """A fraction, against the pruned float32 network; one image is always allowed. No more than
     .2, so that percents typed by mistake are refused."""
     keep_fp32: Annotated[
         tuple[str, ...],
-        Flag("Keeps float32, as blocks.0.attn or '*/Softmax'; repeat.", metavar="MODULE"),
+        Flag("Stays float32, as '*/Softmax'; repeat.", metavar="MODULE"),
     ] = ()
-    """Modules, or patterns of ONNX nodes."""
     int8_calibration: Annotated[
         Literal["auto", "entropy", "percentile", "minmax"],
-        Flag("How int8 ranges are found.", expert=True),
+        Flag("How int8 ranges are found."),
     ] = "auto"
-    """``auto``: the best of the three by measured effect."""
     int8_quantizer: Annotated[
-        Literal["onnxruntime", "modelopt"], Flag("The quantiser that places Q/DQ pairs.")
+        Literal["onnxruntime", "modelopt"],
+        Flag("The quantiser that places Q/DQ pairs."),
     ] = "onnxruntime"
     """``modelopt``: NVIDIA's, from the environment that ``CSWAP_MODELOPT`` names."""
     opset: Annotated[int | Literal["auto"], Flag("ONNX opset; auto is the lowest that does.")] = (
         "auto"
     )
-    parity_tolerance: Annotated[
-        float, Field(gt=0), Flag("Largest difference of logits allowed after export.")
-    ] = 1e-3
+    parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
 
     @field_validator("opset")
     @classmethod
@@ -337,26 +281,48 @@ class ExportConfig(Section):
         }
 
 
-class EngineConfig(Section):
-    """The runtimes, and what TensorRT's builders can be told."""
+class BatchRange(BaseModel):
+    """Smallest, tuned-for and largest batch (samples); as text ``1:8:64``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: int = 1
+    opt: int = 1
+    max: int = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = value.split(":")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError("MIN:OPT:MAX is wanted, for example 1:8:64")
+        return dict(zip(("min", "opt", "max"), map(int, parts), strict=True))
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batches must ascend from 1: {self}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+class BuilderOptions(Section):
+    """What TensorRT's builders can be told; ``targets.tensorrt_flavours`` says which package has
+    what."""
 
     title = "Engines"
 
-    target: Annotated[
-        tuple[str, ...],
-        Flag(
-            "onnxruntime, onnxruntime-cuda, openvino, tensorrt, tensorrt-rtx; repeat.",
-            metavar="NAME", common=True,
-        ),
-    ] = ("onnxruntime",)  # fmt: skip
-    batch: Annotated[
-        BatchRange, Flag("Smallest, tuned-for and largest batch.", metavar="MIN:OPT:MAX")
-    ] = BatchRange()
     workspace_mib: Annotated[
         int | None, Field(ge=1), Flag("TensorRT: scratch memory of the builder.", metavar="MIB")
     ] = None
     optimization_level: Annotated[
-        int | None, Field(ge=0, le=5), Flag("TensorRT: effort of the builder (3).", metavar="0..5")
+        int | None,
+        Field(ge=0, le=5),
+        Flag("TensorRT: effort of the builder (3).", metavar="0..5", expert=True),
     ] = None
     hardware_compat: Annotated[
         Literal["none", "ampere+", "same-cc"], Flag("TensorRT: other GPUs that may run it.")
@@ -365,10 +331,21 @@ class EngineConfig(Section):
     compute_capability: Annotated[
         tuple[str, ...], Flag("TensorRT-RTX: GPUs to build for; repeat.", metavar="X.Y")
     ] = ()
-    strip_weights: Annotated[
-        bool, Flag("TensorRT: the engine takes its weights from model.onnx (RTX: needs a GPU).")
-    ] = False
+    strip_weights: Annotated[bool, Flag("TensorRT: the weights stay in model.onnx.")] = False
     refit_engine: Annotated[bool, Flag("TensorRT: the engine's weights may be replaced.")] = False
+
+
+class EngineConfig(BuilderOptions):
+    """The runtimes that engines are built for."""
+
+    target: Annotated[
+        tuple[str, ...],
+        Flag(
+            "onnxruntime, openvino, tensorrt-rtx, tensorrt, onnxruntime-cuda; repeat.",
+            metavar="NAME", common=True,
+        ),
+    ] = ("onnxruntime",)  # fmt: skip
+    batch: Annotated[BatchRange, Flag("Of the engine.", metavar="MIN:OPT:MAX")] = BatchRange()
 
     @field_validator("target")
     @classmethod
@@ -377,16 +354,17 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _for_a_builder(self) -> Self:
-        told = set(self.builder_options(only_given=True))
+        told = self.options.model_dump(exclude_defaults=True)
         if told and not any(target.startswith("tensorrt") for target in self.target):
             raise ValueError(
                 f"{', '.join(sorted(told))}: for the tensorrt targets, not {', '.join(self.target)}"
             )
         return self
 
-    def builder_options(self, *, only_given: bool = False) -> dict[str, Any]:
+    @property
+    def options(self) -> BuilderOptions:
         """What is for the TensorRT builders alone."""
-        return self.model_dump(exclude={"target", "batch"}, exclude_defaults=only_given)
+        return BuilderOptions(**{name: getattr(self, name) for name in BuilderOptions.model_fields})
 
 
 class MeasureConfig(Section):
@@ -403,9 +381,7 @@ class MeasureConfig(Section):
     ] = None
     budget: Annotated[
         Path | None,
-        Flag(
-            "Fail (exit 3) if a limit is exceeded.", metavar="FILE.toml", common=True, in_key=False
-        ),
+        Flag("Fail (exit 3) if a limit is exceeded.", metavar="FILE.toml", in_key=False),
     ] = None
 
 
@@ -418,9 +394,7 @@ class RunConfig(Section):
         Path | None,
         Flag("Folder to leave the result in.", metavar="DIR", short="-o", common=True),
     ] = None
-    """``<model>-<ratio>`` in the working directory unless said."""
     store: Annotated[Path | None, Flag("Where finished stages are kept.", metavar="DIR")] = None
-    """The user's cache directory unless said."""
     resume: Annotated[bool, Flag("Reuse finished stages, or not.", off="--fresh")] = True
     seed: Annotated[int, Flag("Of every random choice.")] = 0
 
@@ -456,6 +430,10 @@ class Config(BaseModel):
         given = self.measure.latency_batch
         return self.engine.batch.opt if given is None else given
 
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, as plain data."""
+        return flat(self.model_dump(mode="json"))
+
     def bundle_path(self) -> Path:
         """Where the bundle goes."""
         if self.run.output is not None:
@@ -467,12 +445,6 @@ class Config(BaseModel):
 def sections() -> dict[str, type[Section]]:
     """Section name -> its type, in the order of the stages."""
     return {name: cast("type[Section]", f.annotation) for name, f in Config.model_fields.items()}
-
-
-def flag_of(section: type[Section], field: str) -> Flag:
-    """How the command shows a setting."""
-    (found,) = (m for m in section.model_fields[field].metadata if isinstance(m, Flag))
-    return found
 
 
 def load_config(file: Path | None = None, **settings: Any) -> Config:
@@ -489,7 +461,7 @@ def load_config(file: Path | None = None, **settings: Any) -> Config:
     merged: dict[str, Any] = {}
     for path in (os.environ.get(CONFIG_VARIABLE), file):
         if path:
-            merged |= flat(_read_toml(Path(path)))
+            merged |= flat(read_toml(Path(path)))
     merged |= {name: value for name, value in settings.items() if value is not None}
     homes = {name: section for section, kind in sections().items() for name in kind.model_fields}
     nested: dict[str, Any] = {section: {} for section in sections()}
@@ -520,23 +492,8 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 def _problem(problem: Any) -> str:
     """One of pydantic's errors, with the flag and the value."""
     place = [part for part in problem["loc"][:2] if isinstance(part, str)]
-    known = len(place) == 2 or (bool(place) and place[0] not in sections())
-    name = place[-1].replace("_", "-") if known else ""
-    said = problem["type"] in ("missing", "extra_forbidden") or not name
-    text = f"{problem['msg']}" + ("" if said else f" (got {problem['input']!r})")
-    return f"--{name}: {text}" if name else text
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageError(f"cannot read the configuration {file}: {err}") from err
-
-
-def _is_numbers(annotation: Any) -> bool:
-    """Whether a setting is several numbers, or none."""
-    kinds = [annotation, *get_args(annotation)]
-    return any(
-        set(get_args(kind)) - {Ellipsis} <= {int, float} and get_args(kind) for kind in kinds
-    )
+    if not place or (len(place) == 1 and place[0] in sections()):
+        return str(problem["msg"])
+    text = f"--{place[-1].replace('_', '-')}: {problem['msg']}"
+    said = problem["type"] in ("missing", "extra_forbidden")
+    return text if said else f"{text} (got {problem['input']!r})"

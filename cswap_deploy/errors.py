@@ -75,3 +75,9 @@ def missing(module: str, extra: str, err: ImportError) -> MissingDependencyError
     absent = isinstance(err, ModuleNotFoundError) and err.name == module
     state = "is not installed" if absent else f"is installed but does not load: {err}"
     return MissingDependencyError(f"{module} {state}", fix=f"pip install 'cswap-deploy[{extra}]'")
+
+
+def own_words(err: BaseException) -> tuple[str, ...]:
+    """A tool's message as lines, for the ``log`` of the error that replaces it."""
+    lines = (line.strip() for line in str(err).splitlines())
+    return tuple(line for line in lines if line)

@@ -103,7 +103,7 @@ def command(
     """Runs the command in this process, which has imported torch already."""
 
     def run(*arguments: object) -> Ran:
-        from cswap_deploy.cli import main
+        from cswap_deploy.cli.main import main
 
         monkeypatch.setattr(sys, "argv", ["cswap-deploy", *map(str, arguments)])
         capsys.readouterr()

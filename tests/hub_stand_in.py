@@ -120,8 +120,9 @@ class HubStandIn:
         seed: int = 0,
     ) -> None:
         """Serve a parquet file of JPEG images, each with its label, as ``datasets`` writes them."""
-        import datasets
+        import pyarrow
         from PIL import Image
+        from pyarrow import parquet
 
         rng = np.random.default_rng(seed)
         pictures = []
@@ -131,18 +132,21 @@ class HubStandIn:
             buffer = io.BytesIO()
             Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG")
             pictures.append({"bytes": buffer.getvalue(), "path": None})
-        label_type = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-        features = datasets.Features({"image": datasets.Image(), "label": label_type})
-        table = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
-        parquet = io.BytesIO()
-        table.to_parquet(parquet)
-        self.add(
-            "datasets", repository, {f"data/{split}-00000-of-00001.parquet": parquet.getvalue()}
+        plain = {"dtype": "int64", "_type": "Value"}
+        label_type = {"names": names, "_type": "ClassLabel"} if names else plain
+        features = {"image": {"_type": "Image"}, "label": label_type}
+        image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+        table = pyarrow.table(
+            {"image": pyarrow.array(pictures, type=image), "label": labels},
+            metadata={"huggingface": json.dumps({"info": {"features": features}})},
         )
+        file = io.BytesIO()
+        parquet.write_table(table, file)
+        self.add("datasets", repository, {f"data/{split}-00000-of-00001.parquet": file.getvalue()})
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # one request a connection: none outlives the stand-in
     stand_in: HubStandIn
 
     def do_GET(self) -> None:

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy.records.engine import BatchRange, EngineArtifact, OnnxArtifact, TensorSpec
+from cswap_deploy.config import BatchRange
+from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact, TensorSpec
 from cswap_deploy.records.files import list_files
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.measurements import Accuracy, AccuracyChange, Device, Latency, Parity
@@ -34,7 +35,7 @@ def effect(rng: random.Random, unit: int, importance: float) -> UnitEffect:
     return UnitEffect(
         unit=unit,
         true_class=true_class,
-        harm=abs(true_class),
+        harm=0.002 - true_class,  # as if it spread by 0.004 over the images
         kl=0.0 if importance < 0.03 else 0.6 * importance**3 * math.exp(rng.gauss(0, 0.5)),
         low=true_class - width,
         high=true_class + width,
@@ -58,16 +59,17 @@ def made_up_plan() -> PrunePlan:
             GroupPlan(name=name, kind="channels", units=units, kept=tuple(kept), effects=effects)
         )
     return PrunePlan(
-        criterion="cswap",
         settings={
+            "criterion": "cswap",
+            "ratio": 0.4,
+            "ratio_of": "params",
+            "alpha": 0.05,
             "effect": "kl",
             "intervention": "mean",
             "rounds": 4,
             "scoring_samples": 128,
             "min_effect": 0.01,
         },
-        ratio_requested=0.4,
-        ratio_of="params",
         dense=DENSE,
         pruned=PRUNED,
         groups=tuple(groups),
@@ -81,6 +83,14 @@ def made_up_plan() -> PrunePlan:
             for i in range(1, 5)
         ),
     )
+
+
+def magnitude_plan() -> PrunePlan:
+    """The same removal, ranked by magnitude: no effects were measured."""
+    plan = made_up_plan()
+    groups = tuple(group.model_copy(update={"effects": ()}) for group in plan.groups)
+    settings = plan.settings | {"criterion": "magnitude"}
+    return plan.model_copy(update={"settings": settings, "groups": groups})
 
 
 def accuracy_change(drop: float = 0.007) -> AccuracyChange:
@@ -179,8 +189,6 @@ def made_up_manifest(**changes: Any) -> Manifest:
             sha256=sha256_text("test"),
             **images,  # type: ignore[arg-type]
         ),
-        ratio_requested=0.4,
-        ratio_of="params",
         ratio_effective={of: plan.effective(of) for of in ("params", "channels", "macs")},
         dense=DENSE,
         pruned=PRUNED,
@@ -208,6 +216,7 @@ def made_up_manifest(**changes: Any) -> Manifest:
         settings={
             "seed": 0,
             "ratio": 0.4,
+            "ratio_of": "params",
             "effect": "kl",
             "batch": BatchRange().model_dump(),
             "target": ["onnxruntime", "tensorrt-rtx"],

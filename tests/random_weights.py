@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cswap_deploy.models.listing import TESTED
+from cswap_deploy.models.torchvision_shim import import_timm
 
-MATRIX = TESTED
+SAME_NETWORK = {"deit_tiny_patch16_224": "vit_tiny_patch16_224"}
+"""Other weights in the same layers."""
+MATRIX = [name for name in TESTED if name not in SAME_NETWORK]
 """The models that must build."""
+_SMALLER: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": (2, 1, 1, 1), "channels": (32, 48, 64, 96)},
+    "resnet50": {"layers": (2, 1, 1, 1), "channels": (16, 24, 32, 48)},
+    "convnext_atto": {"depths": (2, 1, 1, 1)},
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    # Its two 4,096-wide layers are 90 % of its 130 million parameters.
+    "vgg11_bn": {
+        "cfg": (32, "M", 48, "M", 64, 64, "M", 96, 96, "M", 96, 96, "M"),
+        "mlp_ratio": 0.05,
+    },
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 2},
+}
+
+
+def matrix_network(name: str) -> nn.Module:
+    """A model of the matrix for ten classes on 32x32 images, with every kind of block it has.
+
+    Repetitions of blocks go: tracing and exporting cost by the node, and a refit by the width.
+    """
+    torch.manual_seed(0)
+    timm, arguments = import_timm(), {"num_classes": 10} | _SMALLER.get(name, {})
+    if name == "vgg11_bn":
+        return timm.models.VGG(norm_layer=nn.BatchNorm2d, **arguments).eval()
+    # Half as wide, and otherwise the same.
+    made = {"mobilenetv2_100": "mobilenetv2_050"}.get(name, name)
+    module = timm.create_model(made, **arguments)
+    if name not in _SMALLER:  # timm does not let us set these depths
+        regnet = name.startswith("regnet")
+        stages = [module.s2, module.s3, module.s4] if regnet else module.blocks[1:]
+        for stage, depth in zip(stages, (2, 1, 1, 1, 1, 1), strict=False):
+            for block in [child for child, _ in stage.named_children()][depth:]:
+                delattr(stage, block)
+    return module.eval()
 
 
 def lively(module: nn.Module, images: Tensor) -> nn.Module:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cswap_deploy.causal.effects import Effects
+from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments
+from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.scoring import measure
 from cswap_deploy.models.torchvision_shim import import_timm
-from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.units import Group
 
 CLASSES = 5
@@ -84,6 +87,13 @@ def lively(module: nn.Module) -> nn.Module:
 def pictures(n: int, size: int = 16) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     return torch.randn(n, 3, size, size, generator=g), torch.arange(n) % CLASSES
+
+
+@cache
+def traced(make: Callable[[], nn.Module]) -> tuple[Graph, dict[str, Group]]:
+    """A network's graph, and its groups by name; shared: who changes weights works on a copy."""
+    module, (images, _) = make(), pictures(2)
+    return trace(module, images), {g.name: g for g in find_groups(module, images).groups}
 
 
 def slow_means(module: nn.Module, layers: set[str], images: Tensor) -> dict[str, Tensor]:
@@ -169,8 +179,6 @@ def measure_group(
     tick: Callable[[int], None] | None = None,
 ) -> Effects:
     """Exact effects of some units of one group."""
-    (found,) = measure(
-        graph, {group: units}, images=images, labels=labels, moments=moments,
-        budget=Budget(1 << 30, variant_bytes), tick=tick,
-    )  # fmt: skip
+    experiment = Experiment(graph, images, labels, moments, Budget(1 << 30, variant_bytes))
+    (found,) = LocalMeasurement(experiment).effects({group: units}, tick=tick)
     return found

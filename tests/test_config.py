@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
+import typer
+from pydantic import Field
 
+import cswap_deploy.config
+from cswap_deploy.cli.flags import with_settings
+from cswap_deploy.config import Config, PruneConfig, load_config, sections
 from cswap_deploy.errors import UsageError
-from cswap_deploy.old_config import BuildConfig, load_config
+from cswap_deploy.records.bundle import BuildRecord
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.value import read_value
-from cswap_deploy.stages import BuildRecord
+from cswap_deploy.settings import Flag, flag_of
 
 if TYPE_CHECKING:
     from conftest import Ran
@@ -32,10 +39,14 @@ def test_a_file_gives_settings_and_arguments_win(tmp_path: Path) -> None:
         'target = ["onnxruntime", "tensorrt-rtx"]\nround-to = "auto"\nscoring_samples = 8\n',
     )
     config = load_config(file, ratio=0.5, rounds=None)
-    assert (config.model, config.ratio, config.ratio_of) == ("resnet18", 0.5, "macs")
-    assert config.input_size == (3, 64, 64)
-    assert config.target == ("onnxruntime", "tensorrt-rtx")
-    assert (config.scoring_samples, config.rounds) == (8, BuildConfig(model="x").rounds)
+    assert (config.model.model, config.prune.ratio, config.prune.ratio_of) == (
+        "resnet18",
+        0.5,
+        "macs",
+    )
+    assert config.model.input_size == (3, 64, 64)
+    assert config.engine.target == ("onnxruntime", "tensorrt-rtx")
+    assert (config.prune.scoring_samples, config.prune.rounds) == (8, PruneConfig().rounds)
 
 
 def test_the_environment_names_defaults_that_a_file_and_arguments_win_over(
@@ -45,7 +56,7 @@ def test_the_environment_names_defaults_that_a_file_and_arguments_win_over(
     monkeypatch.setenv("CSWAP_CONFIG", str(defaults))
     file = toml(tmp_path / "c.toml", "ratio = 0.2\nrounds = 3\n")
     config = load_config(file, model="m", ratio=0.3)
-    assert (config.ratio, config.rounds, config.seed) == (0.3, 3, 5)
+    assert (config.prune.ratio, config.prune.rounds, config.run.seed) == (0.3, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -140,20 +151,20 @@ def test_flags_win_over_the_file_in_a_real_run(
 
 def test_the_method_is_ours_unless_said() -> None:
     for config in (load_config(model="m"), load_config(model="m", method="cswap")):
-        assert config.method == "cswap"
+        assert config.prune.method == "cswap"
         assert chosen(config) == ("predicted", "kl", "set", True)
-    assert BuildConfig(model="m") == load_config(model="m", method="cswap")
+    assert load_config(model="m") == load_config(model="m", method="cswap")
 
 
 def test_paper_stands_for_what_was_published() -> None:
     config = load_config(model="m", method="paper")
-    assert config.method == "paper"
+    assert config.prune.method == "paper"
     assert chosen(config) == ("zero", "true-class", "unit", False)
-    assert not config.mix
-    assert not config.refit_producers
+    assert not config.prune.mix
+    assert not config.prune.refit_producers
     best = load_config(model="m")
-    assert best.mix
-    assert best.refit_producers
+    assert best.prune.mix
+    assert best.prune.refit_producers
 
 
 @pytest.mark.parametrize(
@@ -171,7 +182,6 @@ def test_a_setting_of_its_own_wins_over_the_method(
     settings: dict[str, Any], wanted: tuple[str, str, str, bool]
 ) -> None:
     assert chosen(load_config(model="m", **settings)) == wanted
-    assert chosen(BuildConfig(model="m", **settings)) == wanted
 
 
 def test_method_and_setting_may_come_from_different_places(tmp_path: Path) -> None:
@@ -203,10 +213,77 @@ def test_the_paper_s_method_in_a_real_run(
     ]  # fmt: skip
     plan = read_value(tmp_path / "out" / "plan.json", PrunePlan)
     assert plan.refitted == plan.producers == ()
-    assert {(log.order, log.kl) for log in plan.rounds} == {("effect", None)}
+    assert {(log.candidate, log.kl) for log in plan.rounds} == {("effect", None)}
     assert plan.settings["intervention"] == "zero"
     assert sum(log.measured for log in plan.rounds) > 0
 
 
-def chosen(config: BuildConfig) -> tuple[str, str, str, bool]:
-    return config.intervention, config.effect, config.select, config.refit
+def chosen(config: Config) -> tuple[str, str, str, bool]:
+    prune = config.prune
+    return prune.intervention, prune.effect, prune.select, prune.refit
+
+
+# --- one field is a setting ----------------------------------------------------------------------
+
+
+def test_a_new_setting_is_one_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flag, help, bounds, TOML name, section table and key come from the field alone."""
+    from typer.testing import CliRunner
+
+    class Wider(PruneConfig):
+        patience: Annotated[int, Field(ge=1), Flag("Rounds without gain.")] = 3
+
+    class Whole(Config):
+        prune: Wider = Field(default_factory=Wider)
+
+    monkeypatch.setattr(cswap_deploy.config, "Config", Whole)
+    assert load_config(model="m").prune.key()["patience"] == 3  # type: ignore[attr-defined]
+    file = toml(tmp_path / "c.toml", "[prune]\npatience = 5\nratio = 0.2\n")
+    read = load_config(file, model="m")
+    assert (read.prune.patience, read.prune.ratio) == (5, 0.2)  # type: ignore[attr-defined]
+    assert read.prune.key() != load_config(model="m", ratio=0.2).prune.key()
+    with pytest.raises(UsageError, match="--patience: Input should be greater than or equal to 1"):
+        load_config(model="m", patience=0)
+
+    given: list[Any] = []
+    app = typer.Typer()
+    app.command()(with_settings(lambda **settings: given.append(settings), ("prune",)))
+    run = CliRunner().invoke(app, ["--patience", "7"])
+    assert run.exit_code == 0, run.output
+    assert load_config(model="m", **given[0]).prune.patience == 7  # type: ignore[attr-defined]
+    assert "Rounds without gain (3)." in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_every_name_is_in_one_section_and_every_setting_has_its_help() -> None:
+    names = [name for section in sections().values() for name in section.model_fields]
+    assert len(names) == len(set(names))
+    for section in sections().values():
+        for name in section.model_fields:
+            assert flag_of(section, name).help.endswith("."), name
+
+
+def test_a_file_may_have_a_table_for_each_section(tmp_path: Path) -> None:
+    flat = toml(tmp_path / "flat.toml", 'ratio = 0.3\ntarget = ["openvino"]\nlatency-runs = 20\n')
+    tables = toml(
+        tmp_path / "tables.toml",
+        '[prune]\nratio = 0.3\n[engine]\ntarget = ["openvino"]\n[measure]\nlatency-runs = 20\n',
+    )
+    assert load_config(flat, model="m") == load_config(tables, model="m")
+
+
+def test_what_changes_no_result_is_not_in_the_key() -> None:
+    one = load_config(model="m", workers=2, memory_budget="1GiB").prune
+    assert one.key() == load_config(model="m").prune.key()
+    assert one.key() != load_config(model="m", scoring_device="cuda").prune.key()
+
+
+def test_a_size_is_read_without_torch() -> None:
+    script = (
+        "import sys; from cswap_deploy.config import load_config\n"
+        "budget = load_config(model='m', memory_budget='2GiB').prune.memory_budget\n"
+        "assert budget == 2**31, budget\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(UsageError, match="--memory-budget: Value error, is no amount of memory"):
+        load_config(model="m", memory_budget="much")

@@ -1,9 +1,11 @@
-"""The rankings that the accuracy benchmark compares with: each against what it must equal."""
+"""The importances that the accuracy benchmark compares with, each held against what it must be."""
 
 from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data import Calibration
 from cswap_deploy.errors import MissingDependencyError
-from cswap_deploy.network.units import Slice
-from cswap_deploy.pruning.plan import Prepared, prepare
+from cswap_deploy.network.units import Member
+from cswap_deploy.pruning.allocation import Values
+from cswap_deploy.pruning.importance import View
+from cswap_deploy.pruning.prepare import Prepared, prepare
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests/causal")]
@@ -25,6 +31,7 @@ import bench_accuracy  # noqa: E402
 import peers  # noqa: E402
 from small_networks import CLASSES, lively, pictures, small_cnn, small_vit  # noqa: E402
 
+SETTINGS = PruneConfig(ratio=0.3, ratio_of="channels", round_to=1)
 NEEDS_BATCH_NORM = {"bn-scale"}
 NO_GROUPED = {"fpgm"}
 
@@ -54,12 +61,23 @@ def plain() -> Plain:
 
 
 def ready(module: nn.Module, images: Tensor) -> Prepared:
-    return prepare(module, images=images, ratio=0.3, ratio_of="channels", round_to=1)
+    if isinstance(module, Plain):  # one trace serves all of these, whatever their weights
+        net = traced_plain()
+        return replace(net.on(module), dense=net.dense.on(module))
+    return prepare(module, images, SETTINGS)
 
 
-def scores(name: str, module: nn.Module, images: Tensor, labels: Tensor) -> peers.Scores:
-    rng = np.random.default_rng(0)
-    return peers.PEERS[name](ready(module, images), images, labels, rng)
+@cache
+def traced_plain() -> Prepared:
+    return prepare(plain(), pictures(24)[0], SETTINGS)
+
+
+def view(net: Prepared, images: Tensor, labels: Tensor) -> View:
+    return View(net.graph, net.groups, Calibration(images, labels), np.random.default_rng(0))
+
+
+def importance(name: str, module: nn.Module, images: Tensor, labels: Tensor) -> Values:
+    return peers.PEERS[name].of(view(ready(module, images), images, labels))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +89,7 @@ def prepared() -> dict[str, Prepared]:
 
 @pytest.mark.parametrize("network", ["cnn", "vit", "plain"])
 @pytest.mark.parametrize("name", peers.PEERS)
-def test_every_unit_gets_one_finite_score(
+def test_every_unit_gets_one_finite_value(
     name: str, network: str, prepared: dict[str, Prepared]
 ) -> None:
     if name == "integrated-gradients":
@@ -79,12 +97,11 @@ def test_every_unit_gets_one_finite_score(
     images, labels = pictures(24)
     net = prepared[network]
     before = copy.deepcopy(net.module.state_dict())
-    call = (net, images, labels, np.random.default_rng(0))
     if (name in NEEDS_BATCH_NORM and network == "vit") or (name in NO_GROUPED and network == "cnn"):
         with pytest.raises(peers.NotApplicableError):
-            peers.PEERS[name](*call)
+            peers.PEERS[name].of(view(net, images, labels))
         return
-    found = peers.PEERS[name](*call)
+    found = peers.PEERS[name].of(view(net, images, labels))
     assert list(found) == [g.name for g in net.groups]
     for group in net.groups:
         assert found[group.name].shape == (group.units,)
@@ -103,7 +120,7 @@ def test_a_zeroed_filter_comes_last(name: str) -> None:
         module.first.weight[2] = 0.0
         module.norm.weight[2] = 0.0  # torch-pruning's magnitude counts it too
         module.second.weight[:, 2] = 0.0
-    found = scores(name, module, images, labels)["first"]
+    found = importance(name, module, images, labels)["first"]
     assert found.argmin() == 2
     assert found[2] == pytest.approx(0.0, abs=1e-9)
 
@@ -116,7 +133,7 @@ def test_a_silent_channel_comes_last_by_activation_and_attribution() -> None:
         module.norm.weight[4] = 0.0
         module.norm.bias[4] = -1.0  # the ReLU cuts it off
     for name in ("activation", "wanda", "integrated-gradients", "obs"):
-        found = scores(name, module, images, labels)["first"]
+        found = importance(name, module, images, labels)["first"]
         assert found.argmin() == 4
         # obs: the ridge leaves a thousandth of what an average channel would
         assert found[4] == pytest.approx(0.0, abs=1e-2 if name == "obs" else 1e-9)
@@ -127,13 +144,13 @@ def test_a_channel_with_no_batch_norm_scale_comes_last() -> None:
     module = plain()
     with torch.no_grad():
         module.norm.weight[5] = 0.0
-    found = scores("bn-scale", module, images, labels)["first"]
+    found = importance("bn-scale", module, images, labels)["first"]
     assert found.argmin() == 5
     gamma = module.norm.weight.detach().abs().double()
     np.testing.assert_allclose(found, gamma / gamma.mean(), rtol=1e-6)
 
 
-def test_a_duplicate_has_no_obs_score_and_the_largest_by_magnitude() -> None:
+def test_a_duplicate_has_no_importance_by_obs_and_the_largest_by_magnitude() -> None:
     images, labels = pictures(24)
     module = plain()
     with torch.no_grad():  # channels 0 and 1 are one, and large
@@ -142,8 +159,8 @@ def test_a_duplicate_has_no_obs_score_and_the_largest_by_magnitude() -> None:
                        module.norm.running_var):  # fmt: skip
             values[1] = values[0]
         module.second.weight[:, :2] *= 4.0
-    assert set(scores("magnitude-l2", module, images, labels)["first"].argsort()[-2:]) == {0, 1}
-    assert set(scores("obs", module, images, labels)["first"].argsort()[:2]) == {0, 1}
+    assert set(importance("magnitude-l2", module, images, labels)["first"].argsort()[-2:]) == {0, 1}
+    assert set(importance("obs", module, images, labels)["first"].argsort()[:2]) == {0, 1}
 
 
 def test_taylor_equals_a_computation_by_hand() -> None:
@@ -163,7 +180,7 @@ def test_taylor_equals_a_computation_by_hand() -> None:
         second.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.25]]))
     image, label = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
     images, labels = image.repeat(2, 1), label.repeat(2)
-    found = scores("taylor", module, images, labels)["0"]
+    found = importance("taylor", module, images, labels)["0"]
     np.testing.assert_allclose(found, [1.0, 1.0], rtol=1e-6)  # over the group's mean
     with torch.no_grad():
         second.weight[0, 1] = 0.5
@@ -171,13 +188,13 @@ def test_taylor_equals_a_computation_by_hand() -> None:
     # dB = dz h' = s * [[-1, -4], [1, 4]]; dh = B' dz = s * (-1, -1/2 + 1/4);
     # dA = dh x' = s * [[-1, -2], [-1/4, -1/2]].
     # Unit 0: (1 + 1) / 2 = 1. Unit 1: A |2 * -1/2| = 1, B |1/2 * -4| + |1/4 * 4| = 3: 4 / 2 = 2.
-    found = scores("taylor", module, images, labels)["0"]
+    found = importance("taylor", module, images, labels)["0"]
     np.testing.assert_allclose(found, np.array([1.0, 2.0]) / 1.5, rtol=1e-5)
 
 
 def test_obs_is_the_error_of_the_layer_solved_again_without_the_unit() -> None:
     """Against least squares on the patches themselves; the convolution strides and pads."""
-    images, _ = pictures(24)
+    images, labels = pictures(24)
     module = plain()
     net = ready(module, images)
     with torch.no_grad():
@@ -191,7 +208,7 @@ def test_obs_is_the_error_of_the_layer_solved_again_without_the_unit() -> None:
         left = torch.cat([patches[:, kept], ones], 1)
         solved = torch.linalg.lstsq(left, wanted, driver="gelsd").solution
         by_hand.append(float((left @ solved - wanted).pow(2).sum(1).mean()))
-    covariance = peers.input_covariances(net, images)["second"]
+    covariance = peers.input_covariances(view(net, images, labels))["second"]
     (group,) = (g for g in net.groups if g.name == "first")
     errors, variance = peers.removal_errors(
         net.dense.module.get_submodule("second"), covariance, group.consumers[0], ridge=1e-9
@@ -205,7 +222,7 @@ def test_obs_of_grouped_convolutions_adds_up_their_parts() -> None:
     layer = nn.Conv2d(4, 4, 1, groups=2, bias=False)
     x = torch.randn(2, 500, 2, dtype=torch.float64)
     covariance = torch.stack([torch.cov(part.T, correction=0) for part in x])
-    unit = Slice("layer", "in", ((0, 2), (1, 3)))  # one slot of each group
+    unit = Member("layer", "in", ((0, 2), (1, 3)))  # one slot of each group
     errors, _ = peers.removal_errors(layer, covariance, unit, ridge=1e-12)
     weight = layer.weight.detach().double().flatten(1).view(2, 2, 2)
     for slot in range(2):
@@ -224,14 +241,14 @@ def test_attributions_of_a_linear_end_are_weight_times_activation() -> None:
         x = F.relu(module.norm(module.first(images)))
         pooled = F.relu(module.norm2(module.second(x))).mean((2, 3))
     by_hand = (pooled * module.classifier.weight[labels]).abs().mean(0).detach().double()
-    found = scores("integrated-gradients", module, images, labels)["second"]
+    found = importance("integrated-gradients", module, images, labels)["second"]
     np.testing.assert_allclose(found, by_hand / by_hand.mean(), rtol=1e-4)
 
 
 def test_heads_take_the_sum_of_their_positions(prepared: dict[str, Prepared]) -> None:
     images, labels = pictures(24)
     net = prepared["vit"]
-    found = peers.wanda(net, images, labels, np.random.default_rng(0))
+    found = peers.wanda(view(net, images, labels))
     (group, *_) = (g for g in net.groups if g.kind == "heads")
     proj = net.dense.module.get_submodule(group.consumers[0].layer)
     seen: list[Tensor] = []
@@ -251,7 +268,7 @@ def test_without_captum_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'cswap-deploy\[bench\]'"):
-        peers.integrated_gradients(prepared["plain"], *pictures(4), np.random.default_rng(0))
+        peers.integrated_gradients(view(prepared["plain"], *pictures(4)))
 
 
 # --- the benchmark around them -------------------------------------------------------------------
@@ -275,8 +292,8 @@ def test_a_plain_ranking_ignores_what_a_unit_costs(prepared: dict[str, Prepared]
         model = bench_accuracy.Model("vit", "params", 1, (0.2,))
         ranking = bench_accuracy.ranking(given, case, model, net)
         module, removed = bench_accuracy.prune_copy(
-            net, bench_accuracy.settings(case, model, net, len(images)),
-            images=images, labels=labels, scores=ranking, watcher=bench_accuracy.Silent(),
+            net, Calibration(images, labels), bench_accuracy.settings(case, model),
+            seed=0, values=ranking, progress=bench_accuracy.Silent(),
         )  # fmt: skip
         assert removed == pytest.approx(0.2, abs=0.03)
         lost = {
@@ -292,7 +309,7 @@ def test_a_plain_ranking_ignores_what_a_unit_costs(prepared: dict[str, Prepared]
 
 
 def ready_by_parameters(module: nn.Module, images: Tensor) -> Prepared:
-    return prepare(module, images=images, ratio=0.1, ratio_of="params", round_to=1)
+    return prepare(module, images, PruneConfig(ratio=0.1, round_to=1))
 
 
 def result(**changes: object) -> accuracy_results.Result:

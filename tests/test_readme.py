@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cswap_deploy.models.demos import ZOO_DIR
+from cswap_deploy.models.demos import IMAGES
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = [
+    README, README.parent / "benchmarks" / "README.md",
+    *sorted(README.parent.glob("cswap_deploy/*/README.md")),
+]  # fmt: skip
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+OTHERS = {"--quick"}
+"""Flags of benchmarks."""
 
 
 def test_python_examples(
@@ -21,13 +28,13 @@ def test_python_examples(
     defaults = tmp_path / "quick.toml"
     defaults.write_text(
         "scoring-samples = 8\nrounds = 1\ncalibration-samples = 64\n"
-        "validation-samples = 200\nlatency-runs = 10\n"
+        'validation-samples = 200\nlatency-runs = 10\nselect = "unit"\n'
     )
     monkeypatch.setenv("CSWAP_CONFIG", str(defaults))
     monkeypatch.setenv("CSWAP_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    build, classify = examples
+    build, prune, classify = examples
     exec(compile(build, str(README), "exec"), {})
     printed = capsys.readouterr().out
     removed = re.search(r"([\d.]+)% of the parameters are gone", printed)
@@ -35,7 +42,11 @@ def test_python_examples(
     assert 38 <= float(removed[1]) <= 42
     assert (tmp_path / "my-bundle" / "report.html").is_file()
 
-    pictures = np.load(ZOO_DIR / "fashion-mnist-test.npz")["images"]
+    exec(compile(prune, str(README), "exec"), {})
+    before, after = re.search(r"([\d,]+) -> ([\d,]+) parameters", capsys.readouterr().out).groups()  # type: ignore[union-attr]
+    assert int(after.replace(",", "")) < 0.85 * int(before.replace(",", ""))
+
+    pictures = np.load(IMAGES["validation"])["images"]
     Image.fromarray(pictures[0][..., 0]).save("photo.jpg")
     exec(compile(classify, str(README), "exec"), {})
     assert "CPUExecutionProvider" in capsys.readouterr().out
@@ -44,11 +55,35 @@ def test_python_examples(
 def test_every_command_in_the_readme_exists() -> None:
     from typer.main import get_command
 
-    from cswap_deploy.cli import app
+    from cswap_deploy.cli.commands import command_line
 
-    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    known = set(get_command(command_line()).commands)  # type: ignore[attr-defined]
     used = set(re.findall(r"cswap-deploy (\w+)", README.read_text()))
     assert used <= known, used - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
+def test_every_flag_and_link_on_a_page_exists(page: Path) -> None:
+    from typer.main import get_command
+
+    from cswap_deploy.cli.commands import command_line
+    from cswap_deploy.config import sections
+
+    text = page.read_text()
+    known = {f"--{name.replace('_', '-')}" for s in sections().values() for name in s.model_fields}
+    for command in get_command(command_line()).commands.values():  # type: ignore[attr-defined]
+        known |= {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+    used = {
+        flag for line in re.findall(r"cswap-deploy ([^`\n]*)", text) for flag in FLAG.findall(line)
+    }
+    used |= set(re.findall(r"`(--[a-z][a-z0-9-]+)", text)) - OTHERS
+    assert used <= known, used - known
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(README.read_text().splitlines()) < 200
 
 
 def test_the_budgets_in_the_readme_are_valid(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The method: how much does removing each structure change the prediction, and what may go.
+"""The method: how much does removing each unit change the prediction, and what may go.
 
 Source: C-SWAP (arXiv:2510.18636).
 """

@@ -1,11 +1,10 @@
 """Measure each unit on as many images as its decision needs.
 
-Most units are far from the cut, and most of an effect comes from a few images. So the effects of
-all units on all images are estimated first (:mod:`causal.fisher`); then units are measured on
-the images that weigh most for them, a few more at a time, until it is certain at the chosen error
-rate on which side of the cut each one is. An estimate fills in only for images that were not
-measured, scaled by what was measured on the others; how well it does that, measured as well, is the
-uncertainty. Measured to the last image an effect is the exact one, whatever was estimated.
+Most units are far from the threshold, and most of an effect comes from a few images. So all effects
+are estimated first (:mod:`causal.fisher`); then units are measured on the images that weigh most
+for them, a few more at a time, until it is certain at the chosen error rate on which side of the
+threshold each one is. An estimate fills in only for images that were not measured, scaled by what
+was measured on the others; how well it does that is the uncertainty.
 
 Source: ratio estimation with an auxiliary variable, and taking the units of largest size with
 certainty: Särndal, Swensson & Wretman, "Model Assisted Survey Sampling" (1992), chapters 3 and 7.
@@ -16,7 +15,7 @@ Sequential measuring until a decision is certain: Wald, "Sequential Tests of Sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
@@ -24,24 +23,24 @@ import numpy as np
 import torch
 
 from cswap_deploy.causal.effects import Effects, likely_harm, log_change
-from cswap_deploy.causal.fisher import Estimate
-from cswap_deploy.causal.scoring import Scorer, Tick
+from cswap_deploy.causal.fisher import FisherEstimate
+from cswap_deploy.causal.measurement import EffectMeasurement, Tick
 from cswap_deploy.network.units import Group
 
 FIRST_IMAGES = 8
 """Every look after the first doubles the images."""
 _SCREENED = 4.0
-"""Where a unit need not be measured at all: estimated this many times beyond the highest cut."""
-_LEAST_GUESS = 1e-3
-"""Of a unit on an image, as a part of its group's mean."""
+"""Units whose estimate is this many times the highest threshold need not be measured."""
+_LEAST_ESTIMATE = 1e-3
+"""Floor of an estimate, as a part of its group's mean."""
 _LEAST_ERROR = 0.02
 """Relative error of the estimate that is assumed at least, however well the first images fit."""
 
 _TYPICAL = 0.9
 """Quantile of a group's units; a few that the estimate misses by far speak for themselves."""
 
-Cuts = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""Group -> (U,) costs; to group -> costs at which staying ends and going begins."""
+Thresholds = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+"""From group -> (U,) costs to group -> the costs where staying ends and going begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +56,19 @@ class Spent:
 NOTHING = Spent(0, 0)
 
 
-class Account:
+class KnownEffects:
     """What is known of one group's effects: estimated everywhere, measured here and there."""
 
-    def __init__(self, guess: Estimate, effect: Literal["kl", "true-class"]) -> None:
-        """Start with nothing measured.
-
-        Args:
-            guess: Of all units and images.
-            effect: What the cost is made of.
-        """
+    def __init__(self, estimate: FisherEstimate, effect: Literal["kl", "true-class"]) -> None:
+        """Start with nothing measured; ``effect`` is what the cost is made of."""
         # A unit that the estimate is blind to must be able to show that it is wrong.
-        floor = _LEAST_GUESS * guess.kl.mean()
-        self._guess = Estimate(kl=np.maximum(guess.kl, floor), log_true=guess.log_true)
+        floor = _LEAST_ESTIMATE * estimate.kl.mean()
+        self._estimate = replace(estimate, kl=np.maximum(estimate.kl, floor))
         self._by_kl = effect == "kl"
-        self.images = guess.kl.shape[1]
-        self.measured = np.zeros(guess.kl.shape, dtype=bool)
-        self._kl = np.zeros(guess.kl.shape)
-        self._log = np.zeros(guess.kl.shape)
+        self.images = estimate.kl.shape[1]
+        self.measured = np.zeros(estimate.kl.shape, dtype=bool)
+        self._kl = np.zeros(estimate.kl.shape)
+        self._log = np.zeros(estimate.kl.shape)
 
     def add(self, rows: np.ndarray, images: np.ndarray, xi: np.ndarray, kl: np.ndarray) -> None:
         """Note what was measured: (rows, images) of both effects."""
@@ -85,55 +79,55 @@ class Account:
 
     def completed(self) -> tuple[np.ndarray, np.ndarray]:
         """(U, N) KL divergence and (U, N) change of the true class's log-probability."""
-        kl = self._fill(self._kl, self._guess.kl)
-        return kl, self._fill(self._log, self._guess.log_true)
+        kl = self._fill(self._kl, self._estimate.kl)
+        return kl, self._fill(self._log, self._estimate.log_true)
 
     def cost(self) -> tuple[np.ndarray, np.ndarray]:
         """(U,) costs, and their standard errors."""
         kl, log = self.completed()
         if self._by_kl:
-            return kl.mean(1), self._error(self._kl, self._guess.kl)
+            return kl.mean(1), self._error(self._kl, self._estimate.kl)
         # Half of a standard deviation moves by at most half of what its values move by.
-        return likely_harm(np.expm1(log)), 1.5 * self._error(self._log, self._guess.log_true)
+        return likely_harm(np.expm1(log)), 1.5 * self._error(self._log, self._estimate.log_true)
 
     def weight(self) -> np.ndarray:
         """(U, N) how much of each unit's estimate lies on an image that was not measured."""
-        guess = self._guess.kl if self._by_kl else np.abs(self._guess.log_true)
-        total = guess.sum(1, keepdims=True)
-        left: np.ndarray = np.where(self.measured, 0.0, guess)
+        estimate = self._estimate.kl if self._by_kl else np.abs(self._estimate.log_true)
+        total = estimate.sum(1, keepdims=True)
+        left: np.ndarray = np.where(self.measured, 0.0, estimate)
         left /= np.maximum(total, np.finfo(float).tiny)
         return left
 
-    def _scales(self, known: np.ndarray, guess: np.ndarray) -> tuple[float, np.ndarray]:
+    def _scales(self, known: np.ndarray, estimate: np.ndarray) -> tuple[float, np.ndarray]:
         """The regression of what was measured on its estimate: of the group, of each unit."""
-        seen = np.where(self.measured, guess, 0.0)
-        square = float((seen * seen).sum())
+        used = np.where(self.measured, estimate, 0.0)
+        square = float((used * used).sum())
         if square == 0.0:
-            return 1.0, np.ones(len(guess))
-        common = float((seen * known).sum()) / square
-        own = (seen * seen).sum(1)
-        prior = np.where(self.measured, 0.0, guess * guess).sum(1)
+            return 1.0, np.ones(len(estimate))
+        common = float((used * known).sum()) / square
+        own = (used * used).sum(1)
+        prior = np.where(self.measured, 0.0, estimate * estimate).sum(1)
         weight = own + prior
-        mixed = (seen * known).sum(1) + common * prior
+        mixed = (used * known).sum(1) + common * prior
         return common, np.where(weight > 0, mixed / np.where(weight > 0, weight, 1.0), common)
 
-    def _fill(self, known: np.ndarray, guess: np.ndarray) -> np.ndarray:
-        _, scales = self._scales(known, guess)
-        filled: np.ndarray = np.where(self.measured, known, scales[:, None] * guess)
+    def _fill(self, known: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+        _, scales = self._scales(known, estimate)
+        filled: np.ndarray = np.where(self.measured, known, scales[:, None] * estimate)
         return filled
 
-    def _error(self, known: np.ndarray, guess: np.ndarray) -> np.ndarray:
+    def _error(self, known: np.ndarray, estimate: np.ndarray) -> np.ndarray:
         """(U,) standard error of the mean of what is filled in.
 
         Deviations are partly a unit's own on all images (``shared``), partly each image's.
         """
-        common, _ = self._scales(known, guess)
-        seen = np.where(self.measured, guess, 0.0)
-        rest = np.where(self.measured, 0.0, guess)
-        off = np.where(self.measured, known - common * guess, 0.0)
+        common, _ = self._scales(known, estimate)
+        used = np.where(self.measured, estimate, 0.0)
+        rest = np.where(self.measured, 0.0, estimate)
+        off = np.where(self.measured, known - common * estimate, 0.0)
         looked = self.measured.any(1)
-        shared = _ratio(np.abs(off.sum(1)), np.abs(seen).sum(1))
-        spread = np.sqrt(_ratio((off * off).sum(1), (seen * seen).sum(1)))
+        shared = _ratio(np.abs(off.sum(1)), np.abs(used).sum(1))
+        spread = np.sqrt(_ratio((off * off).sum(1), (used * used).sum(1)))
         typical_shared, typical = 1.0, 1.0
         if looked.any():
             typical_shared = float(np.quantile(shared[looked], _TYPICAL))
@@ -143,7 +137,7 @@ class Account:
         relative = np.maximum(np.maximum(spread, typical), _LEAST_ERROR)
         own = np.where(looked, np.maximum(shared, typical_shared) / 2, typical_shared)
         each = np.sqrt((rest * rest).sum(1)) * relative
-        found: np.ndarray = np.hypot(each, own * np.abs(rest).sum(1)) / guess.shape[1]
+        found: np.ndarray = np.hypot(each, own * np.abs(rest).sum(1)) / estimate.shape[1]
         return found
 
 
@@ -153,110 +147,94 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class StoppingRule:
+    """When a unit has been measured on enough images."""
+
+    thresholds: Thresholds
+    error_rate: float
+    """Probability of being on the wrong side of a threshold that ends a unit's measuring."""
+    everyone: bool = True
+    """Measure every unit on some images; otherwise those whose estimate is far beyond the
+    thresholds are not measured, nor returned."""
+    most: int | None = None
+    """Forwards that may be spent; when they run short the most doubtful units come first, and what
+    is open in the end is decided with the help of the estimate."""
+
+
 def measure_adaptively(
-    scorer: Scorer,
+    measurement: EffectMeasurement,
     wanted: Mapping[Group, Sequence[int]],
-    guesses: Sequence[Estimate],
+    estimates: Sequence[FisherEstimate],
     *,
     effect: Literal["kl", "true-class"],
-    cuts: Cuts,
-    error_rate: float,
-    everyone: bool = True,
-    most: int | None = None,
+    rule: StoppingRule,
     tick: Tick | None = None,
 ) -> tuple[list[Effects], Spent]:
-    """Measure until each unit's side of every cut is certain.
+    """Measure until each unit's side of every threshold is certain.
 
     Args:
-        scorer: Measures.
+        measurement: Measures; raises StageError where it cannot.
         wanted: Group -> units by index; groups without units are left out.
-        guesses: Of each of the others.
-        effect: What the costs that are cut are made of.
-        cuts: From costs to the values at which staying ends and going begins.
-        error_rate: Probability of being on the wrong side that ends a unit's measuring.
-        everyone: Measure every unit on some images; otherwise those whose estimate is far beyond
-            the cuts are not measured, nor returned.
-        most: Forwards that may be spent; when they run short the most doubtful units come first,
-            and what is open in the end is decided with the help of the estimate.
+        estimates: Of each of the other groups, all units and images.
+        effect: What costs are made of.
+        rule: When to stop.
         tick: Called with the number of (unit, image) pairs measured.
-
-    Returns:
-        Of each group the effects, and what was spent.
-
-    Raises:
-        StageError: See :class:`scoring.Scorer`.
     """
     units = {group: np.asarray(asked) for group, asked in wanted.items() if len(asked)}
-    accounts = {g.name: Account(guess, effect) for g, guess in zip(units, guesses, strict=True)}
+    known = {g.name: KnownEffects(e, effect) for g, e in zip(units, estimates, strict=True)}
 
     def look(active: Mapping[str, np.ndarray], images: np.ndarray) -> int:
         open_ = {g: of[active[g.name]].tolist() for g, of in units.items() if len(active[g.name])}
-        found = scorer.effects(open_, torch.from_numpy(images), tick=tick)
+        found = measurement.effects(open_, torch.from_numpy(images), tick=tick)
         for effects in found:
             rows = active[effects.group]
-            accounts[effects.group].add(rows, images, effects.true_class, effects.kl)
+            known[effects.group].add(rows, images, effects.true_class, effects.kl)
         return sum(effects.kl.size for effects in found)
 
-    forwards = settle(accounts, look, cuts, error_rate=error_rate, everyone=everyone, most=most)
+    forwards = settle(known, look, rule)
     found = []
     for group, asked in units.items():
-        account = accounts[group.name]
-        rows = np.flatnonzero(account.measured.any(1))
-        kl, log = account.completed()
-        found.append(
-            Effects(
-                group=group.name,
-                units=asked[rows],
-                true_class=np.expm1(log[rows]),
-                kl=kl[rows],
-                measured=account.measured[rows],
-            )
-        )
-    exact = sum(len(effects.units) * effects.kl.shape[1] for effects in found)
-    return found, Spent(forwards=forwards, exact=exact)
+        of = known[group.name]
+        rows = np.flatnonzero(of.measured.any(1))
+        kl, log = (values[rows] for values in of.completed())
+        found.append(Effects(group.name, asked[rows], np.expm1(log), kl, of.measured[rows]))
+    return found, Spent(forwards, exact=sum(effects.kl.size for effects in found))
 
 
-def as_guesses(effects: Sequence[Effects]) -> list[Estimate]:
+def as_estimates(effects: Sequence[Effects]) -> list[FisherEstimate]:
     """Effects in bfloat16 as what to begin with: where they leave a side open, float32 decides."""
-    return [Estimate(kl=e.kl, log_true=log_change(e.true_class)) for e in effects]
+    return [FisherEstimate(kl=e.kl, log_true=log_change(e.true_class)) for e in effects]
 
 
 def settle(
-    accounts: Mapping[str, Account],
+    known: Mapping[str, KnownEffects],
     look: Callable[[Mapping[str, np.ndarray], np.ndarray], int],
-    cuts: Cuts,
-    *,
-    error_rate: float,
-    everyone: bool,
-    most: int | None = None,
+    rule: StoppingRule,
 ) -> int:
-    """Look at more images until no unit's side of a cut is open; what is closed stays so.
+    """Look at more images until no unit's side of a threshold is open; what is closed stays so.
 
     Args:
-        accounts: Group -> what is known; extended.
-        look: Measures units (group -> positions) on images (positions); returns how many forwards
-            it took.
-        cuts: See :func:`measure_adaptively`.
-        error_rate: Likewise.
-        everyone: Likewise.
-        most: Likewise.
+        known: Group -> what is known; extended.
+        look: Measures units (group -> positions) on images (positions); returns the forwards taken.
+        rule: When to stop.
 
     Returns:
-        Forwards taken.
+        Forwards taken in all.
     """
-    images = next(iter(accounts.values())).images
-    active = _first(accounts, cuts, everyone=everyone)
+    images = next(iter(known.values())).images
+    active = _first(known, rule)
     forwards = 0
     for count, looks in _schedule(images):
-        forwards += look(active, _heaviest(accounts, active, count))
-        z = -NormalDist().inv_cdf(error_rate / (2 * looks))
-        doubt = _doubt(accounts, cuts)
+        forwards += look(active, _heaviest(known, active, count))
+        z = -NormalDist().inv_cdf(rule.error_rate / (2 * looks))
+        doubt = _doubt(known, rule.thresholds)
         active = {
             name: rows[doubt[name][rows] >= 1 / z] if z > 0 else rows[:0]
             for name, rows in active.items()
         }
-        if most is not None:
-            active = _most_doubtful(active, doubt, (most - forwards) // (2 * count))
+        if rule.most is not None:
+            active = _most_doubtful(active, doubt, (rule.most - forwards) // (2 * count))
         if not any(map(len, active.values())):
             break
     return forwards
@@ -271,28 +249,22 @@ def _schedule(images: int) -> Iterator[tuple[int, int]]:
         yield end - begin, len(ends)
 
 
-def _first(accounts: Mapping[str, Account], cuts: Cuts, *, everyone: bool) -> dict[str, np.ndarray]:
-    if everyone:
-        return {name: np.arange(len(a.measured)) for name, a in accounts.items()}
-    costs = {name: account.cost()[0] for name, account in accounts.items()}
-    ends = cuts(costs)
-    return {
-        name: np.flatnonzero(cost <= _SCREENED * max(ends[name], default=0.0))
-        if len(ends[name])
-        else np.arange(0)
-        for name, cost in costs.items()
-    }
+def _first(known: Mapping[str, KnownEffects], rule: StoppingRule) -> dict[str, np.ndarray]:
+    """Group -> the units that are measured at all."""
+    if rule.everyone:
+        return {name: np.arange(len(of.measured)) for name, of in known.items()}
+    costs = {name: of.cost()[0] for name, of in known.items()}
+    highest = {name: max(found, default=-np.inf) for name, found in rule.thresholds(costs).items()}
+    return {name: np.flatnonzero(cost <= _SCREENED * highest[name]) for name, cost in costs.items()}
 
 
-def _doubt(accounts: Mapping[str, Account], cuts: Cuts) -> dict[str, np.ndarray]:
-    """Group -> (U,) standard error over the distance to the nearest cut."""
-    known = {name: account.cost() for name, account in accounts.items()}
-    ends = cuts({name: cost for name, (cost, _) in known.items()})
+def _doubt(known: Mapping[str, KnownEffects], find: Thresholds) -> dict[str, np.ndarray]:
+    """Group -> (U,) standard error over the distance to the nearest threshold."""
+    costs = {name: of.cost() for name, of in known.items()}
+    thresholds = find({name: cost for name, (cost, _) in costs.items()})
     found = {}
-    for name, (cost, error) in known.items():
-        near = np.full(len(cost), np.inf)
-        for end in ends[name]:
-            near = np.minimum(near, np.abs(cost - end))
+    for name, (cost, error) in costs.items():
+        near = np.abs(cost[:, None] - thresholds[name]).min(1, initial=np.inf)
         found[name] = error / np.maximum(near, np.finfo(float).tiny)
     return found
 
@@ -309,8 +281,8 @@ def _most_doubtful(
 
 
 def _heaviest(
-    accounts: Mapping[str, Account], active: Mapping[str, np.ndarray], count: int
+    known: Mapping[str, KnownEffects], active: Mapping[str, np.ndarray], count: int
 ) -> np.ndarray:
     """The images on which the open units' estimates weigh most, ascending."""
-    weight = sum(a.weight()[active[name]].sum(0) for name, a in accounts.items())
+    weight = sum(of.weight()[active[name]].sum(0) for name, of in known.items())
     return np.sort(np.argsort(-np.asarray(weight), kind="stable")[:count])

@@ -21,15 +21,10 @@ from cswap_deploy.network.graph import Env, Graph
 _NORMS = {torch.ops.aten.batch_norm.default, torch.ops.aten.layer_norm.default}
 
 
-class HalfGraph(Graph):
-    """A graph whose large values are bfloat16."""
+class Bfloat16Graph(Graph):
+    """A graph whose large values are bfloat16; later changes of the weights are not seen."""
 
     def __init__(self, graph: Graph) -> None:
-        """Round a copy of the weights.
-
-        Args:
-            graph: The network as it stands; later changes of its weights are not seen.
-        """
         super().__init__(graph.program, copy.deepcopy(graph.module).to(torch.bfloat16))
         self._whole = graph
         self._large = {node for node in self.nodes if _has_positions(node)}

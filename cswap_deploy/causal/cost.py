@@ -20,10 +20,7 @@ LATER_ROUNDS = 0.3
 
 
 def measuring_macs(graph: Graph, groups: Iterable[Group]) -> int:
-    """Multiply-accumulates of measuring every unit once, on one image.
-
-    Each unit runs what follows the cut at its group's consumers.
-    """
+    """Multiply-accumulates of what follows the cut of every unit, on one image."""
     total = 0
     for group in groups:
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]

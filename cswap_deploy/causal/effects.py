@@ -104,9 +104,6 @@ def kl_divergence(logits_masked: Tensor, logits: Tensor) -> Tensor:
 
 def join(parts: Sequence[Effects]) -> Effects:
     """The same units on several parts of the images, in order."""
-    return Effects(
-        group=parts[0].group,
-        units=parts[0].units,
-        true_class=np.concatenate([part.true_class for part in parts], 1),
-        kl=np.concatenate([part.kl for part in parts], 1),
-    )
+    true_class = np.concatenate([part.true_class for part in parts], 1)
+    kl = np.concatenate([part.kl for part in parts], 1)
+    return Effects(parts[0].group, parts[0].units, true_class, kl)

@@ -2,7 +2,8 @@
 
 It is looked for in the package ``cswap_kernels`` (``pip install ./kernels``), then built from the
 sources of a checkout by nvcc, once per machine, source and GPU generation. It knows nothing of
-torch's C++ side, so a new torch needs no new build.
+torch's C++ side, so a new torch needs no new build. ``torch.utils.cpp_extension`` would link it to
+that, needs ninja, and finds no CUDA_HOME in a CPU build of torch; so nvcc is called here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,8 @@ import platformdirs
 import torch
 from filelock import FileLock
 from torch import Tensor
+
+from cswap_deploy.network.unfolding import Window
 
 SWITCH = "CSWAP_KERNELS"
 """Environment variable; ``off`` keeps to the reference."""
@@ -34,7 +37,9 @@ _FILES = ("masked_fanout.h", "masked_fanout.cu")
 _FLAGS = (
     "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-Xlinker", "--exclude-libs,ALL",
 )  # fmt: skip
-_ABI = 1
+ABI = 1
+"""Version of the C interface."""
+_POINTERS = ("z", "r", "weight", "other", "scale", "shift", "constant", "out")
 _BUILD_SECONDS = 600
 
 _log = logging.getLogger(__name__)
@@ -43,36 +48,19 @@ _log = logging.getLogger(__name__)
 class Params(ctypes.Structure):
     """``MaskedFanoutParams`` of masked_fanout.h, field by field."""
 
-    _fields_ = (
-        ("z", ctypes.c_void_p),
-        ("r", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("constant", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("out_stride_v", ctypes.c_int64),
-        ("r_stride", ctypes.c_int64 * 5),
-        ("weight_stride", ctypes.c_int64 * 5),
-        ("variants", ctypes.c_int32),
-        ("images", ctypes.c_int32),
-        ("channels", ctypes.c_int32),
-        ("unit_inputs", ctypes.c_int32),
-        ("in_height", ctypes.c_int32),
-        ("in_width", ctypes.c_int32),
-        ("out_height", ctypes.c_int32),
-        ("out_width", ctypes.c_int32),
-        ("kernel", ctypes.c_int32 * 2),
-        ("stride", ctypes.c_int32 * 2),
-        ("padding", ctypes.c_int32 * 2),
-        ("dilation", ctypes.c_int32 * 2),
-        ("dtype", ctypes.c_int32),
-        ("channels_innermost", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("variants_per_tile", ctypes.c_int32),
-        ("low", ctypes.c_float),
-        ("high", ctypes.c_float),
+    _fields_ = tuple(
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_void_p, _POINTERS),
+            (ctypes.c_int64, ("out_stride_v",)),
+            (ctypes.c_int64 * 5, ("r_stride", "weight_stride")),
+            (ctypes.c_int32, ("variants", "images", "channels", "unit_inputs")),
+            (ctypes.c_int32, ("in_height", "in_width", "out_height", "out_width")),
+            (ctypes.c_int32 * 2, ("kernel", "stride", "padding", "dilation")),
+            (ctypes.c_int32, ("dtype", "channels_innermost", "activation", "variants_per_tile")),
+            (ctypes.c_float, ("low", "high")),
+        )
+        for name in names
     )
 
 
@@ -93,63 +81,33 @@ class Problem:
     channels_innermost: bool
     channels: int
     out_size: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    window: Window
     activation: int
     low: float
     high: float
 
     def params(self, *, variants_per_tile: int = 0) -> Params:
         """The C struct; it points into the tensors, which must outlive it."""
-
-        def pointer(tensor: Tensor | None) -> int | None:
-            return None if tensor is None else tensor.data_ptr()
-
-        variants, images, inputs, height, width = self.r.shape
+        tensors = {name: getattr(self, name) for name in _POINTERS}
+        pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        variants, images, inputs, in_height, in_width = self.r.shape
+        out_height, out_width = self.out_size
         return Params(
-            z=pointer(self.z),
-            r=pointer(self.r),
-            weight=pointer(self.weight),
-            other=pointer(self.other),
-            scale=pointer(self.scale),
-            shift=pointer(self.shift),
-            constant=pointer(self.constant),
-            out=pointer(self.out),
-            out_stride_v=self.z.numel(),
-            r_stride=self.r.stride(),
-            weight_stride=self.weight.stride(),
-            variants=variants,
-            images=images,
-            channels=self.channels,
-            unit_inputs=inputs,
-            in_height=height,
-            in_width=width,
-            out_height=self.out_size[0],
-            out_width=self.out_size[1],
-            kernel=self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            dtype=DTYPES[self.z.dtype],
-            channels_innermost=self.channels_innermost,
-            activation=self.activation,
-            variants_per_tile=variants_per_tile,
-            low=self.low,
-            high=self.high,
-        )
+            **pointers, **asdict(self.window), out_stride_v=self.z.numel(),
+            r_stride=self.r.stride(), weight_stride=self.weight.stride(),
+            variants=variants, images=images, channels=self.channels, unit_inputs=inputs,
+            in_height=in_height, in_width=in_width, out_height=out_height, out_width=out_width,
+            dtype=DTYPES[self.z.dtype], channels_innermost=self.channels_innermost,
+            activation=self.activation, variants_per_tile=variants_per_tile,
+            low=self.low, high=self.high,
+        )  # fmt: skip
 
 
 class Library:
     """One loaded build of the kernel."""
 
     def __init__(self, path: Path, *, entry: str = "masked_fanout_launch") -> None:
-        """Load a build.
-
-        Args:
-            path: The shared library.
-            entry: ``masked_fanout_launch``, or ``masked_fanout_host`` of the host build.
+        """Load a build; ``entry`` is ``masked_fanout_host`` in the host build.
 
         Raises:
             OSError: It does not load.
@@ -157,7 +115,7 @@ class Library:
         """
         self.path = path
         self.handle = ctypes.CDLL(str(path))
-        expected = _ABI << 16 | ctypes.sizeof(Params)
+        expected = ABI << 16 | ctypes.sizeof(Params)
         found = self.handle.masked_fanout_abi()
         if found != expected:
             raise ValueError(f"{path} has interface {found:#x}, this version needs {expected:#x}")
@@ -191,13 +149,13 @@ class Library:
 
 def cuda_library(device: torch.device) -> Library | None:
     """The kernel for one CUDA device; ``None`` where there is none, with the reason logged once."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _for_device(index)
+    return library_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _for_device(index: int) -> Library | None:
-    found = _find(index)
+def library_of(index: int) -> Library | None:
+    """The kernel for a CUDA device; looked for once."""
+    found = find_library(index)
     if isinstance(found, str):
         _log.warning("masked_fanout runs on torch, not on its CUDA kernel: %s", found)
         return None
@@ -205,7 +163,7 @@ def _for_device(index: int) -> Library | None:
     return found
 
 
-def _find(index: int) -> Library | str:
+def find_library(index: int) -> Library | str:
     """A library that runs on a device, or why there is none."""
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH}=off"
@@ -245,12 +203,9 @@ def build_library(capability: tuple[int, int], *, cache_dir: Path, sources: Path
 
     Args:
         capability: Compute capability, e.g. (8, 6).
-        cache_dir: Made where it is missing; shared by all processes of the user.
+        cache_dir: Made where it is missing; shared by all processes of the user. A library's name
+            has a digest of sources, compiler and flags, so nothing stale is ever found.
         sources: The folder of the ``.cu`` file.
-
-    Returns:
-        The shared library. Its name has a digest of sources, compiler and flags, so nothing stale
-        is ever found.
 
     Raises:
         OSError: No sources, no nvcc, an unwritable folder, or nvcc failed; has nvcc's words.

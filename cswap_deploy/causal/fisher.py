@@ -1,7 +1,7 @@
 """An estimate of every unit's effect from a few backward passes, to second order in the logits.
 
-An intervention changes what a consumer passes on by ``-W_n r_n``, with ``r_n`` what the unit's
-value differs from its stand-in by, and the logits, to first order, by ``d = -J W_n r_n``. With
+An intervention changes a consumer's output by ``-W_n r_n``, where ``r_n`` is the unit's value less
+its ablation value, and the logits, to first order, by ``d = -J W_n r_n``. With
 ``F = diag(p) - p p'``, the Fisher information of the prediction,
 
     KL(p, p_masked)             ~  d' F d / 2
@@ -21,19 +21,19 @@ Works Efficiently in Learning", Neural Computation 10 (1998).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from cswap_deploy.causal.interventions import Moments, StandIn
-from cswap_deploy.causal.masked_forward import Cut
-from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.scoring import not_finite
+from cswap_deploy.causal.arithmetic import ieee_float32
+from cswap_deploy.causal.experiment import Experiment, not_finite
+from cswap_deploy.causal.interventions import AblationValue, stack
+from cswap_deploy.causal.masked_forward import MaskedForward
 from cswap_deploy.network.graph import Env, Graph
-from cswap_deploy.network.nodes import input_of
+from cswap_deploy.network.nodes import bytes_of, input_of
 from cswap_deploy.network.units import Group, channel_dim
 
 DIRECTIONS = 2
@@ -43,12 +43,12 @@ _EXACT_CLASSES = 64
 _SWEEPS = 6
 _OVERSAMPLED = 4
 _MOST_IMAGES = 64
-"""Of one forward and its backward passes."""
+"""Images of one forward and its backward passes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """Of some units of one group, on N images."""
+class FisherEstimate:
+    """Estimated effects of U units of one group, on N images."""
 
     kl: np.ndarray
     """(U, N) float64, nats, >= 0."""
@@ -56,111 +56,106 @@ class Estimate:
     """(U, N) float64, change of the log-probability of the true class."""
 
 
-def guess(
-    graph: Graph,
+@ieee_float32()
+def estimate_effects(
+    experiment: Experiment,
     wanted: Mapping[Group, Sequence[int]],
     *,
-    images: Tensor,
-    labels: Tensor,
-    moments: Mapping[str, Moments],
-    budget: Budget | None = None,
+    directions: int = DIRECTIONS,
     tick: Callable[[int], None] | None = None,
-) -> list[Estimate]:
-    """Estimate the effects of units, by group; see :func:`estimate`."""
-    cuts = [Cut(graph, group, units, moments) for group, units in wanted.items() if len(units)]
-    budget = budget if budget is not None else Budget.of()
-    return estimate(graph, cuts, images=images, labels=labels, budget=budget, tick=tick)
-
-
-def estimate(
-    graph: Graph,
-    cuts: Sequence[Cut],
-    *,
-    images: Tensor,
-    labels: Tensor,
-    budget: Budget,
-    tick: Callable[[int], None] | None = None,
-) -> list[Estimate]:
-    """Estimate both effects of all units of all cuts.
+) -> list[FisherEstimate]:
+    """Estimate both effects of units.
 
     Args:
-        graph: The network as it stands.
-        cuts: Where, and which units.
-        images: (N, C, H, W).
-        labels: (N,).
-        budget: Of memory; what a backward pass needs must fit.
+        experiment: What to estimate on.
+        wanted: Group -> units by index; groups without units are left out.
+        directions: Eigenvectors of the Fisher information.
         tick: Called with the number of images finished.
 
     Raises:
         StageError: A prediction is not finite; names the layer.
     """
+    graph = experiment.graph
+    forwards = [
+        MaskedForward(graph, group, units, experiment.moments)
+        for group, units in wanted.items()
+        if len(units)
+    ]
     readers = [
-        {node: _Reader(graph, layer, units) for node, layer, units in cut.consumers} for cut in cuts
+        {node: _Reader(graph, layer, values) for node, layer, values in forward.consumers}
+        for forward in forwards
     ]
-    nodes = frozenset().union(*readers)
-    count = max(1, min(_MOST_IMAGES, budget.total // (2 * graph.bytes_of_all())))
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cuts]
-    for part, truth in zip(torch.split(images, count), torch.split(labels, count), strict=True):
-        with torch.enable_grad():
-            logits, inputs = _forward(graph, part, nodes)
-        if not torch.isfinite(logits).all():
-            raise not_finite(graph, part)
-        residuals = [
-            {node: reader.residuals(inputs[node].detach()) for node, reader in of.items()}
-            for of in readers
-        ]
-        changes = []
-        for weights in _directions(logits.detach(), truth):
-            gradient = _gradient(logits, weights, inputs)
-            changes.append(
-                [
-                    sum(reader.changes(gradient[node], rest[node]) for node, reader in of.items())
-                    for of, rest in zip(readers, residuals, strict=True)
-                ]
-            )
-        for at, (first, *fisher) in enumerate(zip(*changes, strict=True)):
-            quadratic = sum((d.square() for d in fisher), start=torch.zeros(())) / 2
-            found[at].append((quadratic, first - quadratic))
+    kept = sum(map(bytes_of, graph.nodes))  # by a backward pass, about
+    count = max(1, min(_MOST_IMAGES, experiment.budget.total // (2 * kept)))
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in forwards]
+    parts = (torch.split(values, count) for values in (experiment.images, experiment.labels))
+    for images, labels in zip(*parts, strict=True):
+        for at, effects in enumerate(_estimate_part(graph, readers, images, labels, directions)):
+            found[at].append(effects)
         if tick is not None:
-            tick(len(part))
+            tick(len(images))
     return [
-        Estimate(
-            kl=torch.cat([kl for kl, _ in parts], 1).numpy(),
-            log_true=torch.cat([true for _, true in parts], 1).numpy(),
+        FisherEstimate(
+            kl=torch.cat([kl for kl, _ in effects], 1).numpy(),
+            log_true=torch.cat([true for _, true in effects], 1).numpy(),
         )
-        for parts in found
+        for effects in found
     ]
+
+
+def _estimate_part(
+    graph: Graph,
+    readers: Sequence[Mapping[fx.Node, _Reader]],
+    images: Tensor,
+    labels: Tensor,
+    directions: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each group the KL divergence and the change of the true class's log-probability."""
+    with torch.enable_grad():
+        logits, inputs = _forward(graph, images, frozenset().union(*readers))
+    if not torch.isfinite(logits).all():
+        raise not_finite(graph, images)
+    residuals = [
+        {node: reader.residuals(inputs[node].detach()) for node, reader in of.items()}
+        for of in readers
+    ]
+    changes = []
+    for weights in fisher_directions(logits.detach(), labels, directions):
+        gradient = _gradient(logits, weights, inputs)
+        changes.append(
+            [
+                sum(reader.changes(gradient[node], rest[node]) for node, reader in of.items())
+                for of, rest in zip(readers, residuals, strict=True)
+            ]
+        )
+    for first, *fisher in zip(*changes, strict=True):
+        kl = sum((d.square() for d in fisher), start=torch.zeros(())) / 2
+        yield kl, first - kl
 
 
 class _Reader:
-    """A consumer and what stands in for each unit that it reads."""
+    """A consumer, and the ablation value of each unit that it reads."""
 
-    def __init__(self, graph: Graph, layer: str, units: list[StandIn]) -> None:
-        module = graph.module.get_submodule(layer)
-        self._dim = channel_dim(module)
-        self._index = torch.stack([s.index for s in units])
-        self._weights: Tensor | None = None
-        if units[0].weights is not None:
-            self._weights = torch.cat([s.weights for s in units])  # type: ignore[misc]
-        self._constant: Tensor | None = None
-        if units[0].constant is not None:
-            self._constant = torch.cat([s.constant for s in units])  # type: ignore[misc]
+    def __init__(self, graph: Graph, layer: str, values: list[AblationValue]) -> None:
+        self._dim = channel_dim(graph.layer(layer))
+        self._values = stack(values)
 
     def residuals(self, x: Tensor) -> Tensor:
         """(N, ...) input -> (N, positions, U * b): ``a_B - A a - c`` of every unit."""
         rows = self._rows(x)
-        found = rows[..., self._index.flatten()]
-        if self._weights is not None:
-            found = found - rows @ self._weights.T
-        if self._constant is not None:
-            found = found - self._constant
+        found = rows[..., self._values.index.flatten()]
+        if self._values.weights is not None:
+            found = found - rows @ self._values.weights.T
+        if self._values.constant is not None:
+            found = found - self._values.constant
         return found
 
     def changes(self, gradient: Tensor, residuals: Tensor) -> Tensor:
         """(U, N): the derivative along ``gradient``, that of the input, of each unit's change."""
-        rows = self._rows(gradient)[..., self._index.flatten()]
+        index = self._values.index
+        rows = self._rows(gradient)[..., index.flatten()]
         each = torch.einsum("npu,npu->un", rows, residuals).double()
-        return -each.view(*self._index.shape, -1).sum(1)
+        return -each.view(*index.shape, -1).sum(1)
 
     def _rows(self, x: Tensor) -> Tensor:
         """(N, positions, I)."""
@@ -176,11 +171,9 @@ def _forward(
     restore: tuple[fx.Node, Tensor] | None = None
     env: Env = {}
     for node, env in graph.step(images):
-        if restore is not None:
-            source, value = restore
-            if source in env:
-                env[source] = value
-            restore = None
+        if restore is not None and restore[0] in env:
+            env[restore[0]] = restore[1]
+        restore = None
         if node in readers:
             source = input_of(node)
             value = graph.value(source, env)
@@ -201,7 +194,7 @@ def _gradient(
     return dict(zip(inputs, found, strict=True))
 
 
-def _directions(logits: Tensor, labels: Tensor) -> list[Tensor]:
+def fisher_directions(logits: Tensor, labels: Tensor, count: int) -> list[Tensor]:
     """(N, K) each: the gradient of the true class's log-probability, then of the Fisher metric.
 
     The latter are eigenvectors of ``diag(p) - p p'``, the largest first, times the root of their
@@ -210,7 +203,7 @@ def _directions(logits: Tensor, labels: Tensor) -> list[Tensor]:
     p = logits.double().softmax(-1)
     true = -p
     true[torch.arange(len(labels)), labels] += 1
-    wanted = min(DIRECTIONS, p.shape[1] - 1)
+    wanted = min(count, p.shape[1] - 1)
     if p.shape[1] <= _EXACT_CLASSES:
         fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
         values, vectors = torch.linalg.eigh(fisher)
@@ -230,12 +223,9 @@ def _largest(p: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     def times(q: Tensor) -> Tensor:
         return p[:, :, None] * q - p[:, :, None] * (p[:, None, :] @ q)
 
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(
-        p.shape[1], wanted + _OVERSAMPLED, generator=generator, dtype=p.dtype
-    ).expand(len(p), -1, -1)
-    q = torch.linalg.qr(times(start)).Q
-    for _ in range(_SWEEPS):
+    generator, size = torch.Generator().manual_seed(0), (p.shape[1], wanted + _OVERSAMPLED)
+    q = torch.randn(size, generator=generator, dtype=p.dtype).expand(len(p), -1, -1)
+    for _ in range(1 + _SWEEPS):
         q = torch.linalg.qr(times(q)).Q
     values, rotation = torch.linalg.eigh(q.mT @ times(q))
     return values, q @ rotation

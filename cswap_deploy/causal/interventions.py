@@ -19,21 +19,30 @@ NIPS 1992.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from cswap_deploy.network.graph import Env, Graph
+from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.moments import CentredMoments
+from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import shift_output
-from cswap_deploy.network.units import Consumer, channel_dim, input_sum, mask_weight, select_input
+from cswap_deploy.network.unfolding import some_of
+from cswap_deploy.network.units import (
+    Consumer,
+    channel_dim,
+    input_sum,
+    mask_weight,
+    weight_columns,
+)  # fmt: skip
 
 Intervention = Literal["zero", "mean", "predicted"]
 
-_RIDGE = 1e-3
-"""Of the regression on the other units, as a fraction of the mean variance."""
+RIDGE = 1e-3
+"""Ridge of the regression on the other units, as a fraction of the mean variance."""
 
 _ROWS = 65_536
 """Positions the moments are taken over; more change nothing but the time."""
@@ -43,7 +52,7 @@ _MOST_INPUTS = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class StandIn:
+class AblationValue:
     """``a_B := A a + c`` for the inputs B of one layer."""
 
     index: Tensor
@@ -53,40 +62,50 @@ class StandIn:
     constant: Tensor | None
     """(b,) c; ``None`` where it is zero."""
 
-    def to(self, device: torch.device) -> StandIn:
+    def to(self, device: torch.device) -> AblationValue:
         """On another device."""
-        return StandIn(
+        return AblationValue(
             self.index.to(device),
             None if self.weights is None else self.weights.to(device),
             None if self.constant is None else self.constant.to(device),
         )
 
 
+def stack(values: Sequence[AblationValue]) -> AblationValue:
+    """Those of U units as one: index (U, b), weights (U * b, I), constant (U * b,)."""
+    weights = [v.weights for v in values if v.weights is not None]
+    constants = [v.constant for v in values if v.constant is not None]
+    return AblationValue(
+        torch.stack([v.index for v in values]),
+        torch.cat(weights) if weights else None,
+        torch.cat(constants) if constants else None,
+    )
+
+
 class Moments:
     """First and second moments of one layer's inputs over images and positions."""
 
-    def __init__(self, mean: Tensor, covariance: Tensor | None, alive: Tensor) -> None:
-        """Invert the covariance.
+    def __init__(
+        self, mean: Tensor, covariance: Tensor | None, alive: Tensor, *, ridge: float = RIDGE
+    ) -> None:
+        """Invert the covariance (I, I) float64; without it there are constants only.
 
-        Args:
-            mean: (I,) float32.
-            covariance: (I, I) float64, or ``None`` for constants only.
-            alive: (I,) bool, the inputs the layer still reads.
+        ``mean`` is (I,) float32, ``alive`` (I,) bool: the inputs the layer still reads.
         """
         self.mean = mean
         self._inverse: Tensor | None = None
         if covariance is not None:
             rows = torch.nonzero(alive).flatten()
             part = covariance[rows][:, rows]
-            part.diagonal().add_(_RIDGE * part.diagonal().mean().clamp_min(1e-12))
+            part.diagonal().add_(ridge * part.diagonal().mean().clamp_min(1e-12))
             self._inverse = torch.zeros_like(covariance)
             self._inverse[rows[:, None], rows] = torch.linalg.inv(part)
 
-    def stand_in(self, index: Tensor) -> StandIn:
+    def ablation_value(self, index: Tensor) -> AblationValue:
         """What takes the place of some inputs together."""
         mean = self.mean[index]
         if self._inverse is None:
-            return StandIn(index, None, mean)
+            return AblationValue(index, None, mean)
         rows = self._inverse[index]
         block = rows[:, index]
         # An input that is not read any more has a row of zeros: nothing needs to predict it.
@@ -94,24 +113,27 @@ class Moments:
         weights = -torch.linalg.solve(block, rows)
         weights[:, index] = 0.0
         constant = mean - (weights @ self.mean.double()).float()
-        return StandIn(index, weights.float(), constant)
+        return AblationValue(index, weights.float(), constant)
 
 
-def stand_ins(moments: Moments | None, indices: Iterable[Sequence[int]]) -> list[StandIn]:
-    """What takes the place of each unit of a layer.
-
-    Args:
-        moments: Of the layer's inputs; ``None`` for the zero intervention.
-        indices: For each unit its inputs.
-    """
+def ablation_values(
+    moments: Moments | None, indices: Iterable[Sequence[int]]
+) -> list[AblationValue]:
+    """What takes the place of each unit's inputs in a layer; zero where there are no moments."""
     wanted = [torch.tensor(list(index)) for index in indices]
     if moments is None:
-        return [StandIn(index, None, None) for index in wanted]
-    return [moments.stand_in(index) for index in wanted]
+        return [AblationValue(index, None, None) for index in wanted]
+    return [moments.ablation_value(index) for index in wanted]
 
 
 def input_moments(
-    graph: Graph, layers: Iterable[str], images: Tensor, *, intervention: Intervention, chunk: int
+    graph: Graph,
+    layers: Iterable[str],
+    images: Tensor,
+    *,
+    intervention: Intervention,
+    chunk: int,
+    ridge: float = RIDGE,
 ) -> dict[str, Moments]:
     """Moments of every input of some layers, for the interventions that need them.
 
@@ -121,89 +143,66 @@ def input_moments(
         images: (N, C, H, W).
         intervention: ``mean`` takes means only; ``zero`` nothing.
         chunk: Images per forward.
+        ridge: See ``RIDGE``.
 
     Returns:
-        Layer -> its moments; empty for ``zero``. Grouped convolutions get means only: a unit's
-        channels in one group cannot be taken over by another.
+        Layer -> its moments. Grouped convolutions get means only: a unit's channels in one group
+        cannot be predicted from another's.
     """
     if intervention == "zero":
         return {}
-    sums: dict[str, Tensor] = {}
-    products: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    shifts: dict[str, Tensor] = {}
+    sums: dict[str, CentredMoments] = {}
     per_image = max(1, _ROWS // len(images))
-
-    def observe(layer: str) -> Callable[[fx.Node, Env], None]:
-        module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
-        dim = channel_dim(module)
-        inputs = module.weight.shape[1]
-        joint = (
-            intervention == "predicted"
-            and getattr(module, "groups", 1) == 1
-            and inputs <= _MOST_INPUTS
-        )
-
-        def hook(node: fx.Node, env: Env) -> None:
-            x = graph.value(node.args[0], env).movedim(dim, -1)  # type: ignore[arg-type]
-            rows = x.reshape(-1, x.shape[-1])
-            if layer not in shifts:
-                # Float32 products of centred values keep their digits; any nearby centre will do.
-                shifts[layer] = rows.mean(0)
-                sums[layer] = torch.zeros(rows.shape[1], dtype=torch.float64)
-                counts[layer] = 0
-                if joint:
-                    products[layer] = torch.zeros(inputs, inputs, dtype=torch.float64)
-            if joint:
-                positions = x.reshape(len(x), -1, x.shape[-1])
-                rows = _some_positions(positions, per_image) - shifts[layer]
-                products[layer] += (rows.T @ rows).double()
-            else:
-                rows = rows - shifts[layer]
-            sums[layer] += rows.sum(0, dtype=torch.float64)
-            counts[layer] += len(rows)
-
-        return hook
-
-    hooks = {node: observe(layer) for layer in layers for node in graph.readers(layer)}
+    layer_of = {node: layer for layer in layers for node in graph.readers(layer)}
+    predicted = intervention == "predicted"
+    joint = {layer for layer in layer_of.values() if predicted and _joint(graph.layer(layer))}
     with torch.no_grad():
         for part in torch.split(images, chunk):
-            graph.run(part, observe=hooks)
+            for node, env in graph.step(part):
+                layer = layer_of.get(node)
+                if layer is None:
+                    continue
+                x = graph.value(input_of(node), env).movedim(channel_dim(graph.layer(layer)), -1)
+                rows = x.reshape(-1, x.shape[-1])
+                if layer not in sums:
+                    sums[layer] = CentredMoments(rows.mean(0))
+                positions = x.reshape(len(x), -1, x.shape[-1])
+                if layer in joint and positions.shape[1] > per_image:  # the same of every image
+                    positions = positions[:, some_of(positions.shape[1], per_image)]
+                    rows = positions.reshape(-1, x.shape[-1])
+                rows = rows - sums[layer].centre
+                sums[layer].add(rows, *(rows,) * (layer in joint))
     found = {}
-    for layer, total in sums.items():
-        module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
-        mean = total / counts[layer]
-        covariance = None
-        if layer in products:
-            covariance = products[layer] / counts[layer] - torch.outer(mean, mean)
-        alive = module.weight.detach().movedim(1, 0).flatten(1).abs().amax(1) > 0
-        found[layer] = Moments((mean + shifts[layer]).float(), covariance, alive)
+    for layer, summed in sums.items():
+        mean = summed.mean
+        alive = graph.layer(layer).weight.detach().movedim(1, 0).flatten(1).abs().amax(1) > 0
+        covariance = summed.covariance(0, mean) if layer in joint else None
+        found[layer] = Moments((mean + summed.centre).float(), covariance, alive, ridge=ridge)
     return found
 
 
-def contribution(layer: Consumer, node: fx.Node, x: Tensor, stand_in: StandIn) -> Tensor:
-    """What a layer's output loses when some inputs become their stand-in, but for the constant.
+def _joint(layer: Consumer) -> bool:
+    """Whether each input of a layer can be predicted from all the others."""
+    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    return not grouped and layer.weight.shape[1] <= _MOST_INPUTS
 
-    Args:
-        layer: The consumer.
-        node: Its node, for the settings of the convolution.
-        x: Its input.
-        stand_in: What takes the place of which inputs.
 
-    Returns:
-        Of the shape of the layer's output: ``W_B (a_B - A a)``.
+def contribution(
+    layer: Consumer, node: fx.Node, x: Tensor, ablation_value: AblationValue
+) -> Tensor:
+    """What a layer's output loses by an ablation value, but for the constant: W_B (a_B - A a).
+
+    ``node`` is the layer's, for the settings of the convolution; ``x`` is its input.
     """
     dim = channel_dim(layer)
-    rest = x.index_select(dim if dim >= 0 else x.ndim + dim, stand_in.index)
-    if stand_in.weights is not None:
-        rest = rest - mix(stand_in.weights, x, dim)
+    rest = x.index_select(dim if dim >= 0 else x.ndim + dim, ablation_value.index)
+    if ablation_value.weights is not None:
+        rest = rest - mix(ablation_value.weights, x, dim)
     if isinstance(layer, nn.Linear):
-        return torch.nn.functional.linear(rest, layer.weight[:, stand_in.index])
-    weight = select_input(layer.weight, stand_in.index, layer.groups)
-    # The node's own stride, padding and so on: what the layer does may differ from what its
-    # attributes say ("same" padding, for one).
-    settings = list(node.args[3:])
-    return torch.nn.functional.conv2d(rest, weight, None, *settings)  # type: ignore[arg-type]
+        return torch.nn.functional.linear(rest, layer.weight[:, ablation_value.index])
+    weight = layer.weight[:, weight_columns(layer, ablation_value.index)]
+    # The node's own stride and padding: a layer's attributes may differ ("same" padding, for one).
+    return torch.nn.functional.conv2d(rest, weight, None, *node.args[3:])  # type: ignore[arg-type]
 
 
 def mix(weights: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -213,35 +212,21 @@ def mix(weights: Tensor, x: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.linear(x, weights)
 
 
-def constant_output(layer: Consumer, stand_in: StandIn) -> Tensor | None:
-    """(O,) what the constants of a stand-in add to a layer's output; ``None`` for nothing."""
-    if stand_in.constant is None:
+def constant_output(layer: Consumer, ablation_value: AblationValue) -> Tensor | None:
+    """(O,) what an ablation value's constant adds to a layer's output; ``None`` for nothing."""
+    if ablation_value.constant is None:
         return None
-    return input_sum(layer, stand_in.index, stand_in.constant)
+    return input_sum(layer, ablation_value.index, ablation_value.constant)
 
 
-def fold(graph: Graph, layer: str, stand_in: StandIn) -> None:
-    """Make an intervention part of a layer's weights, in place.
-
-    Args:
-        graph: Over the module to change.
-        layer: The consumer.
-        stand_in: Which inputs go, and what takes their place.
-    """
-    module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
-    constant = constant_output(module, stand_in)
+def fold(graph: Graph, layer: str, ablation_value: AblationValue) -> None:
+    """Make an intervention part of the weights of a layer, in place."""
+    module = graph.layer(layer)
+    constant = constant_output(module, ablation_value)
     with torch.no_grad():
-        if stand_in.weights is not None:
-            gone = module.weight[:, stand_in.index]
-            module.weight += torch.einsum("ob...,bi->oi...", gone, stand_in.weights)
-    mask_weight(module, stand_in.index)
+        if ablation_value.weights is not None:
+            gone = module.weight[:, ablation_value.index]
+            module.weight += torch.einsum("ob...,bi->oi...", gone, ablation_value.weights)
+    mask_weight(module, ablation_value.index)
     if constant is not None:
         shift_output(graph, layer, constant)
-
-
-def _some_positions(x: Tensor, most: int) -> Tensor:
-    """(N, P, I) -> (rows, I): the same ``most`` positions of every image, spread at random."""
-    if x.shape[1] > most:
-        generator = torch.Generator().manual_seed(0)
-        x = x[:, torch.randperm(x.shape[1], generator=generator)[:most].sort().values]
-    return x.reshape(-1, x.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,25 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from cswap_deploy.causal.bfloat16 import HalfGraph
 from cswap_deploy.causal.effects import kl_divergence, relative_effect
-from cswap_deploy.causal.epilogue import Tail, tail_of
+from cswap_deploy.causal.epilogue import FusedEpilogue, find_fused_epilogue
 from cswap_deploy.causal.interventions import (
+    AblationValue,
     Moments,
-    StandIn,
+    ablation_values,
     constant_output,
     contribution,
     mix,
-    stand_ins,
-)
+)  # fmt: skip
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.graph import Env, Graph
-from cswap_deploy.network.nodes import batched, bytes_of, elements, input_of
+from cswap_deploy.network.nodes import batched, bytes_of, elements, input_of, memory_format_of
 from cswap_deploy.network.units import Consumer, Group, channel_dim
 
 
-class Cut:
-    """Some units of a group, ready to be measured: what a forward must keep, what runs again."""
+class MaskedForward:
+    """Some units of a group: what a forward must keep, and what runs again without each of them."""
 
     def __init__(
         self,
@@ -37,57 +37,50 @@ class Cut:
         units: Sequence[int],
         moments: Mapping[str, Moments],
         *,
-        fan: bool = False,
+        fused: bool = False,
     ) -> None:
-        """Find where the network is cut, and what takes each unit's place.
+        """Find where the network is cut, and each unit's ablation value.
 
         Args:
             graph: The network as it stands.
             group: Where the units are.
             units: Which of them, by index.
             moments: Of the consumers' inputs; empty for the zero intervention.
-            fan: Compute what follows the only consumer with :mod:`causal.fanout`, where that is
+            fused: Compute what follows the only consumer with :mod:`causal.fanout`, where that is
                 possible: on a GPU variants then leave it at the speed of memory. Not in bfloat16.
         """
         self.graph, self.group = graph, group
         self.units = np.asarray(units, dtype=np.int64)
         device = next(graph.module.parameters()).device
-        self.consumers = [
-            (
-                node,
-                c.layer,
-                [
-                    s.to(device)
-                    for s in stand_ins(moments.get(c.layer), [c.indices[u] for u in units])
-                ],
-            )
-            for c in group.consumers
-            for node in graph.readers(c.layer)
-        ]
+        self.consumers: list[tuple[fx.Node, str, list[AblationValue]]] = []
+        """Node, layer, and the ablation value of each unit there."""
+        for consumer in group.consumers:
+            found = moments.get(consumer.layer)
+            values = ablation_values(found, [consumer.indices[u] for u in units])
+            values = [value.to(device) for value in values]
+            self.consumers += [(n, consumer.layer, values) for n in graph.readers(consumer.layer)]
         self._suffix = graph.suffix(node for node, _, _ in self.consumers)
         inside = set(self._suffix.nodes)
         self._consumers = [c for c in self.consumers if c[0] in inside]
-        first = [c for c in self.consumers if input_of(c[0]) not in inside]
-        self._first = {node for node, *_ in first}
-        self._tail = self._find_tail(inside) if fan else None
-        if self._tail is not None:
-            self._suffix = graph.suffix([self._tail.last], given=True)
-        others = {self._tail.other} if self._tail is not None and self._tail.other else set()
-        self.keep = frozenset(
-            {*self._suffix.cached, *(c[0] for c in first), *(input_of(c[0]) for c in first)}
-            | others
-        )
+        self._first = {node for node, _, _ in self.consumers if input_of(node) not in inside}
+        self.epilogue = self._find_epilogue(inside) if fused else None
+        """What one kernel computes behind the consumer; ``None`` where each operation runs."""
+        keep = {*self._first, *(input_of(node) for node in self._first)}
+        if self.epilogue is not None:
+            self._suffix = graph.suffix([self.epilogue.last], given=True)
+            keep |= {self.epilogue.other} if self.epilogue.other is not None else set()
+        self.keep = frozenset(keep | {*self._suffix.cached})
         """Nodes whose values :meth:`measure` needs."""
         self.kept_bytes = sum(bytes_of(node) for node in self.keep)
-        """Of one image."""
+        """Bytes of these values, for one image."""
         self.largest = max((elements(n) for n in self._suffix.nodes), default=1)
-        """Elements of the largest value behind the cut, of one image."""
+        """Elements of the largest value behind the cut, for one image."""
 
-    def _find_tail(self, inside: set[fx.Node]) -> Tail | None:
+    def _find_epilogue(self, inside: set[fx.Node]) -> FusedEpilogue | None:
         if len(self._consumers) != 1 or len(self._first) != 1:
             return None
         ((node, layer, _),) = self._consumers
-        return tail_of(node, self.graph.module.get_submodule(layer), inside=inside)
+        return find_fused_epilogue(node, self.graph.layer(layer), inside=inside)
 
     def measure(
         self,
@@ -97,31 +90,25 @@ class Cut:
         *,
         variant_bytes: int,
         together: bool = True,
-        half: HalfGraph | None = None,
+        rounded: Graph | None = None,
         tick: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both effects of the units on the images of one forward.
+        """Both effects of the units, (units, N) float64 each, on the images of one forward.
 
         Args:
             kept: Values of ``keep``, for N images.
             logits: (N, classes), of the same forward.
             labels: (N,).
-            variant_bytes: Variants are batched until the largest value behind the cut has this
-                many bytes.
+            variant_bytes: Of the largest value behind the cut, in one batch of variants.
             together: Whether images and variants may share a batch as they come; otherwise each
                 variant runs by itself, on all N images.
-            half: Runs what follows the cut in bfloat16; the unmasked network is then run in the
-                same arithmetic for comparison.
+            rounded: The network in bfloat16, where what follows the cut then runs.
             tick: Called with the number of (unit, image) pairs finished.
-
-        Returns:
-            Relative change of the true class's probability and KL divergence, each
-            (units, N) float64.
 
         Raises:
             StageError: A prediction is not finite.
         """
-        per_image = (2 if half is not None else 4) * self.largest
+        per_image = (2 if rounded is not None else 4) * self.largest
         chunk = max(1, min(len(logits), variant_bytes // per_image)) if together else len(logits)
         found = []
         for begin in range(0, len(logits), chunk):
@@ -129,8 +116,8 @@ class Cut:
             values = {n: v[part] if batched(n) else v for n, v in kept.items() if n in self.keep}
             count = len(logits[part])
             step = max(1, variant_bytes // (per_image * count)) if together else 1
-            graph: Graph = self.graph if half is None else half
-            base = logits[part] if half is None else self._run(graph, values, None, count)
+            graph: Graph = self.graph if rounded is None else rounded
+            base = logits[part] if rounded is None else self._run(graph, values, None, count)
             effects = []
             for at in range(0, len(self.units), step):
                 chosen = range(at, min(at + step, len(self.units)))
@@ -144,84 +131,65 @@ class Cut:
 
     def _run(self, graph: Graph, kept: Env, chosen: Sequence[int] | None, images: int) -> Tensor:
         """Logits of some variants, or (``None``) of the network without any intervention."""
-        cached = {n: kept[n] for n in self._suffix.cached}
-        if self._tail is not None and chosen is not None:
-            return self._fan_out(self._tail, kept, chosen, images)
         replace: dict[fx.Node, Callable[[fx.Node, Env], Tensor]] = {}
-        for node, layer, units in self._consumers:
-            output, input_ = kept.get(node), kept.get(input_of(node))
-            if chosen is not None:
-                variants = [units[v] for v in chosen]
-                replace[node] = _Intervention(
-                    graph, self.graph, layer, variants, output, input_, cut=node in self._first
-                )
-            elif node in self._first:
-                assert output is not None
-                replace[node] = partial(_given, output)
-        variants_ = 1 if chosen is None else len(chosen)
+        if self.epilogue is not None and chosen is not None:
+            ((_, name, values),) = self._consumers
+            variants = [values[v] for v in chosen]
+            value = self.epilogue.variants(self.graph, self.graph.layer(name), variants, kept)
+            replace[self.epilogue.last] = partial(_given, value)
+        else:
+            for node, name, values in self._consumers:
+                cached = (kept[node], kept[input_of(node)]) if node in self._first else None
+                if chosen is not None:
+                    variants = [values[v] for v in chosen]
+                    layer = self.graph.layer(name)
+                    replace[node] = _Intervention(graph, layer, variants, cached)
+                elif cached is not None:
+                    replace[node] = partial(_given, cached[0])
         return graph.run_suffix(
-            self._suffix, cached, images=images, variants=variants_, replace=replace
+            self._suffix,
+            {node: kept[node] for node in self._suffix.cached},
+            images=images,
+            variants=1 if chosen is None else len(chosen),
+            replace=replace,
         )
-
-    def _fan_out(self, tail: Tail, kept: Env, chosen: Sequence[int], images: int) -> Tensor:
-        ((_, name, units),) = self._consumers
-        layer: Consumer = self.graph.module.get_submodule(name)  # type: ignore[assignment]
-        value = tail.variants(self.graph, layer, [units[v] for v in chosen], kept)
-        cached = {n: kept[n] for n in self._suffix.cached}
-        return self.graph.run_suffix(
-            self._suffix, cached, images=images, variants=len(chosen),
-            replace={tail.last: partial(_given, value)},
-        )  # fmt: skip
 
 
 def _given(value: Tensor, node: fx.Node, env: Env) -> Tensor:
     return value
 
 
+@dataclass(frozen=True, slots=True)
 class _Intervention:
     """A consumer's output for several variants, one unit intervened on in each."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        whole: Graph,
-        layer: str,
-        stand_ins: list[StandIn],
-        output: Tensor | None,
-        input_: Tensor | None,
-        *,
-        cut: bool,
-    ) -> None:
-        self.graph, self.stand_ins = graph, stand_ins
-        self.layer: Consumer = whole.module.get_submodule(layer)  # type: ignore[assignment]
-        self.output, self.input = output, input_
-        self.cut = cut
+    graph: Graph
+    """What follows the cut runs on it."""
+    layer: Consumer
+    values: list[AblationValue]
+    """One for each variant."""
+    cached: tuple[Tensor, Tensor] | None
+    """The output and the input with nothing removed; ``None`` for consumers behind the first."""
 
     def __call__(self, node: fx.Node, env: Env) -> Tensor:
-        out = self._subtract(node) if self.cut else self._replace(node, env)
+        cached = self.cached
+        out = self._replace(node, env) if cached is None else self._subtract(node, *cached)
         shape = [1] * out.ndim
         shape[channel_dim(self.layer)] = -1
-        for part, stand_in in zip(out.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
-            constant = constant_output(self.layer, stand_in)
+        for part, value in zip(out.chunk(len(self.values)), self.values, strict=True):
+            constant = constant_output(self.layer, value)
             if constant is not None:
                 part.add_(constant.view(shape))
         return out
 
-    def _subtract(self, node: fx.Node) -> Tensor:
-        """(V * N, ...): z - W_n * (a_n - A a), from the cached input and output."""
-        assert self.output is not None
-        assert self.input is not None
-        count = len(self.output)
-        shape = (len(self.stand_ins) * count, *self.output.shape[1:])
-        maps = self.output.ndim == 4
-        last = maps and self.output.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
+    def _subtract(self, node: fx.Node, output: Tensor, x: Tensor) -> Tensor:
+        """(V * N, ...): z - W_n * (a_n - A a), from the cached output and input."""
         out = torch.empty(
-            shape, dtype=self.output.dtype, device=self.output.device, memory_format=layout
-        )
-        for part, stand_in in zip(out.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
-            lost = contribution(self.layer, node, self.input, stand_in)
-            torch.sub(self.output, lost, out=part)
+            (len(self.values) * len(output), *output.shape[1:]), dtype=output.dtype,
+            device=output.device, memory_format=memory_format_of(output),
+        )  # fmt: skip
+        for part, value in zip(out.chunk(len(self.values)), self.values, strict=True):
+            torch.sub(output, contribution(self.layer, node, x, value), out=part)
         return out
 
     def _replace(self, node: fx.Node, env: Env) -> Tensor:
@@ -229,10 +197,11 @@ class _Intervention:
         source = input_of(node)
         x: Tensor = self.graph.value(source, env).clone()
         dim = channel_dim(self.layer)
-        for part, stand_in in zip(x.chunk(len(self.stand_ins)), self.stand_ins, strict=True):
-            new = 0.0 if stand_in.weights is None else mix(stand_in.weights.to(x.dtype), part, dim)
+        for part, value in zip(x.chunk(len(self.values)), self.values, strict=True):
             rows = part.movedim(dim, 1)
-            rows[:, stand_in.index] = new if isinstance(new, float) else new.movedim(dim, 1)
+            weights = value.weights
+            new = 0.0 if weights is None else mix(weights.to(x.dtype), part, dim).movedim(dim, 1)
+            rows[:, value.index] = new
         out: Tensor = self.graph.execute(node, {**env, source: x}, batch=len(x))
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,17 @@ from typing import TypeVar
 
 import torch
 
-from cswap_deploy.errors import StageError, UsageError
+from cswap_deploy.errors import StageError
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _SHARE = 3
 """One part in so many of the free memory may be used."""
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's ``malloc.h``."""
+"""Numbers from glibc's ``malloc.h``."""
 _VARIANT_BYTES = 32 << 20
-"""Of the largest value of one batch of variants; larger does not run faster
+"""Bytes of the largest value of one batch of variants; larger does not run faster
 (benchmarks/LOG.md)."""
 _LIVE = 8
 """Values of that size that are alive at once, about: a residual branch, its stream, what an
@@ -36,7 +34,7 @@ class Budget:
 
     total: int
     variant_bytes: int
-    """Of the largest value of one batch of variants; halved when memory runs out."""
+    """Bytes of the largest value of one batch of variants; halved when memory runs out."""
 
     @classmethod
     def of(cls, total: int | None = None) -> Budget:
@@ -62,37 +60,21 @@ class Budget:
             except (RuntimeError, MemoryError) as err:
                 if not _out_of_memory(err):
                     raise
-                words = str(err).strip().splitlines()
+                words = str(err).strip().splitlines() or [type(err).__name__]
                 if self.variant_bytes <= 1:
                     raise StageError(
-                        "memory ran out while one variant of one image was measured: "
-                        f"{words[0] if words else type(err).__name__}",
+                        f"memory ran out while one variant of one image was measured: {words[0]}",
                         fix="close other programs, pass a smaller --input-size, or use a machine "
                         "with more memory",
                     ) from err
             self.variant_bytes //= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            _log.warning(
-                "memory ran out; going on with batches half the size (%.3g MiB)",
-                self.variant_bytes / 2**20,
-            )
+            mib = self.variant_bytes / 2**20
+            _log.warning("memory ran out; going on with batches half the size (%.3g MiB)", mib)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of ``512MiB``, ``2G``, ``1073741824``; units are powers of 1,024.
-
-    Raises:
-        UsageError: It is no size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if size <= 0:
-        raise UsageError(f"{text!r} is no amount of memory", fix="write 512MiB, 2GiB or bytes")
-    return size
-
-
-def free_memory() -> int:
+def free_memory(cgroup: Path = _CGROUP) -> int:
     """Bytes that can be had without swapping; within the limits of a container."""
     import psutil
 
@@ -102,28 +84,18 @@ def free_memory() -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
+            free = min(free, int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return max(free, 0)
 
 
-def resident_mib() -> float:
-    """Memory of this process that is in use now, in MiB."""
-    import psutil
-
-    return float(psutil.Process().memory_info().rss) / 2**20
-
-
 def keep_freed_memory() -> bool:
-    """Let freed blocks stay with the process, for all of it, from now on.
+    """Let freed blocks stay with the process from now on; whether the C library took the setting.
 
     By default glibc returns every large block to the system as soon as it is freed, and the next
     one costs a page fault for each 4 KiB: a third of the time of small networks' forwards
     (benchmarks/LOG.md).
-
-    Returns:
-        Whether the C library took the setting; others than glibc have none.
 
     Source:
         mallopt(3), ``M_MMAP_THRESHOLD``, ``M_TRIM_THRESHOLD``.

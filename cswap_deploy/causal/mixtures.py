@@ -3,7 +3,7 @@
 Calibration images are mostly training images. The network is certain of them, right or wrong, so
 most units seem to change nothing there, and the few images that react decide everything. Lightly
 mixed with another image, each still shows what it showed, but the prediction is open. On such
-images the effects of sets of units agree much better with those on images never seen
+images the effects of sets of units agree much better with those on new images
 (benchmarks/LOG.md).
 
 Source: mixed images: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization"
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _LEAST = 0.5
-"""Of an image's own part."""
+"""Smallest weight of an image in its mixture."""
 
 
 def lightly_mixed(images: Tensor, *, seed: int = 0) -> Tensor:

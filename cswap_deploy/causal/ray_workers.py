@@ -1,9 +1,8 @@
 """Measuring on several processes or machines, over Ray.
 
 The work is cut by groups and by parts of the images. A piece is computed in the same batches
-wherever it runs, and results are put together in the order of the pieces, so with the same number
-of threads a worker's effects are those of one process to the last bit. A worker that dies loses
-only its piece, which another one does again.
+wherever it runs, so with the same number of threads a worker's effects are those of one process to
+the last bit. A worker that dies loses only its piece, which another one does again.
 
 No module travels: workers build the architecture from its name and take weights as safetensors,
 named by their sha256; a worker fetches those of a round once.
@@ -26,12 +25,14 @@ import torch
 from torch import Tensor
 
 from cswap_deploy.causal.effects import Effects, join
+from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments
+from cswap_deploy.causal.measurement import MOST_IMAGES, LocalMeasurement, Tick
 from cswap_deploy.causal.memory import Budget, keep_freed_memory
-from cswap_deploy.causal.scoring import MOST_IMAGES, Local, Tick
 from cswap_deploy.errors import MissingDependencyError, StageError, UsageError, missing
 from cswap_deploy.models.load import fresh_module, weights_digest
-from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.deletion import contiguous_state
+from cswap_deploy.network.graph import trace
 from cswap_deploy.network.units import Group, give_bias
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.runtime.host import usable_cores
@@ -41,13 +42,18 @@ _PIECES_A_WORKER = 3
 """Pieces of a part's groups for each worker: small enough that none waits long for the last."""
 _LIVES = 3
 """Times that a piece is given out before it is given up."""
+Units = list[tuple[Group, list[int]]]
+"""Some groups, and which of their units."""
+Piece = tuple[int, Units, np.ndarray]
+"""A part of the images by number, groups to measure on it, and its rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a worker needs to build the network, apart from its weights."""
 
-    spec: ModelSpec
+    spec: ModelSpec | None
+    """``None``: of a module that has no name to be built from."""
     biased: tuple[str, ...]
     """Layers that were given a bias."""
     example: np.ndarray
@@ -59,7 +65,7 @@ class Task:
     """What a network is measured on; fetched once by each worker."""
 
     digest: str
-    """Of the weights."""
+    """sha256 of the weights."""
     weights: bytes
     """A safetensors file."""
     images: np.ndarray
@@ -74,66 +80,57 @@ class Worker:
     def __init__(self, recipe: Recipe, threads: int, budget: int) -> None:
         keep_freed_memory()
         torch.set_num_threads(threads)
+        assert recipe.spec is not None, "pool_of refuses it"
         module = fresh_module(recipe.spec)
         for layer in recipe.biased:
             give_bias(module.get_submodule(layer))  # type: ignore[arg-type]
         self._graph = trace(module, torch.from_numpy(recipe.example.copy()))
         self._budget = budget
-        self._scorer: Local | None = None
+        self._measurement: LocalMeasurement | None = None
         self._task: Any = None
 
-    def pid(self) -> int:
-        """Of the process, for whoever wants to watch it."""
-        return os.getpid()
-
     def measure(
-        self,
-        name: int,
-        task: list[Any],
-        groups: list[tuple[Group, list[int]]],
-        rows: np.ndarray,
-        half: bool,
+        self, name: int, task: list[Any], groups: Units, rows: np.ndarray, bfloat16: bool
     ) -> list[Effects]:
-        """One piece.
+        """Measure one piece.
 
         Args:
             name: Of the task; one that is known is not fetched again.
             task: A reference to it, in a list, so that Ray does not fetch it for every call.
             groups: Which units.
             rows: Which images.
-            half: See ``scoring.Scorer``.
+            bfloat16: As :class:`EffectMeasurement` says.
         """
         if self._task != name:
             import ray
 
-            self._scorer, self._task = self._load(ray.get(task[0])), name
-        assert self._scorer is not None
-        return self._scorer.effects(dict(groups), torch.from_numpy(rows.copy()), half=half)
+            self._measurement, self._task = self._load(ray.get(task[0])), name
+        assert self._measurement is not None
+        part = torch.from_numpy(rows.copy())
+        return self._measurement.effects(dict(groups), part, bfloat16=bfloat16)
 
-    def _load(self, task: Task) -> Local:
+    def _load(self, task: Task) -> LocalMeasurement:
         from safetensors.torch import load
 
         self._graph.module.load_state_dict(load(task.weights), strict=True)
         found = weights_digest(self._graph.module)
         if found != task.digest:
-            raise StageError(
-                f"a worker got other weights than were sent: sha256 {found[:12]}…, not "
-                f"{task.digest[:12]}…"
-            )
+            sha256 = f"sha256 {found[:12]}…, not {task.digest[:12]}…"
+            raise StageError(f"a worker got other weights than were sent: {sha256}")
         images = torch.from_numpy(task.images.copy()).contiguous(memory_format=torch.channels_last)
         labels = torch.from_numpy(task.labels.copy())
         budget = Budget(self._budget, task.variant_bytes)
-        return Local(self._graph, images, labels, task.moments, budget)
+        return LocalMeasurement(Experiment(self._graph, images, labels, task.moments, budget))
 
 
 @dataclass(slots=True)
-class Pool:
+class WorkerPool:
     """Workers that measure for one network, in all of its rounds."""
 
     recipe: Recipe
     count: int
     threads: int
-    """Of each worker."""
+    """Threads of each worker."""
     budget: int
     """Bytes of each worker."""
     ray: Any
@@ -147,44 +144,24 @@ class Pool:
         kind = self.ray.remote(num_cpus=0, max_restarts=0)(Worker)
         return kind.remote(self.recipe, self.threads, self.budget)
 
-    def scorer(
-        self,
-        graph: Graph,
-        images: Tensor,
-        labels: Tensor,
-        moments: Mapping[str, Moments],
-        budget: Budget,
-    ) -> Remote:
-        """Measures one network, as it is now, on some images; see ``progressive.Scorers``."""
+    def measurement(self, experiment: Experiment) -> RayMeasurement:
+        """Send the network as it is now, and the images, to whichever workers will need them."""
         from safetensors.torch import save
 
         self._tasks += 1
-        state = {k: v.detach().contiguous() for k, v in graph.module.state_dict().items()}
+        module, images = experiment.graph.module, experiment.images
         task = Task(
-            digest=weights_digest(graph.module),
-            weights=save(state),
-            images=images.contiguous().numpy(),
-            labels=labels.numpy(),
-            moments=moments,
-            variant_bytes=budget.variant_bytes,
-        )
-        return Remote(self, self._tasks, self.ray.put(task), len(images))
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some groups on one part of the images."""
-
-    part: int
-    groups: list[tuple[Group, list[int]]]
-    rows: np.ndarray
+            weights_digest(module), save(contiguous_state(module)), images.contiguous().numpy(),
+            experiment.labels.numpy(), experiment.moments, experiment.budget.variant_bytes,
+        )  # fmt: skip
+        return RayMeasurement(self, self._tasks, self.ray.put(task), len(images))
 
 
 @dataclass(slots=True)
-class Remote:
+class RayMeasurement:
     """Measures one network on one set of images, by a pool's workers."""
 
-    pool: Pool
+    pool: WorkerPool
     name: int
     task: Any
     images: int
@@ -194,27 +171,27 @@ class Remote:
         wanted: Mapping[Group, Sequence[int]],
         rows: Tensor | None = None,
         *,
-        half: bool = False,
+        bfloat16: bool = False,
         tick: Tick | None = None,
     ) -> list[Effects]:
-        """See ``scoring.Scorer``."""
+        """See :class:`EffectMeasurement`."""
         asked = [(g, list(units)) for g, units in wanted.items() if len(units)]
         chosen = torch.arange(self.images) if rows is None else rows
         parts = list(torch.split(chosen, MOST_IMAGES))
-        pieces = [
-            Piece(at, groups, part.numpy())
+        pieces: list[Piece] = [
+            (at, groups, part.numpy())
             for at, part in enumerate(parts)
-            for groups in _shares(asked, self.pool.count * _PIECES_A_WORKER)
+            for groups in shares(asked, self.pool.count * _PIECES_A_WORKER)
         ]
         done: dict[tuple[str, int], Effects] = {}
-        for at, found in self._run(pieces, half):
+        for at, found in self._run(pieces, bfloat16):
             for effects in found:
                 done[effects.group, at] = effects
                 if tick is not None:
                     tick(effects.kl.size)
         return [join([done[g.name, at] for at in range(len(parts))]) for g, _ in asked]
 
-    def _run(self, pieces: list[Piece], half: bool) -> Iterator[tuple[int, list[Effects]]]:
+    def _run(self, pieces: list[Piece], bfloat16: bool) -> Iterator[tuple[int, list[Effects]]]:
         """Give the pieces out, one to each worker at a time; those of the dead again."""
         ray, pool = self.pool.ray, self.pool
         waiting = deque((piece, _LIVES) for piece in pieces)
@@ -224,14 +201,12 @@ class Remote:
             while waiting and idle:
                 piece, lives = waiting.popleft()
                 worker = idle.pop()
-                answer = worker.measure.remote(
-                    self.name, [self.task], piece.groups, piece.rows, half
-                )
+                answer = worker.measure.remote(self.name, [self.task], *piece[1:], bfloat16)
                 busy[answer] = worker, piece, lives
             (answer, *_), _ = ray.wait(list(busy), num_returns=1)
             worker, piece, lives = busy.pop(answer)
             try:
-                yield piece.part, ray.get(answer)
+                yield piece[0], ray.get(answer)
             except ray.exceptions.RayActorError as err:
                 pool.lost += 1
                 if lives <= 1:
@@ -252,12 +227,11 @@ class Remote:
 
 
 @contextmanager
-def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterator[Pool]:
+def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterator[WorkerPool]:
     """Workers on this machine (``4``) or on a cluster (``ray://HOST:PORT``).
 
     Args:
-        where: How many, or where (``config.BuildConfig.workers``); on a cluster as many as it has
-            CPUs.
+        where: How many, or where; on a cluster as many as it has CPUs.
         recipe: Of the network.
         memory_budget: Bytes of each worker; of a third of what is free an equal share unless said.
 
@@ -266,7 +240,8 @@ def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterato
         MissingDependencyError: Ray is not installed, or no cluster answers.
     """
     count = int(where) if where.isdigit() else None
-    if recipe.spec.source == "factory" and ":" not in recipe.spec.name:
+    spec = recipe.spec
+    if spec is None or (spec.source == "factory" and ":" not in spec.name):
         raise UsageError(
             "--workers needs a network that can be built from its name; this one was passed as an "
             "object",
@@ -297,13 +272,9 @@ def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterato
     try:
         found = count if count is not None else max(1, int(ray.cluster_resources().get("CPU", 1)))
         share = Budget.of().total // (found if count is not None else 1)
-        pool = Pool(
-            recipe=recipe,
-            count=found,
-            threads=max(1, usable_cores() // found) if count is not None else 1,
-            budget=memory_budget if memory_budget is not None else share,
-            ray=ray,
-        )
+        threads = max(1, usable_cores() // found) if count is not None else 1
+        budget = memory_budget if memory_budget is not None else share
+        pool = WorkerPool(recipe, found, threads, budget, ray)
         pool.workers = [pool.start_worker() for _ in range(found)]
         yield pool
     finally:
@@ -311,18 +282,14 @@ def pool_of(where: str, recipe: Recipe, *, memory_budget: int | None) -> Iterato
             ray.shutdown()
 
 
-def _shares(
-    asked: list[tuple[Group, list[int]]], most: int
-) -> Iterator[list[tuple[Group, list[int]]]]:
+def shares(asked: Units, most: int) -> Iterator[Units]:
     """Neighbouring groups, in about equal shares by units; a group is never split."""
     total = sum(len(units) for _, units in asked)
-    share: list[tuple[Group, list[int]]] = []
-    count = 0
-    for group, units in asked:
-        share.append((group, units))
-        count += len(units)
-        if count * most >= total:
+    share: Units = []
+    for entry in asked:
+        share.append(entry)
+        if sum(len(units) for _, units in share) * most >= total:
             yield share
-            share, count = [], 0
+            share = []
     if share:
         yield share

@@ -1,14 +1,12 @@
 """Which effects are real: a paired test per class, corrected for the number of tests.
 
 For every unit and class the effects of that class's images are tested against zero (Wilcoxon's
-signed-rank test; each image is its own pair, with and without the unit), and so are those of all
-images together, the global causal effect. Effects have long tails, a few images carry most of them,
-so a test on ranks sees what a t-test does not (benchmarks/LOG.md). Images that the unit does not
-touch (effect exactly 0) say nothing and are left out. Up to ``EXACT`` images that do react the
+signed-rank test), and so are those of all images together, the global causal effect. A few images
+carry most of an effect, so a test on ranks sees what a t-test does not (benchmarks/LOG.md). Images
+that the unit does not touch (effect exactly 0) are left out. Up to ``EXACT`` images the
 distribution of the ranks is the exact one: the normal approximation is over-confident below seven
-images (p = 0.11 instead of 0.25 when all of three agree) and blunt above (0.0022 instead of 0.0005
-when all of twelve do), which the correction for thousands of tests does not forgive. All tests of a
-measurement are corrected together (Benjamini and Hochberg 1995). A unit is
+images and blunt above, which the correction for thousands of tests does not forgive. All tests of a
+measurement are corrected together (Benjamini and Hochberg). A unit is
 
     critical      if removing it significantly hurts at least one class, or all on average,
     detrimental   if it hurts none, and removing it significantly helps at least one, or all,
@@ -38,7 +36,7 @@ EXACT = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class UnitVerdicts:
     """Verdicts of U units, with the interval of each mean effect over all images."""
 
     verdicts: tuple[Verdict, ...]
@@ -50,21 +48,20 @@ class Judgement:
     p_values: np.ndarray
     """(U, classes + 1) after correction; the last column is of all images together."""
     serves: tuple[tuple[int, ...], ...]
-    """Of each unit: the classes that removing it significantly hurts, strongest first. Small
-    classes that were tested together cannot be named, and neither can all images together: a
-    critical unit may serve no class by name."""
+    """For each unit the classes that removing it significantly hurts, strongest first; no small
+    classes that were tested together: a critical unit may serve no class by name."""
     harms: tuple[tuple[int, ...], ...]
     """The same for the classes that removing it significantly helps."""
 
 
-def judge(
+def find_verdicts(
     effects: np.ndarray,
     labels: np.ndarray,
     *,
     alpha: float,
     min_effect: float,
     measured: np.ndarray | None = None,
-) -> Judgement:
+) -> UnitVerdicts:
     """Call every unit critical, neutral or detrimental.
 
     Args:
@@ -83,17 +80,14 @@ def judge(
     real = (corrected <= alpha) & (np.abs(means) >= min_effect)
     hurts = (real & (means < 0)).any(1)
     helps = (real & (means > 0)).any(1)
-    verdicts: list[Verdict] = [
-        "critical" if bad else "detrimental" if good else "neutral"
-        for bad, good in zip(hurts, helps, strict=True)
-    ]
-    mean = effects.mean(1)
-    half = _half_width(effects)
-    # the last column, all images, is no class
-    classes = np.array([_class_of(labels[rows]) for rows in samples[:-1]])
+    verdicts = np.select([hurts, helps], ["critical", "detrimental"], "neutral")
+    mean, half = effects.mean(1), _half_width(effects)
+    # the last column, all images, is no class, and a sample that mixes several has none (-1)
+    of_samples = [np.unique(labels[rows]) for rows in samples[:-1]]
+    classes = np.array([found[0] if len(found) == 1 else -1 for found in of_samples])
     of_classes = np.where(real[:, :-1] & (classes >= 0), means[:, :-1], 0.0)
-    return Judgement(
-        verdicts=tuple(verdicts),
+    return UnitVerdicts(
+        verdicts=tuple(verdicts.tolist()),
         mean=mean,
         low=mean - half,
         high=mean + half,
@@ -125,11 +119,6 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def _class_of(labels: np.ndarray) -> int:
-    """The class of a sample; -1 where it mixes several."""
-    return int(labels[0]) if (labels == labels[0]).all() else -1
-
-
 def _strongest_first(means: np.ndarray, classes: np.ndarray) -> tuple[tuple[int, ...], ...]:
     """Classes with an effect other than zero, for each unit; (U, C), (C,) -> U tuples."""
     order = np.argsort(-np.abs(means), axis=1, kind="stable")
@@ -142,18 +131,15 @@ def _strongest_first(means: np.ndarray, classes: np.ndarray) -> tuple[tuple[int,
 def _p_values(sample: np.ndarray) -> np.ndarray:
     """Two-sided signed-rank test against zero, without the zeros; (U, n) -> (U,).
 
-    Exact where at most ``EXACT`` entries are left. Equal entries, which float64 effects hardly
-    have but for zeros, share a rank; the rank sum is then rounded towards the null. A unit that
-    changes nothing has p = 1.
+    Equal entries share a rank; the rank sum is then rounded towards the null. A unit that changes
+    nothing has p = 1.
     """
     from scipy.stats import wilcoxon
 
     reacting = (sample != 0).sum(1)
     p = np.ones(len(sample))
-    for method, rows in (
-        ("exact", (reacting > 0) & (reacting <= EXACT)),
-        ("asymptotic", reacting > EXACT),
-    ):
+    few = (reacting > 0) & (reacting <= EXACT)
+    for method, rows in (("exact", few), ("asymptotic", reacting > EXACT)):
         if rows.any():
             p[rows] = wilcoxon(sample[rows], axis=1, method=method, zero_method="wilcox").pvalue
     return p

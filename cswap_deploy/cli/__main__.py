@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from cswap_deploy.cli.commands import main
+from cswap_deploy.cli.main import main
 
 main()

@@ -14,13 +14,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 State = Literal["ok", "warn", "missing", "broken"]
-
+Seen: TypeAlias = tuple[State, str, str]
+"""State, detail and fix of a finding."""
 _PROBE_SECONDS = 120
 
 
@@ -37,49 +39,47 @@ class Finding:
     """What to do; empty where nothing needs doing or nothing is known."""
 
 
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How to look at a thing; where that fails, the package is absent or broken."""
+
+    run: Callable[[], Seen]
+    module: str = ""
+    """Name of the package that is tried."""
+    fix: str = ""
+    """Where it is absent, or lacks a package of its own."""
+    repair: str = ""
+    """Where it is there and does not load."""
+    optional: bool = False
+    loading: str = ""
+    """Between the version and what went wrong."""
+
+
+class _ProcessError(Exception):
+    """The last words of a process that tried a package."""
+
+
 def examine() -> tuple[Finding, ...]:
-    """Look at everything that the stages may need.
-
-    Returns:
-        One finding for each thing; an optional package that is absent is ``missing`` too. Whatever
-        goes wrong while looking is a finding, never an exception.
-    """
-    checks: tuple[tuple[str, Callable[[], Finding]], ...] = (
-        ("python", _python),
-        ("torch", _torch),
-        ("torchvision", _torchvision),
-        ("timm", _timm),
-        ("torch-pruning", lambda: _package("torch-pruning", "torch_pruning")),
-        ("onnx", lambda: _package("onnx", "onnx")),
-        ("onnxscript", lambda: _package("onnxscript", "onnxscript")),
-        ("onnxsim", lambda: _package("onnxsim", "onnxsim")),
-        ("onnxruntime", _onnxruntime),
-        ("GPU", _gpu),
-        ("tensorrt-rtx", lambda: _tensorrt("tensorrt-rtx", "tensorrt_rtx", "trt-rtx")),
-        ("tensorrt", lambda: _tensorrt("tensorrt", "tensorrt", "trt")),
-        ("pycuda", _pycuda),
-        ("nvidia-ml-py", lambda: _package("nvidia-ml-py", "pynvml", optional=True)),
-        ("openvino", lambda: _openvino("openvino")),
-        ("nncf", lambda: _openvino("nncf")),
-        ("nvidia-modelopt", _modelopt),
-        ("datasets", lambda: _package("datasets", "datasets", extra="hub", optional=True)),
-        ("demo networks", _demos),
-        ("store", _store),
-        ("CSWAP_DATA", _data),
-    )
-    return tuple(_safely(name, check) for name, check in checks)
+    """Look at everything that the stages may need."""
+    return tuple(map(look, CHECKS))
 
 
-def _safely(name: str, check: Callable[[], Finding]) -> Finding:
+def look(name: str) -> Finding:
+    """Look at one of ``CHECKS``. Whatever goes wrong is a finding, never an exception."""
+    check = CHECKS[name]
     try:
-        return check()
+        return Finding(name, *check.run())
     except Exception as err:  # noqa: BLE001  # whatever is broken is what is to be reported
-        return Finding(name, "broken", _words(err))
-
-
-def _words(err: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(err).__name__}: {' '.join(str(err).split())}"
+        lacking = err.name if isinstance(err, ModuleNotFoundError) else None
+        if lacking and lacking == check.module:
+            use = " (optional)" if check.optional else ""
+            return Finding(name, "missing", f"not installed{use}", check.fix)
+        version = _version(name) or "version unknown"
+        words = " ".join(str(err).split())
+        if not isinstance(err, _ProcessError):
+            words = f"{type(err).__name__}: {words}"
+        detail = f"{version}{check.loading}: {words}" if check.module else words
+        return Finding(name, "broken", detail, check.fix if lacking else check.repair)
 
 
 def _version(distribution: str) -> str | None:
@@ -89,142 +89,81 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _package(distribution: str, module: str, *, extra: str = "", optional: bool = False) -> Finding:
+# --- imported here -------------------------------------------------------------------------------
+
+
+def package(name: str, module: str = "", *, fix: str = "", optional: bool = False) -> Check:
     """Whether a package imports."""
-    fix = f"pip install 'cswap-deploy[{extra}]'" if extra else f"pip install {distribution}"
-    try:
+    module = module or name
+
+    def run() -> Seen:
         found = importlib.import_module(module)
-    except ModuleNotFoundError as err:
-        if err.name == module:
-            use = " (optional)" if optional else ""
-            return Finding(distribution, "missing", f"not installed{use}", fix)
-        return Finding(distribution, "broken", f"{_version(distribution)}: {_words(err)}", fix)
-    except Exception as err:  # noqa: BLE001  # a broken package may raise anything on import
-        again = f"pip install --force-reinstall {distribution}"
-        return Finding(distribution, "broken", f"{_version(distribution)}: {_words(err)}", again)
-    version = _version(distribution) or getattr(found, "__version__", "version unknown")
-    return Finding(distribution, "ok", str(version))
+        version = _version(name) or getattr(found, "__version__", "version unknown")
+        return "ok", str(version), ""
+
+    repair = f"pip install --force-reinstall {name}"
+    return Check(run, module, fix or f"pip install {name}", repair, optional)
 
 
-def _probe(code: str) -> tuple[dict[str, Any] | None, str]:
-    """Run Python in a process of its own.
-
-    Args:
-        code: Prints one JSON object as its last line.
-
-    Returns:
-        The object, or None and the last words of the process.
-    """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(entry or "." for entry in sys.path),
-        "ORT_DISABLE_TELEMETRY": "1",
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PROBE_SECONDS,
-            check=False,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {_PROBE_SECONDS} s"
-    if done.returncode == 0 and done.stdout.strip():
-        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return answer, ""
-    lines = done.stderr.strip().splitlines()
-    if done.returncode < 0:
-        return None, f"the process died of signal {-done.returncode}"
-    return None, lines[-1] if lines else f"the process ended with {done.returncode}"
-
-
-def _absent(words: str, module: str) -> bool:
-    return words.startswith("ModuleNotFoundError") and words.endswith(f"'{module}'")
-
-
-def _python() -> Finding:
-    version = f"{platform.python_version()} ({sys.executable})"
-    return Finding("python", "ok", version)
-
-
-def _torch() -> Finding:
-    found = _package("torch", "torch")
-    if found.state != "ok":
-        return found
+def _torch() -> Seen:
     import torch
 
     built = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
     if torch.cuda.is_available():
-        return Finding("torch", "ok", f"{torch.__version__}, {built}, CUDA available")
+        return "ok", f"{torch.__version__}, {built}, CUDA available", ""
     detail = f"{torch.__version__}, {built}, CUDA not available"
     if torch.version.cuda:
-        return Finding("torch", "warn", detail, "install an NVIDIA driver, or a CPU build of torch")
-    return Finding("torch", "ok", detail)
+        return "warn", detail, "install an NVIDIA driver, or a CPU build of torch"
+    return "ok", detail, ""
 
 
-def _torchvision() -> Finding:
+def _timm() -> Seen:
+    from cswap_deploy.models.torchvision_shim import import_timm
+
+    return "ok", str(import_timm().__version__), ""
+
+
+# --- tried in a process of their own -------------------------------------------------------------
+
+
+def _probe(code: str, module: str) -> Any:
+    """Run Python that imports a module and prints JSON as its last line; what that says.
+
+    Raises:
+        ModuleNotFoundError: There is no such module.
+        _ProcessError: Anything else.
+    """
+    path = os.pathsep.join(entry or "." for entry in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, errors="replace",
+            timeout=_PROBE_SECONDS, check=False, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as err:
+        raise _ProcessError(f"no answer within {_PROBE_SECONDS} s") from err
+    if done.returncode == 0 and done.stdout.strip():
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    if done.returncode < 0:
+        raise _ProcessError(f"the process died of signal {-done.returncode}")
+    words = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
+    if words.startswith("ModuleNotFoundError") and words.endswith(f"'{module}'"):
+        raise ModuleNotFoundError(words, name=module)
+    raise _ProcessError(words)
+
+
+def _torchvision() -> Seen:
     """Asked in a fresh process: here the shim may have mended it already."""
     version = _version("torchvision")
     if version is None:
-        return Finding("torchvision", "missing", "not installed", "pip install torchvision")
-    answer, words = _probe("import torchvision; print('{}')")
-    if answer is not None:
-        return Finding("torchvision", "ok", version)
-    if "operator torchvision::nms does not exist" in words:
-        detail = f"{version} is built for another torch ({words}); cswap-deploy mends this"
-        return Finding("torchvision", "ok", detail)
-    fix = "install the torchvision that belongs to your torch"
-    return Finding("torchvision", "broken", f"{version}: {words}", fix)
-
-
-def _timm() -> Finding:
+        raise ModuleNotFoundError(name="torchvision")
     try:
-        from cswap_deploy.models.torchvision_shim import import_timm
-
-        return Finding("timm", "ok", str(import_timm().__version__))
-    except ModuleNotFoundError as err:
-        if err.name == "timm":
-            return Finding("timm", "missing", "not installed", "pip install timm")
-        return Finding("timm", "broken", _words(err))
-
-
-def _onnxruntime() -> Finding:
-    """Which build is there, and which providers it really has."""
-    builds = {
-        name: version
-        for name in ("onnxruntime", "onnxruntime-gpu")
-        if (version := _version(name)) is not None
-    }
-    installed = " and ".join(f"{name} {version}" for name, version in builds.items())
-    if len(builds) == 2:
-        return Finding(
-            "onnxruntime",
-            "broken",
-            f"{installed} are both installed and overwrite each other's files",
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them",
-        )
-    answer, words = _probe(_ONNXRUNTIME)
-    if answer is None:
-        fix = "pip install 'cswap-deploy[cpu]'"
-        if _absent(words, "onnxruntime"):
-            return Finding("onnxruntime", "missing", "not installed", fix)
-        return Finding("onnxruntime", "broken", f"{installed or 'unknown build'}: {words}", fix)
-    name = installed or f"onnxruntime {answer['version']} (not from PyPI)"
-    detail = f"{name}; providers: {', '.join(answer['providers'])}"
-    if "CUDAExecutionProvider" not in answer["providers"]:
-        return Finding("onnxruntime", "ok", detail)
-    if answer["cuda"] == "CUDAExecutionProvider":
-        return Finding("onnxruntime", "ok", f"{detail}; CUDA provider loads")
-    why = f"; asked for CUDA it runs on {answer['cuda']}"
-    return Finding(
-        "onnxruntime",
-        "warn",
-        detail + why,
-        "install the CUDA and cuDNN that this build names, or pip install 'cswap-deploy[cpu]'",
-    )
+        _probe("import torchvision; print('{}')", "torchvision")
+    except _ProcessError as err:
+        if "operator torchvision::nms does not exist" not in str(err):
+            raise
+        version += f" is built for another torch ({err}); cswap-deploy mends this"
+    return "ok", version, ""
 
 
 # Asked for CUDA, onnxruntime falls back to the CPU without a word: only a session tells.
@@ -232,17 +171,37 @@ _ONNXRUNTIME = """
 import json, onnxruntime as ort
 answer = {"version": ort.__version__, "providers": ort.get_available_providers(), "cuda": ""}
 if "CUDAExecutionProvider" in answer["providers"]:
-    from onnx import TensorProto, helper
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [x], [y])
-    opset = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-    session = ort.InferenceSession(
-        model.SerializeToString(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    answer["cuda"] = session.get_providers()[0]
+    from onnx.parser import parse_model
+    relu = "relu (float[1] x) => (float[1] y) { y = Relu(x) }"
+    model = parse_model('<ir_version: 8, opset_import: ["": 17]>' + relu).SerializeToString()
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    answer["cuda"] = ort.InferenceSession(model, providers=providers).get_providers()[0]
 print(json.dumps(answer))
 """
+
+
+def _onnxruntime() -> Seen:
+    """Which build is there, and which providers it really has."""
+    versions = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+    installed = " and ".join(f"{name} {version}" for name, version in versions.items() if version)
+    if all(versions.values()):
+        detail = f"{installed} are both installed and overwrite each other's files"
+        fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
+        return "broken", detail, fix
+    fix = "pip install 'cswap-deploy[cpu]'"
+    try:
+        answer = _probe(_ONNXRUNTIME, "onnxruntime")
+    except _ProcessError as err:
+        return "broken", f"{installed or 'unknown build'}: {err}", fix
+    name = installed or f"onnxruntime {answer['version']} (not from PyPI)"
+    detail = f"{name}; providers: {', '.join(answer['providers'])}"
+    if "CUDAExecutionProvider" not in answer["providers"]:
+        return "ok", detail, ""
+    if answer["cuda"] == "CUDAExecutionProvider":
+        return "ok", f"{detail}; CUDA provider loads", ""
+    detail += f"; asked for CUDA it runs on {answer['cuda']}"
+    return "warn", detail, f"install the CUDA and cuDNN that this build names, or {fix}"
+
 
 _TENSORRT = """
 import json, {module} as trt
@@ -255,104 +214,73 @@ print(json.dumps(answer))
 """
 
 
-_OPENVINO = """
-import json, sys
-sys.modules["openvino_telemetry"] = None
-import {module}
-print(json.dumps({{"version": {module}.__version__}}))
-"""
-
-
-def _tensorrt(name: str, module: str, extra: str) -> Finding:
+def _tensorrt(module: str) -> Seen:
     """Import, then the creation of a builder; being findable says nothing."""
     from cswap_deploy.runtime.host import cuda_problem
 
-    fix = f"pip install 'cswap-deploy[{extra}]'"
-    answer, words = _probe(_TENSORRT.format(module=module))
-    if answer is None:
-        if _absent(words, module):
-            return Finding(name, "missing", "not installed (optional)", fix)
-        version = _version(name) or "version unknown"
-        if name == "tensorrt":
-            fix = "install the libraries too, as NVIDIA's TensorRT installation guide says"
-        return Finding(name, "broken", f"{version} is installed but does not load: {words}", fix)
-    problem = cuda_problem()
+    answer, problem = _probe(_TENSORRT.format(module=module), module), cuda_problem()
     if answer["builder"]:
         detail = f"{answer['version']} loads but makes no builder: {answer['builder']}"
         if problem:
-            return Finding(name, "broken", f"{detail}; {problem}", "install an NVIDIA driver")
-        return Finding(name, "broken", detail)
+            return "broken", f"{detail}; {problem}", "install an NVIDIA driver"
+        return "broken", detail, ""
     runs = f"builds engines; cannot run them here: {problem}" if problem else "builds engines"
-    return Finding(name, "ok", f"{answer['version']} {runs}")
+    return "ok", f"{answer['version']} {runs}", ""
 
 
-def _openvino(name: str) -> Finding:
+def _pycuda() -> Seen:
+    return "ok", _probe("import json, pycuda; print(json.dumps(pycuda.VERSION_TEXT))", "pycuda"), ""
+
+
+def _openvino(name: str) -> Seen:
     """OpenVINO, and what quantises for it; their telemetry stays off."""
-    answer, words = _probe(_OPENVINO.format(module=name))
-    fix = "pip install 'cswap-deploy[openvino]'"
-    if answer is not None:
-        return Finding(name, "ok", str(answer["version"]).partition("-")[0])
-    if _absent(words, name):
-        return Finding(name, "missing", "not installed (optional)", fix)
-    return Finding(name, "broken", f"{_version(name)} does not load: {words}", fix)
+    code = f"import json, sys; sys.modules['openvino_telemetry'] = None; import {name}"
+    version = _probe(f"{code}; print(json.dumps({name}.__version__))", name)
+    return "ok", version.partition("-")[0], ""
 
 
-def _modelopt() -> Finding:
+# --- what is neither -----------------------------------------------------------------------------
+
+
+def _modelopt() -> Seen:
     """In the environment that a variable names, or in this one."""
     from cswap_deploy.errors import MissingDependencyError
     from cswap_deploy.export.modelopt import VARIABLE, modelopt_version
 
     named = os.environ.get(VARIABLE)
     try:
-        version = modelopt_version()
+        return "ok", f"{modelopt_version()}, {named or 'in this environment'}", ""
     except MissingDependencyError as err:
         if named:
-            return Finding("nvidia-modelopt", "broken", str(err).splitlines()[0], err.fix or "")
-        return Finding("nvidia-modelopt", "missing", "not installed (optional)", err.fix or "")
-    return Finding("nvidia-modelopt", "ok", f"{version}, {named or 'in this environment'}")
+            return "broken", str(err).splitlines()[0], err.fix or ""
+        return "missing", "not installed (optional)", err.fix or ""
 
 
-def _gpu() -> Finding:
+def _gpu() -> Seen:
     from cswap_deploy.measure.device import list_gpus
     from cswap_deploy.runtime.host import cuda_problem
 
-    problem = cuda_problem()
-    gpus = ", ".join(list_gpus())
+    problem, gpus = cuda_problem(), ", ".join(list_gpus())
     if not problem:
-        return Finding("GPU", "ok", gpus or "usable (nvidia-smi is not there to name it)")
+        return "ok", gpus or "usable (nvidia-smi is not there to name it)", ""
     if gpus:
-        return Finding("GPU", "broken", f"{gpus}: {problem}", "reinstall the NVIDIA driver")
-    return Finding("GPU", "missing", f"{problem} (optional)")
+        return "broken", f"{gpus}: {problem}", "reinstall the NVIDIA driver"
+    return "missing", f"{problem} (optional)", ""
 
 
-def _pycuda() -> Finding:
-    answer, words = _probe(
-        "import json, pycuda; print(json.dumps({'version': pycuda.VERSION_TEXT}))"
-    )
-    if answer is not None:
-        return Finding("pycuda", "ok", str(answer["version"]))
-    if _absent(words, "pycuda"):
-        fix = "install the CUDA toolkit, put its bin on PATH, then pip install pycuda"
-        return Finding("pycuda", "missing", "not installed (optional)", fix)
-    return Finding("pycuda", "broken", f"{_version('pycuda')}: {words}")
-
-
-def _demos() -> Finding:
+def _demos() -> Seen:
     """The networks and images that ship with the package."""
-    from cswap_deploy.models.demos import DEMOS, ZOO_DIR
+    from cswap_deploy.models.demos import DEMOS, IMAGES, weights_file
 
-    sets = ("fashion-mnist-calibration.npz", "fashion-mnist-test.npz")
-    wanted = [*(f"{name}.safetensors" for name in DEMOS), *sets]
-    absent = [name for name in wanted if not (ZOO_DIR / name).is_file()]
-    if absent:
-        detail = f"{', '.join(absent)} not in {ZOO_DIR}"
-        return Finding(
-            "demo networks", "missing", detail, "pip install --force-reinstall cswap-deploy"
-        )
-    return Finding("demo networks", "ok", ", ".join(DEMOS))
+    wanted = [*map(weights_file, DEMOS), *IMAGES.values()]
+    absent = [file for file in wanted if not file.is_file()]
+    if not absent:
+        return "ok", ", ".join(DEMOS), ""
+    detail = f"{', '.join(f.name for f in absent)} not in {absent[0].parent}"
+    return "missing", detail, "pip install --force-reinstall cswap-deploy"
 
 
-def _store() -> Finding:
+def _store() -> Seen:
     """Whether finished stages can be kept: a file is really written."""
     from cswap_deploy.records.store import Store
 
@@ -360,19 +288,58 @@ def _store() -> Finding:
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=there):
-            pass
+            return "ok", str(folder), ""
     except OSError as err:
         fix = "pass --store FOLDER, or set CSWAP_STORE"
-        return Finding("store", "broken", f"{folder} is not writable: {err.strerror}", fix)
-    return Finding("store", "ok", str(folder))
+        return "broken", f"{folder} is not writable: {err.strerror}", fix
 
 
-def _data() -> Finding:
+def _data() -> Seen:
     """The folder of real weights and photos, for tests and benchmarks."""
     named = os.environ.get("CSWAP_DATA")
     if not named:
-        return Finding("CSWAP_DATA", "ok", "not set (only tests and benchmarks use it)")
+        return "ok", "not set (only tests and benchmarks use it)", ""
     folder = Path(named)
     if not folder.is_dir():
-        return Finding("CSWAP_DATA", "missing", f"{folder} is no folder", "unset CSWAP_DATA")
-    return Finding("CSWAP_DATA", "ok", f"{folder}: {', '.join(sorted(os.listdir(folder))[:5])}")
+        return "missing", f"{folder} is no folder", "unset CSWAP_DATA"
+    return "ok", f"{folder}: {', '.join(sorted(os.listdir(folder))[:5])}", ""
+
+
+_CPU, _OPENVINO, _HUB, _TRT, _RTX = (
+    f"pip install 'cswap-deploy[{extra}]'" for extra in ("cpu", "openvino", "hub", "trt", "trt-rtx")
+)
+_TRT_GUIDE = "install the libraries too, as NVIDIA's TensorRT installation guide says"
+_PYCUDA_GUIDE = "install the CUDA toolkit, put its bin on PATH, then pip install pycuda"
+_BELONGS = "install the torchvision that belongs to your torch"
+_UNLOADED = " is installed but does not load"
+
+CHECKS = {
+    "python": Check(lambda: ("ok", f"{platform.python_version()} ({sys.executable})", "")),
+    "torch": replace(package("torch"), run=_torch),
+    "torchvision": Check(_torchvision, "torchvision", "pip install torchvision", _BELONGS),
+    "timm": Check(_timm, "timm", "pip install timm"),
+    "torch-pruning": package("torch-pruning", "torch_pruning"),
+    "onnx": package("onnx"),
+    "onnxscript": package("onnxscript"),
+    "onnxsim": package("onnxsim"),
+    "onnxruntime": Check(_onnxruntime, "onnxruntime", _CPU),
+    "GPU": Check(_gpu),
+    "tensorrt-rtx": Check(
+        partial(_tensorrt, "tensorrt_rtx"), "tensorrt_rtx", _RTX, _RTX, True, _UNLOADED
+    ),
+    "tensorrt": Check(
+        partial(_tensorrt, "tensorrt"), "tensorrt", _TRT, _TRT_GUIDE, True, _UNLOADED
+    ),
+    "pycuda": Check(_pycuda, "pycuda", _PYCUDA_GUIDE, optional=True),
+    "nvidia-ml-py": package("nvidia-ml-py", "pynvml", optional=True),
+    **{
+        name: Check(partial(_openvino, name), name, _OPENVINO, _OPENVINO, True, " does not load")
+        for name in ("openvino", "nncf")
+    },
+    "nvidia-modelopt": Check(_modelopt),
+    "datasets": package("datasets", fix=_HUB, optional=True),
+    "demo networks": Check(_demos),
+    "store": Check(_store),
+    "CSWAP_DATA": Check(_data),
+}
+"""What is looked at, in this order."""

@@ -18,7 +18,6 @@ from rich.progress import (
     SpinnerColumn,
     Task,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -26,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from cswap_deploy.gate.budgets import BudgetVerdict
+    from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.progress import Progress as Told
     from cswap_deploy.report.explain import Explanation
 
@@ -52,7 +51,7 @@ class Console:
         try:
             yield teller
         finally:
-            teller.close()
+            teller.end()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -77,39 +76,30 @@ class Console:
         if self.as_json:
             print(json.dumps({name: rows}))
             return
-        table = Table(box=None, pad_edge=False)
-        for column in rows[0]:
-            table.add_column(column.replace("_", " "), overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(_text(v)) for v in row.values()))
-        self.out.print(table)
+        heads = [column.replace("_", " ") for column in rows[0]]
+        self._columns(heads, [[escape(_text(v)) for v in row.values()] for row in rows])
 
     def findings(self, rows: list[dict[str, Any]]) -> None:
         """What ``doctor`` saw."""
         if self.as_json:
             print(json.dumps({"findings": rows}))
             return
-        table = Table(box=None, pad_edge=False)
-        for column in ("", "what", "found"):
-            table.add_column(column)
+        shown = []
         for row in rows:
-            detail = escape(row["detail"])
-            if row["fix"]:
-                detail += f"\n[dim]fix:[/] {escape(row['fix'])}"
-            table.add_row(f"[{_COLOURS[row['state']]}]{row['state']}", escape(row["name"]), detail)
-        self.out.print(table)
+            state, detail = row["state"], escape(row["detail"])
+            detail += f"\n[dim]fix:[/] {escape(row['fix'])}" if row["fix"] else ""
+            shown.append([f"[{_COLOURS[state]}]{state}", escape(row["name"]), detail])
+        self._columns(["", "what", "found"], shown)
 
-    def verdicts(self, verdicts: tuple[BudgetVerdict, ...], extra: dict[str, Any] | None) -> None:
+    def budgets(self, results: tuple[BudgetResult, ...], extra: dict[str, Any] | None) -> None:
         """Budgets; ``extra`` is None where a result was printed already."""
         if self.as_json:
             if extra is not None:
-                rows = [
-                    {"name": v.name, "measured": v.measured, "limit": v.limit, "ok": v.ok}
-                    for v in verdicts
-                ]
-                print(json.dumps(extra | {"ok": all(v.ok for v in verdicts), "budgets": rows}))
+                fields = ("name", "measured", "limit", "ok")
+                rows = [{field: getattr(v, field) for field in fields} for v in results]
+                print(json.dumps(extra | {"ok": all(v.ok for v in results), "budgets": rows}))
             return
-        for v in verdicts:
+        for v in results:
             mark = "[green]ok  [/]" if v.ok else "[red]FAIL[/]"
             self.err.print(f"{mark} {escape(v.name)}: {escape(v.text)}")
 
@@ -139,10 +129,19 @@ class Console:
         if self.as_json:
             print(json.dumps(told.plain()))
             return
-        from cswap_deploy.report.terminal import explanation
+        from cswap_deploy.report.terminal import draw
+        from cswap_deploy.report.units import explained
 
-        for part in explanation(told, self.out.width):
-            self.out.print(part)
+        for line in draw(explained(told), self.out.width):
+            self.out.print(line)
+
+    def _columns(self, heads: list[str], rows: list[list[str]]) -> None:
+        table = Table(box=None, pad_edge=False)
+        for head in heads:
+            table.add_column(head, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
 
     def _line(self, name: str, text: str) -> None:
         self.err.print(name, escape(text), soft_wrap=True)
@@ -179,11 +178,10 @@ class _Teller:
             return
         counted = total > 0
         bar = [BarColumn(bar_width=30), MofNCompleteColumn()] if counted else []
-        left = [TimeRemainingColumn(), TextColumn("left,")] if counted else []
+        left: list[str | ProgressColumn] = [TimeRemainingColumn(), "left,"] if counted else []
         self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), *bar, _Rate(), *left,
-            TimeElapsedColumn(), TextColumn("so far"), _Memory(), console=self._console,
-            transient=True,
+            SpinnerColumn(), "{task.description}", *bar, _Rate(), *left, TimeElapsedColumn(),
+            "so far", _Memory(), console=self._console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task(what, total=total if counted else None)
         self._bar.start()
@@ -196,9 +194,6 @@ class _Teller:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
-
-    def close(self) -> None:
-        self.end()
 
 
 class _Rate(ProgressColumn):
@@ -246,12 +241,10 @@ def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(v) for v in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
     return "-" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""From folder and column names to the model's class indices, never by guess."""
+"""From folder and label names to the model's class indices; what is not certain is an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +25,123 @@ CLASS_MAP_FIX = (
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
-    """How names became class indices."""
+class ClassMapping:
+    """Names of the data, as class indices of the model."""
 
     indices: dict[str, int]
     words: str
-    """The same for people."""
+    """How they were found, for people."""
+
+
+PLAIN = ClassMapping({}, "labels are class indices")
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes of a model, and what the user says of the names in the data."""
+
+    model: ModelSpec
+    class_map: dict[str, int] | None = None
+    """Folder or label name -> class index; wins over everything."""
+
+    def map_names(self, names: Sequence[str], *, where: str) -> ClassMapping:
+        """Map class names of a data set to the model's class indices.
+
+        In this order: the class map; the model's own class names; numbers as class indices;
+        ImageNet synsets and names for an ImageNet-1k model; and, only for a model whose classes
+        have no known names, the sorted names when there are exactly as many as it has classes.
+
+        Raises:
+            UsageError: A name cannot be mapped, is ambiguous, or its index is out of range.
+        """
+        names, model = sorted(names), self.model
+        if self.class_map is not None:
+            absent = [n for n in names if n not in self.class_map]
+            if absent:
+                raise UsageError(
+                    f"{len(absent)} of {len(names)} names in {where} are not in the class map: "
+                    f"{_some(absent)}",
+                    fix=CLASS_MAP_FIX,
+                )
+            given = {n: self.class_map[n] for n in names}
+            return ClassMapping(given, "class map given by the user")
+        known = _known_names(model)
+        numbers = all(n.isascii() and n.isdigit() for n in names)
+        if numbers and not all(_key(n) in known for n in names):
+            indices = {n: int(n) for n in names}
+            self.check(np.array(list(indices.values()), dtype=np.int64), where=where)
+            return ClassMapping(indices, "names are class indices")
+        if known:
+            return _by_name(names, known, model, where)
+        if len(names) == model.num_classes:
+            return ClassMapping(
+                {n: i for i, n in enumerate(names)},
+                f"sorted names numbered 0..{len(names) - 1} (torchvision's convention: "
+                f"{model.name} does not say what its {model.num_classes} classes are)",
+            )
+        raise UsageError(
+            f"{where} has {len(names)} classes ({_some(names)}) and {model.name} has "
+            f"{model.num_classes} without names, so they cannot be matched{_split_hint(names)}",
+            fix=f"name them by class index, or {CLASS_MAP_FIX}",
+        )
+
+    def map_ordered(self, names: Sequence[str], *, where: str) -> ClassMapping:
+        """Map the names of a ``ClassLabel`` feature, whose own order often is the model's.
+
+        Its order is taken when it has as many classes as the model and agrees with every name
+        that the model knows without ambiguity (at least half of them); otherwise names are mapped
+        one by one.
+        """
+        if self.class_map is not None or len(names) != self.model.num_classes:
+            return self.map_names(names, where=where)
+        in_order = {n: i for i, n in enumerate(names)}
+        known = _known_names(self.model)
+        if not known:
+            words = f"the data set's class order ({self.model.name} does not name its classes)"
+            return ClassMapping(in_order, words)
+        meant = [(i, known.get(_key(n), set())) for i, n in enumerate(names)]
+        clear = [(i, indices) for i, indices in meant if len(indices) == 1]
+        agree = sum(i in indices for i, indices in clear)
+        if 2 * agree < len(names) or agree < 0.99 * len(clear):
+            return self.map_names(names, where=where)
+        words = (
+            f"the data set's class order, which agrees with the model's on {agree} of {len(clear)} "
+            "recognised names"
+        )
+        return ClassMapping(in_order, words)
+
+    def check(self, labels: Labels, *, where: str) -> None:
+        """Refuse labels that the model has no class for; see :func:`check_range`."""
+        check_range(labels, self.model.num_classes, where=where, name=self.model.name)
+
+
+def check_range(
+    labels: Labels, classes: int, *, where: str, name: str, fix: str = CLASS_MAP_FIX
+) -> None:
+    """Refuse labels outside 0..classes - 1 with a :class:`UsageError` that names them."""
+    wrong = np.unique(labels[(labels < 0) | (labels >= classes)])
+    if wrong.size:
+        raise UsageError(
+            f"labels out of range in {where}: {_some([str(v) for v in wrong.tolist()])}; "
+            f"{name} has {classes} classes, 0..{classes - 1}",
+            fix=fix,
+        )
+
+
+def check_classes(labels: Labels, *, where: str, fix: str) -> None:
+    """Refuse a calibration set that is empty or of one class with a :class:`UsageError`."""
+    found = np.unique(labels)
+    if len(found) < 2:
+        only = f", all of class {found[0]}" if len(found) else ""
+        raise UsageError(
+            f"the calibration set {where} has {len(labels)} image{'' if len(labels) == 1 else 's'}"
+            f"{only}: effects are compared between classes, so at least two are needed",
+            fix=fix,
+        )
 
 
 def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
-    """Read ``--class-map``.
-
-    Raises:
-        UsageError: The file is absent, is no JSON object of integers, or an index is out of range.
-    """
+    """Read ``--class-map``, a JSON object of class indices; else raise a :class:`UsageError`."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
@@ -55,116 +159,20 @@ def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
     return dict(loaded)
 
 
-def map_names(
-    names: Sequence[str],
-    *,
-    model: ModelSpec,
-    class_map: dict[str, int] | None,
-    where: str,
-) -> Mapping:
-    """Map class names of a data set to the model's class indices.
-
-    In this order: the class map; the model's own class names; numbers as class indices; ImageNet
-    synsets and names for an ImageNet-1k model; and, only for a model whose classes have no known
-    names, the sorted names when there are exactly as many as the model has classes.
-
-    Args:
-        names: Distinct folder or label names.
-        model: Whose class indices are wanted.
-        class_map: Name -> index; wins over everything.
-        where: What to call the data in errors.
-
-    Raises:
-        UsageError: A name cannot be mapped, is ambiguous, or its index is out of range.
-    """
-    names = sorted(names)
-    if class_map is not None:
-        absent = [n for n in names if n not in class_map]
-        if absent:
-            raise UsageError(
-                f"{len(absent)} of {len(names)} names in {where} are not in the class map: "
-                f"{_some(absent)}",
-                fix=CLASS_MAP_FIX,
-            )
-        return Mapping({n: class_map[n] for n in names}, "class map given by the user")
-    known = known_names(model)
-    if all(n.isascii() and n.isdigit() for n in names) and not all(_key(n) in known for n in names):
-        indices = {n: int(n) for n in names}
-        check_range(np.array(list(indices.values()), dtype=np.int64), model, where=where)
-        return Mapping(indices, "names are class indices")
-    if known:
-        return _by_name(names, known, model, where)
-    if len(names) == model.num_classes:
-        return Mapping(
-            {n: i for i, n in enumerate(names)},
-            f"sorted names numbered 0..{len(names) - 1} (torchvision's convention: "
-            f"{model.name} does not say what its {model.num_classes} classes are)",
-        )
-    raise UsageError(
-        f"{where} has {len(names)} classes ({_some(names)}) and {model.name} has "
-        f"{model.num_classes} without names, so they cannot be matched{_split_hint(names)}",
-        fix=f"name them by class index, or {CLASS_MAP_FIX}",
-    )
-
-
-def map_class_label(
-    names: Sequence[str], *, model: ModelSpec, class_map: dict[str, int] | None, where: str
-) -> Mapping:
-    """Map a ``ClassLabel`` feature, whose own order often is the model's.
-
-    Its order is taken when it has as many classes as the model and agrees with every name that
-    the model knows without ambiguity (at least half of them); otherwise names are mapped singly.
-    """
-    if class_map is None and len(names) == model.num_classes:
-        known = known_names(model)
-        said = [
-            (i, known[_key(n)]) for i, n in enumerate(names) if len(known.get(_key(n), ())) == 1
-        ]
-        agree = sum(i in found for i, found in said)
-        if 2 * agree >= len(names) and agree >= 0.99 * len(said):
-            return Mapping(
-                {n: i for i, n in enumerate(names)},
-                f"the data set's class order, which agrees with the model's on {agree} of "
-                f"{len(said)} recognised names",
-            )
-        if not known:
-            return Mapping(
-                {n: i for i, n in enumerate(names)},
-                f"the data set's class order ({model.name} does not name its classes)",
-            )
-    return map_names(names, model=model, class_map=class_map, where=where)
-
-
-def check_range(labels: Labels, model: ModelSpec, *, where: str) -> None:
-    """Refuse labels that the model has no class for.
-
-    Raises:
-        UsageError: With the values.
-    """
-    wrong = np.unique(labels[(labels < 0) | (labels >= model.num_classes)])
-    if wrong.size:
-        raise UsageError(
-            f"labels out of range in {where}: {_some([str(v) for v in wrong.tolist()])}; "
-            f"{model.name} has {model.num_classes} classes, 0..{model.num_classes - 1}",
-            fix=CLASS_MAP_FIX,
-        )
-
-
-def known_names(model: ModelSpec) -> dict[str, set[int]]:
+def _known_names(model: ModelSpec) -> dict[str, set[int]]:
     """Normalised class name -> the indices it may mean."""
     found: dict[str, set[int]] = defaultdict(set)
     for index, name in enumerate(model.class_names):
         found[_key(name)].add(index)
     if model.label_space == "imagenet-1k":
         for index, (synset, description) in enumerate(imagenet_classes()):
-            found[synset].add(index)
-            found[_key(description)].add(index)
-            for lemma in description.split(","):
-                found[_key(lemma)].add(index)
+            for name in (synset, description, *description.split(",")):
+                found[_key(name)].add(index)
     return dict(found)
 
 
-def imagenet_classes() -> list[tuple[str, str]]:
+@cache
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
     """Synset and names of the 1,000 classes, in the order of their index.
 
     Source:
@@ -173,10 +181,12 @@ def imagenet_classes() -> list[tuple[str, str]]:
     from cswap_deploy.models.torchvision_shim import import_timm
 
     info = import_timm().data.ImageNetInfo("imagenet-1k")
-    return list(zip(info.label_names(), info.label_descriptions(), strict=True))
+    return tuple(zip(info.label_names(), info.label_descriptions(), strict=True))
 
 
-def _by_name(names: list[str], known: dict[str, set[int]], model: ModelSpec, where: str) -> Mapping:
+def _by_name(
+    names: list[str], known: dict[str, set[int]], model: ModelSpec, where: str
+) -> ClassMapping:
     unknown = [n for n in names if _key(n) not in known]
     if unknown:
         raise UsageError(
@@ -194,7 +204,7 @@ def _by_name(names: list[str], known: dict[str, set[int]], model: ModelSpec, whe
     indices = {n: next(iter(known[_key(n)])) for n in names}
     synsets = model.label_space == "imagenet-1k" and all(_SYNSET.fullmatch(n) for n in names)
     kind = "ImageNet synsets" if synsets else "class names"
-    return Mapping(indices, f"{kind} looked up among the {model.num_classes} of {model.name}")
+    return ClassMapping(indices, f"{kind} looked up among the {model.num_classes} of {model.name}")
 
 
 def _key(name: str) -> str:

@@ -23,33 +23,36 @@ class ImageSet:
     images: Pixels
     """(N, H, W, C) uint8, resized and cropped."""
     labels: Labels
-    """(N,) int64, class indices of the model."""
+    """(N,) class indices of the model."""
     spec: DataSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The images to measure effects on and those to score the result on."""
+    """The images to measure effects on and those to test the result on."""
 
     calibration: ImageSet
     validation: ImageSet
     shared_images: int
     """Validation images whose pixels are also in the calibration set."""
 
-
-def normalised(images: ImageSet, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """All images as the network's input, (N, C, H, W) float32."""
-    return normalise(images.images, preprocessing)
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on how labels were found, and what was left out or shared."""
+        found = []
+        for spec in (self.calibration.spec, self.validation.spec):
+            if spec.mapping:
+                found.append(f"{spec.source}: {spec.mapping}")
+            if spec.unreadable:
+                found.append(f"{spec.source}: unreadable, left out: {', '.join(spec.unreadable)}")
+        if self.shared_images:
+            found.append(f"{self.shared_images} images are in both sets, as allowed")
+        return tuple(dict.fromkeys(found))  # both sets often come from one source
 
 
 def normalised_batches(
     images: ImageSet, preprocessing: Preprocessing, *, batch: int = 64
 ) -> Iterator[tuple[NDArray[np.float32], Labels]]:
-    """The same in batches, so that the float32 copy of a large set is never whole in memory.
-
-    Yields:
-        (n, C, H, W) float32 and (n,) int64, with n at most ``batch``.
-    """
+    """Normalise in batches of (n, C, H, W): the float32 copy is never whole in memory."""
     for start in range(0, len(images.labels), batch):
         part = slice(start, start + batch)
         yield normalise(images.images[part], preprocessing), images.labels[part]
@@ -64,5 +67,5 @@ def digest(images: Pixels, labels: Labels) -> str:
 
 
 def image_digest(image: Pixels) -> bytes:
-    """sha256 of one image's pixels: what tells whether two sets share an image."""
+    """sha256 of one image's pixels, to find images that two sets share."""
     return hashlib.sha256(np.ascontiguousarray(image).data).digest()

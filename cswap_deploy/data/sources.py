@@ -1,127 +1,64 @@
-"""Where labelled images come from: a folder, arrays in memory or in a file."""
+"""Labelled images in a folder or in arrays, decoded one at a time."""
 
 from __future__ import annotations
 
-import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cswap_deploy.data.labels import Mapping, check_range, map_names, read_class_map
+from cswap_deploy.data.labels import PLAIN, Classes, ClassMapping
 from cswap_deploy.data.sets import Labels, Pixels
 from cswap_deploy.errors import UsageError
-from cswap_deploy.records.model import ModelSpec, Preprocessing
-from cswap_deploy.runtime.preprocess import resize_and_crop
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+from cswap_deploy.records.model import Preprocessing
+from cswap_deploy.runtime.preprocess import (
+    PICTURE_SUFFIXES,
+    UNREADABLE,
+    is_picture,
+    resize_and_crop,
 )
+
+DATA_FIX = "pass --data DIR (class folders), --data FILE.npz or --data hf:NAME[:split]"
+_ARRAYS_FIX = "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez"
 _FOLDER_FIX = "put the images of each class in a folder named by its index, synset or name"
 
 
-class UnreadableError(Exception):
-    """An image that does not decode; the message says why."""
-
-
-class Source(Protocol):
+@dataclass(frozen=True, slots=True)
+class Source:
     """Labelled images that are decoded one at a time."""
 
-    @property
-    def name(self) -> str:
-        """As the user named it."""
-
-    @property
-    def labels(self) -> Labels:
-        """(N,) class indices of the model."""
-
-    @property
-    def mapping(self) -> Mapping:
-        """How the labels came about."""
-
-    @property
-    def broken(self) -> tuple[str, ...]:
-        """Images that were already found not to decode, and are not among ``labels``."""
-
-    def describe(self, index: int) -> str:
-        """What to call image ``index`` in messages."""
-
-    def read(self, index: int) -> Pixels:
-        """(H, W, C) uint8 of the network's size.
-
-        Raises:
-            UnreadableError: The image does not decode.
-        """
+    name: str
+    """As the user wrote it."""
+    labels: Labels
+    """(N,) class indices of the model."""
+    mapping: ClassMapping
+    """Names of the data, where the labels came from names."""
+    read: Callable[[int], Pixels | str]
+    """(H, W, C) of the network's size, or why the image does not decode."""
+    describe: Callable[[int], str] = "image {}".format
+    """Name of an image for messages."""
+    broken: tuple[str, ...] = ()
+    """Images that did not decode while the source was opened; not among ``labels``."""
 
 
-def decode(file: Path | IO[bytes], pre: Preprocessing) -> Pixels:
-    """Decode one picture and bring it to the network's size.
-
-    Raises:
-        UnreadableError: With Pillow's words; a truncated file counts.
-    """
+def decode(file: Path | IO[bytes], pre: Preprocessing) -> Pixels | str:
+    """Bring one picture to the network's size, or say in Pillow's words why it does not decode."""
     try:
         with Image.open(file) as image:
             return resize_and_crop(image, pre)
-    except UnidentifiedImageError as err:
-        raise UnreadableError("no image format that Pillow knows") from err
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as err:
-        raise UnreadableError(str(err)) from err
-    except (ValueError, TypeError, IndexError) as err:  # what Pillow's decoders raise on bad data
-        raise UnreadableError(f"{type(err).__name__}: {err}") from err
+    except UnidentifiedImageError:
+        return "no image format that Pillow knows"
+    except UNREADABLE as err:
+        vague = isinstance(err, ValueError | TypeError | IndexError)
+        return f"{type(err).__name__}: {err}" if vague else str(err)
 
 
-@dataclass(frozen=True, slots=True)
-class FolderSource:
-    """Class folders of image files."""
-
-    name: str
-    root: Path
-    files: tuple[Path, ...]
-    labels: Labels
-    mapping: Mapping
-    preprocessing: Preprocessing
-    broken: tuple[str, ...] = ()
-
-    def describe(self, index: int) -> str:
-        """The file, relative to the folder."""
-        return self.files[index].relative_to(self.root).as_posix()
-
-    def read(self, index: int) -> Pixels:
-        """Decode one file."""
-        return decode(self.files[index], self.preprocessing)
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySource:
-    """Images in memory; those of the network's size already are taken as they are."""
-
-    name: str
-    images: Sequence[Pixels] | Pixels
-    labels: Labels
-    mapping: Mapping
-    preprocessing: Preprocessing
-    broken: tuple[str, ...] = ()
-
-    def describe(self, index: int) -> str:
-        """Its position."""
-        return f"image {index}"
-
-    def read(self, index: int) -> Pixels:
-        """(H, W, C) of the network's size."""
-        image = self.images[index]
-        channels, height, width = self.preprocessing.input_size
-        if image.shape == (height, width, channels):
-            return image
-        pixels = image[..., 0] if image.shape[-1] == 1 else image
-        return resize_and_crop(Image.fromarray(np.ascontiguousarray(pixels)), self.preprocessing)
-
-
-def open_folder(root: Path, *, model: ModelSpec, class_map: Path | None) -> FolderSource:
+def open_folder(root: Path, classes: Classes) -> Source:
     """List a folder of class folders; nothing is decoded yet.
 
     Raises:
@@ -129,48 +66,38 @@ def open_folder(root: Path, *, model: ModelSpec, class_map: Path | None) -> Fold
     """
     by_name: dict[str, list[Path]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = [
-            p
-            for p in folder.rglob("*")
-            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
-        ]
-        if files:
-            by_name[folder.name] = sorted(files)
+        if files := sorted(path for path in folder.rglob("*") if is_picture(path)):
+            by_name[folder.name] = files
     if not by_name:
-        loose = sum(p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir() if p.is_file())
+        loose = sum(p.suffix.lower() in PICTURE_SUFFIXES for p in root.iterdir() if p.is_file())
         what = f"{loose} images without class folders" if loose else "no class folders with images"
         raise UsageError(f"{root} holds {what}", fix=_FOLDER_FIX)
-    if model.preprocessing.input_size[0] not in (1, 3):
+    preprocessing = classes.model.preprocessing
+    if preprocessing.input_size[0] not in (1, 3):
         raise UsageError(
-            f"{model.name} takes {model.preprocessing.input_size[0]} channels, which image files "
+            f"{classes.model.name} takes {preprocessing.input_size[0]} channels, which image files "
             "do not have",
             fix="pass the images as an .npz file with an array 'images' (N, H, W, C) uint8",
         )
-    given = read_class_map(class_map, model) if class_map is not None else None
-    mapping = map_names(list(by_name), model=model, class_map=given, where=str(root))
-    files = [f for name in by_name for f in by_name[name]]
-    labels = [mapping.indices[name] for name in by_name for _ in by_name[name]]
-    return FolderSource(
-        name=str(root),
-        root=root,
-        files=tuple(files),
-        labels=np.array(labels, dtype=np.int64),
-        mapping=mapping,
-        preprocessing=model.preprocessing,
-    )
+    mapping = classes.map_names(list(by_name), where=str(root))
+    files = [file for found in by_name.values() for file in found]
+    labels = [mapping.indices[name] for name, found in by_name.items() for _ in found]
+    return Source(
+        str(root), np.array(labels, dtype=np.int64), mapping,
+        read=lambda i: decode(files[i], preprocessing),
+        describe=lambda i: files[i].relative_to(root).as_posix(),
+    )  # fmt: skip
 
 
-def open_npz(
-    path: Path, *, model: ModelSpec, class_map: Path | None, name: str | None = None
-) -> ArraySource:
+def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source:
     """Read ``images`` (N, H, W, C) or (N, H, W) uint8 and ``labels`` (N,) from an ``.npz`` file.
 
-    Labels are class indices of the model, or keys of the class map. Nothing is unpickled.
+    Labels are class indices of the model, or keys of the class map. Nothing is unpickled. Images
+    of the network's size are taken as they are.
 
     Raises:
         UsageError: The file is no such archive, or its arrays do not fit each other or the model.
     """
-    fix = "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez"
     try:
         with np.load(path, allow_pickle=False) as archive:
             absent = [key for key in ("images", "labels") if key not in archive.files]
@@ -178,40 +105,50 @@ def open_npz(
                 raise UsageError(
                     f"{path} has no array {' and no array '.join(map(repr, absent))}; it has "
                     f"{', '.join(archive.files) or 'nothing'}",
-                    fix=fix,
+                    fix=_ARRAYS_FIX,
                 )
             images, labels = archive["images"], archive["labels"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as err:
-        raise UsageError(f"cannot read {path}: {err}", fix=fix) from err
-    images = _checked_images(images, path=path, model=model)
+        raise UsageError(f"cannot read {path}: {err}", fix=_ARRAYS_FIX) from err
+    preprocessing = classes.model.preprocessing
+    images = _checked_images(images, path, preprocessing)
     labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(images),):
         raise UsageError(f"{path}: images {images.shape} and labels {labels.shape} do not match")
-    mapping = Mapping({}, "labels are class indices")
-    if class_map is not None:
-        given = read_class_map(class_map, model)
-        keys = [str(v) for v in labels.tolist()]
-        mapping = map_names(sorted(set(keys)), model=model, class_map=given, where=str(path))
-        labels = np.array([mapping.indices[k] for k in keys], dtype=np.int64)
-    elif labels.dtype.kind == "U":
-        keys = labels.tolist()
-        mapping = map_names(sorted(set(keys)), model=model, class_map=None, where=str(path))
-        labels = np.array([mapping.indices[k] for k in keys], dtype=np.int64)
-    elif labels.dtype.kind not in "iu":
-        raise UsageError(f"{path}: labels are {labels.dtype}, integers are wanted", fix=fix)
-    labels = labels.astype(np.int64)
-    check_range(labels, model, where=str(path))
-    return ArraySource(
-        name=name or str(path),
-        images=images,
-        labels=labels,
-        mapping=mapping,
-        preprocessing=model.preprocessing,
+    indices, mapping = _class_indices(labels, classes, where=str(path))
+    return Source(
+        name or str(path), indices, mapping, read=lambda i: _resized(images[i], preprocessing)
     )
 
 
-def _checked_images(images: Pixels, *, path: Path, model: ModelSpec) -> Pixels:
-    """(N, H, W, C) that the model's preprocessing can take."""
+def _resized(image: Pixels, preprocessing: Preprocessing) -> Pixels:
+    channels, height, width = preprocessing.input_size
+    if image.shape == (height, width, channels):
+        return image
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    return resize_and_crop(Image.fromarray(np.ascontiguousarray(pixels)), preprocessing)
+
+
+def _class_indices(
+    labels: NDArray[Any], classes: Classes, *, where: str
+) -> tuple[Labels, ClassMapping]:
+    """The model's class indices, from indices or names."""
+    mapping = PLAIN
+    if classes.class_map is not None or labels.dtype.kind == "U":
+        keys = [str(v) for v in labels.tolist()]
+        mapping = classes.map_names(sorted(set(keys)), where=where)
+        labels = np.array([mapping.indices[k] for k in keys])
+    elif labels.dtype.kind not in "iu":
+        raise UsageError(
+            f"{where}: labels are {labels.dtype}, integers are wanted", fix=_ARRAYS_FIX
+        )
+    indices: Labels = labels.astype(np.int64)
+    classes.check(indices, where=where)
+    return indices, mapping
+
+
+def _checked_images(images: Pixels, path: Path, preprocessing: Preprocessing) -> Pixels:
+    """(N, H, W, C) that the network's preprocessing can take."""
     if images.dtype != np.uint8:
         raise UsageError(
             f"{path}: images are {images.dtype}, uint8 pixels (0..255) are wanted",
@@ -221,7 +158,7 @@ def _checked_images(images: Pixels, *, path: Path, model: ModelSpec) -> Pixels:
         images = images[..., None]
     if images.ndim != 4:
         raise UsageError(f"{path}: images have shape {images.shape}, (N, H, W, C) is wanted")
-    channels, height, width = model.preprocessing.input_size
+    channels, height, width = preprocessing.input_size
     fits = images.shape[1:] == (height, width, channels)
     if not fits and (images.shape[3] not in (1, 3, 4) or channels not in (1, 3)):
         hint = "; the channels come last" if images.shape[1] in (1, 3, 4) else ""

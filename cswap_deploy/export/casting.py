@@ -14,16 +14,16 @@ FLOAT = ir.DataType.FLOAT
 _STAYS_FLOAT = {"Resize": (1, 2)}
 """Operator -> inputs that ONNX fixes to float32: the region of interest and the scales."""
 _SCALE = {"QuantizeLinear": 1, "DequantizeLinear": 1}
-"""Operator -> the input that must not become 0, as TensorRT refuses it: in float16 the scale of a
-channel with weights near 0 would."""
+"""Operator -> its scale, which TensorRT refuses if it is 0; in float16 the scale of a channel with
+weights near 0 would be."""
 
 
 def cast_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ()) -> ir.Model:
     """Compute a graph in a narrower float type.
 
     Every node takes and gives ``to`` where it took and gave float32, except the nodes in ``keep``;
-    ``Cast`` nodes stand where the two meet. The graph's inputs and outputs stay float32, so nothing
-    changes for who calls it. Integers, booleans and quantised tensors are left alone.
+    ``Cast`` nodes stand where the two meet. The graph's inputs and outputs stay float32, so callers
+    see no change. Integers, booleans and quantised tensors are left alone.
 
     Args:
         model: Float32, without control flow; changed in place.
@@ -31,21 +31,16 @@ def cast_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ()) 
             among them, from opset 22 on.
         keep: Names of nodes that stay in float32.
 
-    Returns:
-        The same model.
-
     Raises:
         ExportError: The graph has control flow.
 
     Source:
         TensorRT documentation, "Strongly Typed Networks".
     """
-    graph = model.graph
-    nodes = list(graph)
+    graph, nodes = model.graph, list(model.graph)
     for node in nodes:
-        if any(
-            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _attributes(node)
-        ):
+        kinds = {attribute.type for attribute in node.attributes.values()}
+        if kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}:
             raise ExportError(
                 f"{node.name} ({node.op_type}) is control flow, whose branches are not cast",
                 fix="--precision fp32",
@@ -117,7 +112,7 @@ def _weight(
     graph: ir.Graph,
     value: ir.Value,
     name: str,
-    through: ir.DataType,
+    via: ir.DataType,
     dtype: ir.DataType,
     *,
     scale: bool,
@@ -125,8 +120,8 @@ def _weight(
     """A copy of a weight, rounded to one type and kept in another or the same."""
     assert value.const_value is not None
     with np.errstate(over="ignore"):  # the caller looks at ranges, see export.ranges
-        array = value.const_value.numpy().astype(through.numpy())
-    if scale and through == ir.DataType.FLOAT16:
+        array = value.const_value.numpy().astype(via.numpy())
+    if scale and via == ir.DataType.FLOAT16:
         array = np.maximum(array, np.finfo(np.float16).smallest_subnormal)
     array = array.astype(dtype.numpy())
     made = ir.Value(
@@ -155,33 +150,19 @@ def _retype(node: ir.Node, to: ir.DataType) -> None:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array, dtype=to))
 
 
-def _attributes(node: ir.Node) -> list[ir.Attr]:
-    return [a for a in node.attributes.values() if isinstance(a, ir.Attr)]
-
-
 def round_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ()) -> ir.Model:
-    """What :func:`cast_graph` would compute, where no runtime has its operators.
+    """Emulate :func:`cast_graph` in float32, for runtimes that lack its operators.
 
-    The graph stays float32, but wherever a value would be in ``to`` it is rounded to that: each
-    operator computes exactly and rounds once.
-
-    Args:
-        model: Float32; changed in place.
-        to: ``FLOAT16`` or ``BFLOAT16``.
-        keep: Names of nodes that stay in float32.
-
-    Returns:
-        The same model.
+    Wherever a value would be in ``to`` it is rounded to that type: each operator computes in
+    float32 and rounds once. Arguments are those of :func:`cast_graph`.
     """
-    graph = model.graph
-    nodes = list(graph)
+    graph, nodes = model.graph, list(model.graph)
     narrow = {value for node in nodes if node.name not in keep for value in node.outputs}
     rounded: dict[ir.Value, ir.Value] = {}
     for node in nodes:
         for index, value in enumerate(node.inputs):
-            if value is None or value.dtype != FLOAT:
-                continue
-            if index in _STAYS_FLOAT.get(node.op_type, ()):
+            fixed = index in _STAYS_FLOAT.get(node.op_type, ())
+            if value is None or value.dtype != FLOAT or fixed:
                 continue
             if value in narrow or node.name not in keep:
                 if value not in rounded:
@@ -197,14 +178,9 @@ def round_graph(model: ir.Model, *, to: ir.DataType, keep: Collection[str] = ())
 
 
 def _rounded(
-    graph: ir.Graph,
-    value: ir.Value,
-    to: ir.DataType,
-    *,
-    before: ir.Node | None,
-    name: str = "",
+    graph: ir.Graph, value: ir.Value, to: ir.DataType, *, before: ir.Node | None, name: str = "",
     scale: bool = False,
-) -> ir.Value:
+) -> ir.Value:  # fmt: skip
     """A float32 value that went through ``to``; a weight is rounded here and now."""
     name = name or f"{value.name}_rounded"
     if value.const_value is not None:

@@ -1,7 +1,6 @@
 """Int8 by NVIDIA's ModelOpt, which places Q/DQ pairs where TensorRT fuses them, adds included.
 
-It wants its own versions of ONNX and ONNX Runtime, so it runs in an environment of its own, through
-its command.
+It needs its own versions of ONNX and ONNX Runtime, so its command runs in a separate environment.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cswap_deploy.errors import ExportError, MissingDependencyError
+from cswap_deploy.export.qdq import fold_weights, quantised_nodes, without
+from cswap_deploy.export.quantize import Quantiser, nothing_left
+from cswap_deploy.runtime.session import Floats
 
 VARIABLE = "CSWAP_MODELOPT"
 """Names the Python of that environment."""
@@ -34,14 +35,12 @@ _FIX = (
 )
 
 
-class ModelOpt:
-    """See :class:`cswap_deploy.export.quantize.Quantiser`."""
+class ModelOpt(Quantiser):
+    """ModelOpt's command, in its own environment."""
 
     methods = tuple(_METHODS)
 
-    def __init__(
-        self, graph: Path, images: npt.NDArray[np.float32], keep: Collection[str], scratch: Path
-    ) -> None:
+    def __init__(self, graph: Path, images: Floats, keep: Collection[str], scratch: Path) -> None:
         self.name = f"modelopt {modelopt_version()}"
         self.layers: tuple[str, ...] = ()
         self._graph, self._keep, self._scratch = graph, frozenset(keep), scratch
@@ -50,7 +49,7 @@ class ModelOpt:
         self._made: dict[str, Any] = {}
 
     def calibrate(self, method: str) -> None:
-        """Quantise all that it would, with ranges found by a method.
+        """Quantise every layer that ModelOpt would, with ranges found by a method.
 
         Raises:
             ExportError: ModelOpt failed, or found nothing to quantise.
@@ -59,9 +58,6 @@ class ModelOpt:
             NVIDIA ModelOpt documentation, "ONNX Quantization".
         """
         import onnx
-
-        from cswap_deploy.export.qdq import quantised_nodes
-        from cswap_deploy.export.quantize import nothing_left
 
         out = self._scratch / f"modelopt-{method}.onnx"
         done = _run(
@@ -85,14 +81,12 @@ class ModelOpt:
 
     def quantised(self, method: str, leave: Collection[str]) -> bytes:
         """The graph with some layers left out, weights stored in int8."""
-        from cswap_deploy.export.qdq import fold_weights, without
-
         made = fold_weights(without(self._made[method], self._keep | frozenset(leave)))
         return bytes(made.SerializeToString())
 
 
 def modelopt_version() -> str:
-    """Of the ModelOpt in the environment that ``CSWAP_MODELOPT`` names.
+    """Version of ModelOpt in the environment that ``CSWAP_MODELOPT`` names.
 
     Raises:
         MissingDependencyError: There is no such environment, or no ModelOpt in it.

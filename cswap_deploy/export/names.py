@@ -6,7 +6,6 @@ import ast
 from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -62,13 +61,10 @@ def is_meant(node_name: str, by: str) -> bool:
 
 
 def exported_modules(graph: Any) -> dict[str, str]:
-    """Which module made which tensor, as torch's exporter stored it.
+    """Name of a tensor -> path of the module that made it, as torch's exporter stored it.
 
     Args:
         graph: ``onnx.GraphProto`` as ``torch.onnx.export`` makes it, metadata and all.
-
-    Returns:
-        Name of a tensor -> path of a module; ``""`` is the network itself.
     """
     found: dict[str, str] = {}
     for node in graph.node:
@@ -79,11 +75,3 @@ def exported_modules(graph: Any) -> dict[str, str]:
         if len(scopes) > 1 and scopes[0] == "":
             found |= dict.fromkeys(node.output, scopes[-2])
     return found
-
-
-def node_names(path: Path) -> tuple[str, ...]:
-    """The nodes of an ONNX file, in its order; the operator where one has no name."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    return tuple(node.name or node.op_type for node in graph.node)

@@ -29,9 +29,9 @@ def export_onnx(
 
     torch's exporter folds a BatchNorm into the convolution before it; where one is left over, the
     artefact's notes say so. The stack traces that it stores in every node (with this machine's
-    paths) are taken out, so the same network gives the same bytes everywhere. What it stores about
-    the module that a node came from becomes the node's name, ``layer1.0.conv1/Conv``: runtimes'
-    parsers, layer lists and profilers then speak of PyTorch's modules.
+    paths) are removed, so the same network gives the same bytes everywhere. Nodes are named after
+    the PyTorch module that they came from, ``layer1.0.conv1/Conv``, which runtimes' parsers, layer
+    lists and profilers then show.
 
     Args:
         module: Maps (N, C, H, W) float32 to logits (N, classes); set to eval mode here.
@@ -52,39 +52,7 @@ def export_onnx(
     import onnx
 
     what = f"{type(module).__name__} on input {'x'.join(map(str, input_size))}"
-    tensors = [*module.parameters(), *module.buffers()]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    if size >= _PROTOBUF_LIMIT:
-        raise ExportError(
-            f"{what} has {size / 2**30:.1f} GiB of weights; a self-contained ONNX file holds "
-            "less than 2 GiB",
-            fix="prune more, or take a smaller network",
-        )
-    module.eval()
-    device = tensors[0].device if tensors else torch.device("cpu")
-    # Two images: torch would take a batch of one for a constant.
-    example = torch.zeros(2, *input_size, device=device)
-    with captured() as chatter:
-        try:
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                external_data=False,
-                opset_version=opset,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: BATCH},),
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as err:
-            log = _ANSI.sub("", str(err)).splitlines() + chatter.getvalue().splitlines()
-            raise ExportError(
-                f"torch {torch.__version__} does not export {what}: {_words(err)}", log=tuple(log)
-            ) from err
-    if program is None:
-        raise ExportError(f"torch {torch.__version__} returned no graph for {what}")
-    proto = program.model_proto
+    proto = _export(module.eval(), input_size, opset, what=what)
     name_nodes(proto.graph, modules=exported_modules(proto.graph))
     _strip_metadata(proto.graph)
     _check_interface(proto.graph, what=what)
@@ -95,18 +63,40 @@ def export_onnx(
             fix=f"--opset {honoured}",
         )
     onnx.save(proto, path)
-    artifact = describe_onnx(path)
-    return artifact.model_copy(update={"notes": batch_norm_notes(path)})
+    return describe_onnx(path).model_copy(update={"notes": batch_norm_notes(path)})
+
+
+def _export(module: nn.Module, input_size: tuple[int, int, int], opset: int, *, what: str) -> Any:
+    """``onnx.ModelProto`` as torch makes it."""
+    tensors = [*module.parameters(), *module.buffers()]
+    size = sum(t.nbytes for t in tensors)
+    if size >= _PROTOBUF_LIMIT:
+        raise ExportError(
+            f"{what} has {size / 2**30:.1f} GiB of weights; a self-contained ONNX file holds "
+            "less than 2 GiB",
+            fix="prune more, or take a smaller network",
+        )
+    device = tensors[0].device if tensors else torch.device("cpu")
+    # Two images: torch would take a batch of one for a constant.
+    example = torch.zeros(2, *input_size, device=device)
+    with captured() as chatter:
+        try:
+            program = torch.onnx.export(
+                module, (example,), dynamo=True, external_data=False, opset_version=opset,
+                input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: BATCH},),
+                verbose=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as err:
+            log = _ANSI.sub("", str(err)).splitlines() + chatter.getvalue().splitlines()
+            raise ExportError(
+                f"torch {torch.__version__} does not export {what}: {_words(err)}", log=tuple(log)
+            ) from err
+    assert program is not None
+    return program.model_proto
 
 
 def describe_onnx(path: Path) -> OnnxArtifact:
-    """Read what an ONNX file holds.
-
-    Args:
-        path: A self-contained ``.onnx`` file.
-
-    Returns:
-        Opset, number of nodes, names, dtypes and shapes of inputs and outputs, digest and size.
+    """Read what a self-contained ONNX file holds.
 
     Raises:
         ArtifactError: The file is absent, damaged, not valid ONNX, or keeps weights elsewhere.
@@ -135,26 +125,15 @@ def describe_onnx(path: Path) -> OnnxArtifact:
         raise ArtifactError(f"{path} is not valid ONNX: {words[0]}", log=tuple(words)) from err
     given = {tensor.name for tensor in graph.initializer}
     return OnnxArtifact(
-        path=path,
-        sha256=sha256_file(path),
-        size_bytes=path.stat().st_size,
-        opset=_opset(model),
-        nodes=len(graph.node),
+        path=path, sha256=sha256_file(path), size_bytes=path.stat().st_size,
+        opset=_opset(model), nodes=len(graph.node), precision=_precision(graph),
         inputs=tuple(_spec(v) for v in graph.input if v.name not in given),
         outputs=tuple(_spec(v) for v in graph.output),
-        precision=_precision(graph),
-    )
+    )  # fmt: skip
 
 
 def batch_norm_notes(path: Path) -> tuple[str, ...]:
-    """Say how many BatchNorms could be folded into a convolution and were not.
-
-    Args:
-        path: An ONNX file.
-
-    Returns:
-        One note, or none where no BatchNorm reads a convolution that nothing else reads.
-    """
+    """A note where BatchNorms alone read a convolution and were not folded into it; else none."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph

@@ -1,4 +1,4 @@
-"""Q/DQ graphs that somebody else made: some nodes taken out of int8 again, weights folded."""
+"""Edits of a finished Q/DQ graph: nodes taken out of int8 again, weights folded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 
 
 def quantised_nodes(model: Any) -> tuple[str, ...]:
-    """Names of the nodes that read what a Q/DQ pair gives.
-
-    Args:
-        model: ``onnx.ModelProto``.
-
-    Returns:
-        In the graph's order.
-    """
+    """Names of the nodes of a ``onnx.ModelProto`` that read a Q/DQ pair, in the graph's order."""
     before = _sources(model.graph)
     return tuple(
         node.name
@@ -28,14 +21,10 @@ def quantised_nodes(model: Any) -> tuple[str, ...]:
 
 
 def without(model: Any, nodes: Collection[str]) -> Any:
-    """Some nodes read what they would have read had nothing been quantised.
+    """A copy with nodes out of int8: they read the inputs of their Q/DQ pairs, not the outputs.
 
-    Args:
-        model: ``onnx.ModelProto`` with weights that are float32 before their Q/DQ pairs.
-        nodes: Their names.
-
-    Returns:
-        A copy; pairs that nobody reads any more are gone.
+    The weights of the ``onnx.ModelProto`` must be float32 before their pairs; pairs that nothing
+    reads any more go.
     """
     import onnx
 
@@ -51,14 +40,7 @@ def without(model: Any, nodes: Collection[str]) -> Any:
 
 
 def fold_weights(model: Any) -> Any:
-    """Store weights as the int8 that their Q nodes give.
-
-    Args:
-        model: ``onnx.ModelProto``; changed in place.
-
-    Returns:
-        The same model.
-    """
+    """Store the weights of a ``onnx.ModelProto``, in place, as the int8 that their Q nodes give."""
     from onnx import numpy_helper
 
     graph = model.graph

@@ -1,26 +1,27 @@
-"""How large the values of a graph get, held against what a number format can hold."""
+"""Values of a graph that are too large for a number format."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from cswap_deploy.export.casting import FLOAT
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.runtime.session import Floats
 
 HEADROOM = 2.0
 """Images that were not measured may go beyond the measured maximum by this factor."""
 _SQUARES = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "LpNormalization"}
 """Operators that square their input on the way; some runtimes do so in the input's type."""
+_LARGEST = {
+    ir.DataType.FLOAT16: float(np.finfo(np.float16).max),
+    ir.DataType.BFLOAT16: (2 - 2.0**-7) * 2.0**127,
+}
+"""Largest finite value of a type."""
 _BATCH = 8
 
 
-def too_large(
-    model: ir.Model, images: npt.NDArray[np.float32], *, dtype: ir.DataType
-) -> dict[str, float]:
+def too_large(model: ir.Model, images: Floats, *, dtype: ir.DataType) -> dict[str, float]:
     """Nodes that take, make or pass through a value beyond the range of a type.
 
     Args:
@@ -32,7 +33,7 @@ def too_large(
         Name of the node -> the largest absolute value met (of a weight, an activation, or a square
         inside the operator), for those where twice that exceeds the type's maximum.
     """
-    limit = float(ir_max(dtype)) / HEADROOM
+    limit = _LARGEST[dtype] / HEADROOM
     largest = _largest(model, images)
     found = {}
     for node in model.graph:
@@ -46,21 +47,13 @@ def too_large(
     return found
 
 
-def ir_max(dtype: ir.DataType) -> float:
-    """Largest finite value of a float type."""
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
-
-
-def _largest(model: ir.Model, images: npt.NDArray[np.float32]) -> dict[str, float]:
+def _largest(model: ir.Model, images: Floats) -> dict[str, float]:
     """Name of a float32 value -> its largest absolute value over all images."""
     largest: dict[str, float] = {}
     for name, value in model.graph.initializers.items():
         if value.dtype == FLOAT and value.const_value is not None:
             array = value.const_value.numpy()
-            finite = np.abs(array[np.isfinite(array)])
-            largest[name] = float(finite.max(initial=0.0))
+            largest[name] = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
     watched, names = _watched(model)
     session = OnnxSession(watched, threads=None)
     for start in range(0, len(images), _BATCH):
@@ -73,9 +66,8 @@ def _watched(model: ir.Model) -> tuple[bytes, list[str]]:
     """The graph with one output for each float32 value: its largest absolute value."""
     copy = ir.from_proto(ir.to_proto(model))
     graph = copy.graph
-    values: list[Any] = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+    values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
     values = [v for v in values if v.dtype == FLOAT]
-    names = [str(v.name) for v in values]
     tops = []
     for index, value in enumerate(values):
         absolute = ir.node("Abs", [value])
@@ -86,4 +78,4 @@ def _watched(model: ir.Model) -> tuple[bytes, list[str]]:
         top.outputs[0].shape = ir.Shape([])
         tops.append(top.outputs[0])
     graph.outputs[:] = tops
-    return ir.to_proto(copy).SerializeToString(), names
+    return ir.to_proto(copy).SerializeToString(), [str(v.name) for v in values]

@@ -1,7 +1,8 @@
-"""Which few of many layers must be left alone for a network to predict as before."""
+"""The fewest layers to leave out so that a network predicts as before."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 Passes = Callable[[frozenset[str]], bool]
@@ -19,9 +20,6 @@ def smallest_set(candidates: Sequence[str], passes: Passes, *, tests: int) -> fr
         tests: Largest number of calls of ``passes``; when they are spent the set reached is
             returned, which passes but may hold too much.
 
-    Returns:
-        In no order; empty only where ``candidates`` is.
-
     Source:
         Zeller and Hildebrandt 2002, "Simplifying and Isolating Failure-Inducing Input", ddmin.
     """
@@ -31,10 +29,8 @@ def smallest_set(candidates: Sequence[str], passes: Passes, *, tests: int) -> fr
         chunks = [left[i : i + size] for i in range(0, len(left), size)]
         trials = [(chunk, 2) for chunk in chunks]
         if len(chunks) > 2:
-            trials += [
-                ([name for name in left if name not in set(chunk)], max(parts - 1, 2))
-                for chunk in chunks
-            ]
+            rests = [[name for name in left if name not in chunk] for chunk in chunks]
+            trials += [(rest, max(parts - 1, 2)) for rest in rests]
         for trial, then in trials:
             if tests <= 0:
                 return frozenset(left)
@@ -50,20 +46,8 @@ def smallest_set(candidates: Sequence[str], passes: Passes, *, tests: int) -> fr
 
 
 def shortest_prefix(ranked: Sequence[str], passes: Passes) -> frozenset[str]:
-    """The fewest of the first that pass, by bisection.
-
-    Args:
-        ranked: What matters most comes first; all together pass.
-        passes: As for :func:`smallest_set`; more left alone is taken to be no worse.
-
-    Returns:
-        The prefix.
-    """
-    low, high = 0, len(ranked)  # high passes
-    while low < high:
-        middle = (low + high) // 2
-        if passes(frozenset(ranked[:middle])):
-            high = middle
-        else:
-            low = middle + 1
-    return frozenset(ranked[:high])
+    """The fewest of the first that pass, by bisection: all do, and more is taken to be no worse."""
+    sizes = range(len(ranked))
+    return frozenset(
+        ranked[: bisect_left(sizes, True, key=lambda size: passes(frozenset(ranked[:size])))]
+    )

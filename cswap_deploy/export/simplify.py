@@ -17,7 +17,9 @@ from cswap_deploy.records.engine import OnnxArtifact
 
 # A process of its own: onnxsim is native code that may crash, and it prints past Python's stdout.
 _SIMPLIFY = """
-import sys, onnx, onnxsim
+import sys
+sys.modules["torch"] = None  # onnxsim would import it, for seconds, and not use it
+import onnx, onnxsim
 model, right = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
 sys.exit(0 if right else "its own check of the result failed")
@@ -25,17 +27,10 @@ sys.exit(0 if right else "its own check of the result failed")
 
 
 def simplify_onnx(onnx: OnnxArtifact, *, path: Path) -> OnnxArtifact:
-    """Simplify a graph; where onnxsim fails or spoils it, keep the graph and say so.
+    """Simplify a graph; where onnxsim fails or spoils it, keep the graph and say so in its notes.
 
     onnxsim's own comparison of outputs is not used: the caller compares with ``measure.parity``,
-    at more than one batch size.
-
-    Args:
-        onnx: The exported graph.
-        path: File to write; another than ``onnx.path``.
-
-    Returns:
-        The graph in ``path``. A fallback stands in its notes, in onnxsim's words.
+    at more than one batch size. ``path`` must be another than ``onnx.path``.
 
     Raises:
         MissingDependencyError: onnxsim is absent.
@@ -47,18 +42,15 @@ def simplify_onnx(onnx: OnnxArtifact, *, path: Path) -> OnnxArtifact:
     refusal = _run_onnxsim(onnx.path, path)
     if not refusal:
         try:
-            simple = describe_onnx(path)
+            refusal = _changed(original, describe_onnx(path))
         except ArtifactError as err:
             refusal = f"it wrote a damaged graph: {err}"
-        else:
-            refusal = _changed(original, simple)
     if refusal:
         shutil.copyfile(onnx.path, path)
         note = f"graph not simplified, kept as exported: onnxsim failed: {refusal}"
         return original.model_copy(update={"path": path, "notes": (*onnx.notes, note)})
     _restore_names(path, onnx.path)
-    named = describe_onnx(path)
-    return named.model_copy(update={"notes": batch_norm_notes(path)})
+    return describe_onnx(path).model_copy(update={"notes": batch_norm_notes(path)})
 
 
 def _restore_names(path: Path, original: Path) -> None:
@@ -76,13 +68,10 @@ def _run_onnxsim(source: Path, target: Path) -> str:
     """Simplify a file; returns onnxsim's last words when it fails, else nothing."""
     done = subprocess.run(
         [sys.executable, "-c", _SIMPLIFY, os.fspath(source), os.fspath(target)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
+        capture_output=True, text=True, errors="replace", check=False,
         # onnxsim imports onnxruntime, which else writes a usage database into the home folder.
         env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
-    )
+    )  # fmt: skip
     if done.returncode == 0:
         return ""
     if done.returncode < 0:
@@ -92,7 +81,7 @@ def _run_onnxsim(source: Path, target: Path) -> str:
 
 
 def _changed(before: OnnxArtifact, after: OnnxArtifact) -> str:
-    """What a simplification must not change, in words; empty where all is well."""
+    """Which of inputs, outputs and opset changed, in words; empty where none did."""
     for name in ("inputs", "outputs", "opset"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:

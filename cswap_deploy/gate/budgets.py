@@ -70,7 +70,7 @@ class Budgets(Value):
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetVerdict:
+class BudgetResult:
     """One budget held against what was measured."""
 
     name: str
@@ -87,8 +87,7 @@ def read_budgets(path: Path) -> Budgets:
     """Read ``budgets.toml``.
 
     Raises:
-        UsageError: The file cannot be read, a name is unknown, a value is out of range, or no
-            limit is set at all.
+        UsageError: The file cannot be read, a name or a value is wrong, or no limit is set.
     """
     try:
         data = tomllib.loads(path.read_text())
@@ -100,7 +99,8 @@ def read_budgets(path: Path) -> Budgets:
         lines = [_problem(p["loc"], p["type"], p["msg"], p["input"]) for p in err.errors()]
         raise UsageError(f"bad budgets in {path}:\n  " + "\n  ".join(lines)) from err
     tables: list[Value] = [budgets, *budgets.latency.values(), *budgets.engine.values()]
-    if not any(value is not None for table in tables for value in _limits(table).values()):
+    no_limits = {"latency", "engine", "batch"}
+    if not any(table.model_dump(exclude=no_limits, exclude_none=True) for table in tables):
         raise UsageError(
             f"{path} sets no limit, so it would pass anything",
             fix=f"set one of: {', '.join(_known(()))}",
@@ -108,58 +108,78 @@ def read_budgets(path: Path) -> Budgets:
     return budgets
 
 
-def check_budgets(manifest: Manifest, budgets: Budgets) -> tuple[BudgetVerdict, ...]:
+def check_budgets(manifest: Manifest, budgets: Budgets) -> tuple[BudgetResult, ...]:
     """Hold every budget against the manifest's measurements.
 
     Accuracy is the worst over the targets that were run, and PyTorch; it counts as not measured
     when the bundle has targets and none of them was run. Parity is the worst over all comparisons.
 
-    Args:
-        manifest: Of the bundle to judge.
-        budgets: At least one limit.
-
     Returns:
-        One verdict per limit, in the order of ``budgets.toml``'s documentation.
+        One result for each limit, in the order of ``budgets.toml``'s documentation.
     """
-    verdicts = [*_accuracy(manifest, budgets), *_parity(manifest, budgets)]
-    pruned = manifest.pruned
-    for name, measured, limit, unit, what in (
-        ("size_max_mib", manifest.onnx.size_bytes / MIB, budgets.size_max_mib, "MiB", "model.onnx"),
-        ("params_max", pruned.params, budgets.params_max, "parameters", "pruned network"),
-        ("macs_max", pruned.macs, budgets.macs_max, "MACs", "pruned network"),
-    ):
-        verdicts += _bound(name, measured, limit, unit=unit, what=what)
-    results = {result.engine.target: result for result in manifest.targets}
+    pruned, size = manifest.pruned, manifest.onnx.size_bytes / MIB
+    results = [*_accuracy(manifest, budgets), *_parity(manifest, budgets)]
+    results += _hold("size_max_mib", budgets.size_max_mib, _Seen(size, "model.onnx"))
+    results += _hold("params_max", budgets.params_max, _Seen(pruned.params, "pruned network"))
+    results += _hold("macs_max", budgets.macs_max, _Seen(pruned.macs, "pruned network"))
+    measured = {result.engine.target: result for result in manifest.targets}
     for target, limits in budgets.latency.items():
-        verdicts += _latency(target, results, limits)
+        results += _latency(target, measured, limits)
     for target, engine in budgets.engine.items():
-        verdicts += _bound(
-            f"engine.{target}.size_max_mib",
-            results[target].engine.size_bytes / MIB if target in results else None,
-            engine.size_max_mib,
-            unit="MiB",
-            what=f"{target} engine",
-            why=_absent(target, results),
-        )
-    return tuple(verdicts)
+        mib = measured[target].engine.size_bytes / MIB if target in measured else None
+        seen = _Seen(mib, f"{target} engine", why=_absent(target, measured))
+        results += _hold(f"engine.{target}.size_max_mib", engine.size_max_mib, seen)
+    return tuple(results)
 
 
-def require(verdicts: tuple[BudgetVerdict, ...]) -> None:
+def require(results: tuple[BudgetResult, ...]) -> None:
     """Go on only when every budget is met.
 
     Raises:
         GateError: One or more failed; each is named with its measurement and its limit.
     """
-    failed = [verdict for verdict in verdicts if not verdict.ok]
+    failed = [result for result in results if not result.ok]
     if failed:
-        lines = "\n  ".join(f"{verdict.name}: {verdict.text}" for verdict in failed)
-        raise GateError(f"{len(failed)} of {len(verdicts)} budgets failed:\n  {lines}")
+        lines = "\n  ".join(f"{result.name}: {result.text}" for result in failed)
+        raise GateError(f"{len(failed)} of {len(results)} budgets failed:\n  {lines}")
 
 
-# --- one budget each -----------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was measured and on what; or why it was not. ``aside`` says what it leaves out."""
+
+    value: float | None
+    what: str = ""
+    why: str = ""
+    aside: str = ""
 
 
-def _accuracy(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetVerdict]:
+_AMOUNTS = {
+    "accuracy_drop_max": (100, "{:.2f} points"), "top1_min": (100, "{:.2f} %"),
+    "parity_max": (1, "{:.2g}"), "size_max_mib": (1, "{:.3f} MiB"),
+    "params_max": (1, "{:,} parameters"), "macs_max": (1, "{:,} MACs"),
+    "speedup_min": (1, "{:.2f}x"),
+    **dict.fromkeys(("p50_ms", "p90_ms", "p99_ms"), (1, "{:.3f} ms")),
+}  # fmt: skip
+"""How the value of a budget is written for people: times a factor, in a format."""
+
+
+def _hold(name: str, limit: float | None, seen: _Seen) -> Iterator[BudgetResult]:
+    """The result of one limit, a least one where its name ends so; none where no limit is set."""
+    if limit is None:
+        return
+    factor, form = _AMOUNTS[name.rpartition(".")[2]]
+    at_least = name.endswith("_min")
+    bound = f"limit {'at least' if at_least else 'at most'} {form.format(factor * limit)}"
+    if seen.value is None:
+        yield BudgetResult(name, None, limit, False, f"not measured: {seen.why}; {bound}")
+        return
+    ok = seen.value >= limit if at_least else seen.value <= limit  # NaN is neither
+    text = f"{seen.what} {form.format(factor * seen.value)}, {bound}{seen.aside}"
+    yield BudgetResult(name, seen.value, limit, ok, text)
+
+
+def _accuracy(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:
     changes = {r.engine.target: r.accuracy for r in manifest.targets if r.accuracy is not None}
     unseen = [r.engine.target for r in manifest.targets if r.accuracy is None]
     why = "no validation images were scored"
@@ -167,57 +187,33 @@ def _accuracy(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetVerdict]:
         why = f"no engine was run on validation images (targets: {', '.join(unseen)})"
     elif manifest.torch_accuracy is not None:
         changes["PyTorch"] = manifest.torch_accuracy
-    aside = f"; not run: {', '.join(unseen)}" if unseen and changes else ""
-    drop: float | None = None
-    top1: float | None = None
-    where_drop = where_top1 = ""
+    drop = top1 = _Seen(None, why=why)
     if changes:
-        place = max(changes, key=lambda name: (math.isnan(changes[name].drop), changes[name].drop))
-        drop, where_drop = changes[place].drop, f"top-1 drop ({place})"
-        place = min(changes, key=lambda name: changes[name].pruned.top1)
-        best = changes[place].pruned
-        top1, where_top1 = best.top1, f"top-1 ({place}, {best.images:,} images)"
-    yield from _bound(
-        "accuracy_drop_max",
-        drop,
-        budgets.accuracy_drop_max,
-        unit="points",
-        what=where_drop,
-        why=why,
-        aside=aside,
-    )
-    yield from _bound(
-        "top1_min",
-        top1,
-        budgets.top1_min,
-        least=True,
-        unit="%",
-        what=where_top1,
-        why=why,
-        aside=aside,
-    )
+        aside = f"; not run: {', '.join(unseen)}" if unseen else ""
+        where, worst = max(changes.items(), key=lambda c: (math.isnan(c[1].drop), c[1].drop))
+        drop = _Seen(worst.drop, f"top-1 drop ({where})", aside=aside)
+        where, least = min(changes.items(), key=lambda c: c[1].pruned.top1)
+        images = f"{least.pruned.images:,} images"
+        top1 = _Seen(least.pruned.top1, f"top-1 ({where}, {images})", aside=aside)
+    yield from _hold("accuracy_drop_max", budgets.accuracy_drop_max, drop)
+    yield from _hold("top1_min", budgets.top1_min, top1)
 
 
-def _parity(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetVerdict]:
+def _parity(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:
     parities = [*manifest.export_parity]
     parities += [r.parity for r in manifest.targets if r.parity is not None]
     unseen = [r.engine.target for r in manifest.targets if r.parity is None]
-    aside = f"; not run: {', '.join(unseen)}" if unseen and parities else ""
-    worst = max(parities, key=lambda p: (math.isnan(p.max_abs), p.max_abs), default=None)
-    yield from _bound(
-        "parity_max",
-        None if worst is None else worst.max_abs,
-        budgets.parity_max,
-        unit="logits",
-        what="" if worst is None else f"{worst.candidate} against {worst.reference}, logits",
-        why="no graph was compared",
-        aside=aside,
-    )
+    seen = _Seen(None, why="no graph was compared")
+    if parities:
+        p = max(parities, key=lambda p: (math.isnan(p.max_abs), p.max_abs))
+        aside = f"; not run: {', '.join(unseen)}" if unseen else ""
+        seen = _Seen(p.max_abs, f"{p.candidate} against {p.reference}, logits", aside=aside)
+    yield from _hold("parity_max", budgets.parity_max, seen)
 
 
 def _latency(
     target: str, results: dict[str, TargetResult], limits: LatencyBudget
-) -> Iterator[BudgetVerdict]:
+) -> Iterator[BudgetResult]:
     result = results.get(target)
     latency = None if result is None else result.latency
     why = _absent(target, results)
@@ -226,26 +222,14 @@ def _latency(
         latency = None
     where = target if latency is None else f"{target}, batch {latency.batch}"
     for name in ("p50_ms", "p90_ms", "p99_ms"):
-        yield from _bound(
-            f"latency.{target}.{name}",
-            None if latency is None else getattr(latency, name),
-            getattr(limits, name),
-            unit="ms",
-            what=f"{name.removesuffix('_ms')} ({where})",
-            why=why,
-        )
+        value = None if latency is None else getattr(latency, name)
+        seen = _Seen(value, f"{name.removesuffix('_ms')} ({where})", why)
+        yield from _hold(f"latency.{target}.{name}", getattr(limits, name), seen)
     speedup = None if latency is None or result is None else result.speedup
     if latency is not None and speedup is None:
         why = "the dense graph was not timed"
-    yield from _bound(
-        f"latency.{target}.speedup_min",
-        speedup,
-        limits.speedup_min,
-        least=True,
-        unit="x",
-        what=f"speed-up ({where})",
-        why=why,
-    )
+    seen = _Seen(speedup, f"speed-up ({where})", why)
+    yield from _hold(f"latency.{target}.speedup_min", limits.speedup_min, seen)
 
 
 def _absent(target: str, results: dict[str, TargetResult]) -> str:
@@ -255,55 +239,10 @@ def _absent(target: str, results: dict[str, TargetResult]) -> str:
     return f"the engine was not run: {results[target].engine.reason or 'no reason was recorded'}"
 
 
-def _bound(
-    name: str,
-    measured: float | None,
-    limit: float | None,
-    *,
-    unit: str,
-    what: str,
-    least: bool = False,
-    why: str = "",
-    aside: str = "",
-) -> Iterator[BudgetVerdict]:
-    """The verdict on one limit; none where no limit is set."""
-    if limit is None:
-        return
-    bound = f"{'at least' if least else 'at most'} {_amount(limit, unit)}"
-    if measured is None:
-        yield BudgetVerdict(name, None, limit, False, f"not measured: {why}; limit {bound}")
-        return
-    ok = measured >= limit if least else measured <= limit  # NaN is neither
-    text = f"{what} {_amount(measured, unit)}, limit {bound}{aside}"
-    yield BudgetVerdict(name, measured, limit, ok, text)
-
-
-def _amount(value: float, unit: str) -> str:
-    if unit == "points":
-        return f"{100 * value:.2f} points"
-    if unit == "%":
-        return f"{100 * value:.2f} %"
-    if unit == "x":
-        return f"{value:.2f}x"
-    if unit == "logits":
-        return f"{value:.2g}"
-    return f"{value:,} {unit}" if isinstance(value, int) else f"{value:.3f} {unit}"
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def _limits(table: Value) -> dict[str, object]:
-    """A table's own limits; ``batch`` only says which measurement they are for."""
-    skipped = {"latency", "engine", "batch"}
-    return {name: getattr(table, name) for name in type(table).model_fields if name not in skipped}
-
-
 def _known(loc: tuple[int | str, ...]) -> list[str]:
     """Names that may stand in the table at ``loc``."""
     tables: dict[str, type[Value]] = {"latency": LatencyBudget, "engine": EngineBudget}
-    table = tables.get(str(loc[0]), Budgets) if len(loc) > 1 else Budgets
-    return list(table.model_fields)
+    return list((tables[str(loc[0])] if len(loc) > 1 else Budgets).model_fields)
 
 
 def _problem(loc: tuple[int | str, ...], kind: str, message: str, got: object) -> str:

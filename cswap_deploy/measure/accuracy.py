@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.measure.parity import check_finite
+from cswap_deploy.measure.parity import Run, check_finite
 from cswap_deploy.measure.statistics import paired_difference_interval, wilson_interval
 from cswap_deploy.records.measurements import Accuracy, AccuracyChange
+from cswap_deploy.runtime.session import Floats
 
-Floats = npt.NDArray[np.float32]
 Classes = npt.NDArray[np.integer[Any]]
 
 
-def predict(
-    run: Callable[[Floats], Floats], images: Floats | Iterable[Floats], *, batch: int
-) -> Floats:
+def predict(run: Run, images: Floats | Iterable[Floats], *, batch: int) -> Floats:
     """Run a network over many images.
 
     Args:
-        run: (B, C, H, W) float32 -> logits (B, classes).
-        images: (N, C, H, W) float32, or an iterable of such arrays (memory then holds one at a
-            time).
+        run: The network.
+        images: (N, C, H, W) float32, or an iterable of such arrays, of which memory then holds one
+            at a time.
         batch: Largest batch that ``run`` is given (samples).
 
     Returns:
@@ -33,16 +31,14 @@ def predict(
     Raises:
         StageError: A logit is not finite.
     """
-    chunks = [images] if isinstance(images, np.ndarray) else images
     logits: list[Floats] = []
     done = 0
-    for chunk in chunks:
+    for chunk in [images] if isinstance(images, np.ndarray) else images:
         for start in range(0, len(chunk), batch):
             part = np.ascontiguousarray(chunk[start : start + batch], dtype=np.float32)
-            answer = np.asarray(run(part), dtype=np.float32)
+            logits.append(np.asarray(run(part), dtype=np.float32))
             where = f"images {done} to {done + len(part) - 1}"
-            check_finite(answer, name="the network", where=where)
-            logits.append(answer)
+            check_finite(logits[-1], name="the network", where=where)
             done += len(part)
     if not logits:
         raise ValueError("no images to predict")
@@ -52,12 +48,7 @@ def predict(
 def accuracy(predicted: Classes, labels: Classes) -> Accuracy:
     """Top-1 with a 95 % Wilson score interval.
 
-    Args:
-        predicted: (N,) class indices, ``logits.argmax(1)``.
-        labels: (N,) true class indices, N > 0.
-
-    Returns:
-        Fractions in [0, 1].
+    Both arguments are (N,) class indices, N > 0.
     """
     right = _right(predicted, labels)
     low, high = wilson_interval(int(right.sum()), len(right))
@@ -74,31 +65,19 @@ def accuracy_change(
         drop = (b - c) / n
 
     with b the images that only the dense network predicts right and c those that only the pruned
-    one does.
+    one does, and its 95 % interval (``statistics.paired_difference_interval``).
 
-    Args:
-        dense_predicted: (N,) class indices.
-        pruned_predicted: (N,) class indices, same images and order.
-        labels: (N,) true class indices, N > 0.
-
-    Returns:
-        Both accuracies, the drop with a 95 % paired interval, and how often the two agree.
-
-    Source:
-        The interval: see ``statistics.paired_difference_interval``.
+    All arguments are (N,) class indices of the same images in the same order, N > 0.
     """
     dense, pruned = _right(dense_predicted, labels), _right(pruned_predicted, labels)
     only_dense = int((dense & ~pruned).sum())
     only_pruned = int((pruned & ~dense).sum())
     low, high = paired_difference_interval(only_dense, only_pruned, len(labels))
     return AccuracyChange(
-        dense=accuracy(dense_predicted, labels),
-        pruned=accuracy(pruned_predicted, labels),
-        drop=(only_dense - only_pruned) / len(labels),
-        low=low,
-        high=high,
+        dense=accuracy(dense_predicted, labels), pruned=accuracy(pruned_predicted, labels),
+        drop=(only_dense - only_pruned) / len(labels), low=low, high=high,
         agreement=float((dense_predicted == pruned_predicted).mean()),
-    )
+    )  # fmt: skip
 
 
 def _right(predicted: Classes, labels: Classes) -> npt.NDArray[np.bool_]:

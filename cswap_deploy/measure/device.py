@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,39 +12,25 @@ from cswap_deploy.runtime.host import usable_cores
 
 
 def describe_device() -> Device:
-    """The processor, the cores this process may use, the memory and the NVIDIA GPUs.
-
-    Returns:
-        ``memory_mib`` is what the machine has, not what a container is granted; ``gpus`` is empty
-        where ``nvidia-smi`` is absent or finds no driver.
-    """
+    """The processor, the cores this process may use, the machine's memory and NVIDIA GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
-        cpu=_cpu_model(),
-        cores=usable_cores(),
-        memory_mib=memory // 2**20,
-        gpus=list_gpus(),
+        cpu=_cpu_model(), cores=usable_cores(), memory_mib=memory // 2**20, gpus=list_gpus(),
         platform=platform.platform(),
-    )
+    )  # fmt: skip
 
 
 def list_gpus() -> tuple[str, ...]:
     """Name, driver and memory of each NVIDIA GPU, by ``nvidia-smi``; empty without a driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     if answer.returncode != 0:
         return ()
-    gpus = []
-    for line in answer.stdout.splitlines():
-        name, driver, memory = (part.strip() for part in line.rsplit(",", 2))
-        gpus.append(f"{name} (driver {driver}, {memory})")
-    return tuple(gpus)
+    rows = (map(str.strip, line.rsplit(",", 2)) for line in answer.stdout.splitlines())
+    return tuple(f"{name} (driver {driver}, {memory})" for name, driver, memory in rows)
 
 
 def _cpu_model() -> str:

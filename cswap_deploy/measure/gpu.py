@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Any, Self
 
 from cswap_deploy.errors import missing
@@ -51,14 +50,9 @@ class GpuMonitor:
         NVML API reference; the package ``nvidia-ml-py``.
     """
 
-    def __init__(self, *, device: int = 0, interval: float = INTERVAL) -> None:
-        """Nothing is asked before the ``with`` block begins.
-
-        Args:
-            device: CUDA's number of the GPU, of those that ``CUDA_VISIBLE_DEVICES`` leaves.
-            interval: Shortest time between samples (seconds).
-        """
-        self._device, self._interval = device, interval
+    def __init__(self, *, interval: float = INTERVAL) -> None:
+        """Ask nothing yet; ``interval`` is the shortest time between samples (seconds)."""
+        self._interval = interval
         self._nvml: Any = None
         self._handle: Any = None
         self._facts: dict[str, Any] = {}
@@ -70,39 +64,35 @@ class GpuMonitor:
 
     def __enter__(self) -> Self:
         """Find the GPU."""
+        if problem := self._find():
+            self._note("GPU state", problem)
+        return self
+
+    def _find(self) -> str:
+        """Why there is no asking; empty once the GPU is found and described."""
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError as err:
             state = str(missing("pynvml", "gpu", err)).splitlines()[0]
-            self._note("GPU state", f"{state}; fix: pip install nvidia-ml-py")
-            return self
+            return f"{state}; fix: pip install nvidia-ml-py"
         try:
             nvml.nvmlInit()
         except nvml.NVMLError as err:
-            jetson = "; Jetson boards have none, tegrastats tells the same" if _on_jetson() else ""
-            self._note("GPU state", f"NVML does not start: {err}{jetson}")
-            return self
+            jetson = "; Jetson boards have none, tegrastats tells the same"
+            return f"NVML does not start: {err}{jetson if _JETSON.exists() else ''}"
         self._nvml = nvml
-        bus = cuda_pci_bus_id(self._device)
+        bus = cuda_pci_bus_id(0)
         if not bus:
-            why = cuda_problem() or f"CUDA does not tell the PCI address of device {self._device}"
-            self._note("GPU state", why)
-            return self
+            return cuda_problem() or "CUDA does not tell the PCI address of device 0"
         try:
             # NVML counts all GPUs of the machine by their slots, CUDA the visible ones.
             self._handle = nvml.nvmlDeviceGetHandleByPciBusId(bus)
         except nvml.NVMLError as err:
-            self._note("GPU state", f"NVML does not know the GPU at {bus}: {err}")
-            return self
+            return f"NVML does not know the GPU at {bus}: {err}"
         self._describe(bus)
-        return self
+        return ""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let NVML go."""
         self._handle = None
         if self._nvml is not None:
@@ -117,11 +107,7 @@ class GpuMonitor:
             self.sample(work)
 
     def sample(self, work: Callable[[], object]) -> None:
-        """Take a sample now.
-
-        Args:
-            work: What keeps the GPU busy meanwhile, not timed: called again and again.
-        """
+        """Take a sample now; ``work``, called again and again, keeps the GPU busy meanwhile."""
         if self._handle is None:
             return
         start = time.perf_counter()
@@ -137,7 +123,10 @@ class GpuMonitor:
 
     def state(self) -> GpuState:
         """What was found so far."""
-        readings = {name: _spread(values) for name, values in self._readings.items()}
+        readings = {
+            name: Spread(min=min(values), median=statistics.median(values), max=max(values))
+            for name, values in self._readings.items()
+        }
         return GpuState(
             **self._facts | readings,
             samples=self._samples,
@@ -147,74 +136,54 @@ class GpuMonitor:
 
     def _describe(self, bus: str) -> None:
         """What does not change while it is timed."""
-        nvml, handle = self._nvml, self._handle
+        gpu, clock = (self._handle,), (self._handle, self._nvml.NVML_CLOCK_SM)
         told = {
-            "name": self._ask("name", ("nvmlDeviceGetName",), handle),
-            "uuid": self._ask("UUID", ("nvmlDeviceGetUUID",), handle),
-            "driver": self._ask("driver version", ("nvmlSystemGetDriverVersion",)),
-            "persistence_mode": self._ask(
-                "persistence mode", ("nvmlDeviceGetPersistenceMode",), handle
-            ),
-            "compute_mode": self._ask("compute mode", ("nvmlDeviceGetComputeMode",), handle),
-            "sm_clock_max_mhz": self._ask(
-                "highest SM clock", ("nvmlDeviceGetMaxClockInfo",), handle, nvml.NVML_CLOCK_SM
-            ),
-            "power_limit_w": self._ask("power limit", ("nvmlDeviceGetEnforcedPowerLimit",), handle),
+            "name": self._ask("name", "nvmlDeviceGetName", gpu),
+            "uuid": self._ask("UUID", "nvmlDeviceGetUUID", gpu),
+            "driver": self._ask("driver version", "nvmlSystemGetDriverVersion", ()),
+            "persistence_mode": self._ask("persistence mode", "nvmlDeviceGetPersistenceMode", gpu),
+            "compute_mode": self._ask("compute mode", "nvmlDeviceGetComputeMode", gpu),
+            "sm_clock_max_mhz": self._ask("highest SM clock", "nvmlDeviceGetMaxClockInfo", clock),
+            "power_limit_w": self._ask("power limit", "nvmlDeviceGetEnforcedPowerLimit", gpu),
         }
-        known = {name: value for name, value in told.items() if value is not None}
-        if "persistence_mode" in known:
-            known["persistence_mode"] = bool(known["persistence_mode"])
-        if "compute_mode" in known:
-            mode = known["compute_mode"]
-            known["compute_mode"] = _COMPUTE_MODES.get(mode, f"mode {mode}")
-        if "power_limit_w" in known:
-            known["power_limit_w"] /= 1000  # milliwatts
+        known = {name: _converted(name, value) for name, value in told.items() if value is not None}
         self._facts = {"pci_bus_id": bus, **known}
 
     def _read(self) -> None:
         """One sample, in the thread."""
         nvml, handle = self._nvml, self._handle
+        sm, memory = (handle, nvml.NVML_CLOCK_SM), (handle, nvml.NVML_CLOCK_MEM)
+        sensor = (handle, nvml.NVML_TEMPERATURE_GPU)
         told = {
-            "sm_clock_mhz": self._ask(
-                "SM clock", ("nvmlDeviceGetClockInfo",), handle, nvml.NVML_CLOCK_SM
-            ),
-            "memory_clock_mhz": self._ask(
-                "memory clock", ("nvmlDeviceGetClockInfo",), handle, nvml.NVML_CLOCK_MEM
-            ),
-            "power_w": self._ask("power", ("nvmlDeviceGetPowerUsage",), handle),
+            "sm_clock_mhz": self._ask("SM clock", "nvmlDeviceGetClockInfo", sm),
+            "memory_clock_mhz": self._ask("memory clock", "nvmlDeviceGetClockInfo", memory),
+            "power_w": self._ask("power", "nvmlDeviceGetPowerUsage", (handle,)),
             "temperature_c": self._ask(
-                "temperature",
-                ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"),
-                handle,
-                nvml.NVML_TEMPERATURE_GPU,
+                "temperature", "nvmlDeviceGetTemperatureV", sensor, "nvmlDeviceGetTemperature"
             ),
         }
         for name, value in told.items():
             if value is not None:
-                reading = value / 1000 if name == "power_w" else value  # milliwatts
-                self._readings.setdefault(name, []).append(float(reading))
+                self._readings.setdefault(name, []).append(float(_converted(name, value)))
         mask = self._ask(
-            "throttle reasons",
-            (
-                "nvmlDeviceGetCurrentClocksEventReasons",
-                "nvmlDeviceGetCurrentClocksThrottleReasons",
-            ),
-            handle,
-        )
+            "throttle reasons", "nvmlDeviceGetCurrentClocksEventReasons", (handle,),
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+        )  # fmt: skip
         if mask is not None:
             self._throttling = self._throttling or Counter()
             self._throttling.update(throttle_reasons(mask))
         self._samples += 1
 
-    def _ask(self, what: str, functions: tuple[str, ...], *arguments: Any) -> Any:
-        """The first of the functions that answers: newer packages and drivers rename some."""
-        words = f"this nvidia-ml-py has no {' or '.join(functions)}"
-        for name in functions:
-            function = getattr(self._nvml, name, None)
-            if function is None:
+    def _ask(self, what: str, function: str, arguments: tuple[Any, ...], older: str = "") -> Any:
+        """The function's answer, or the older one's: newer packages and drivers rename some."""
+        names = [function, older] if older else [function]
+        words = f"this nvidia-ml-py has no {' or '.join(names)}"
+        for name in names:
+            found = getattr(self._nvml, name, None)
+            if found is None:
                 continue
             try:
-                return function(*arguments)
+                return found(*arguments)
             except self._nvml.NVMLError as err:
                 words = str(err)
         self._note(what, words)
@@ -246,9 +215,10 @@ def cuda_pci_bus_id(device: int = 0) -> str:
     return "" if status else text.value.decode()
 
 
-def _spread(values: list[float]) -> Spread:
-    return Spread(min=min(values), median=statistics.median(values), max=max(values))
-
-
-def _on_jetson() -> bool:
-    return _JETSON.exists()
+def _converted(name: str, told: Any) -> Any:
+    """What NVML told, as :class:`GpuState` has it."""
+    if name == "persistence_mode":
+        return bool(told)
+    if name == "compute_mode":
+        return _COMPUTE_MODES.get(told, f"mode {told}")
+    return told / 1000 if name in ("power_limit_w", "power_w") else told  # milliwatts

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from cswap_deploy.errors import StageError
+from cswap_deploy.errors import ExportError, StageError
 from cswap_deploy.records.measurements import Parity
+from cswap_deploy.runtime.session import Floats
 
-Run = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+Run = Callable[[Floats], Floats]
+"""A network as a function: (B, C, H, W) float32 -> logits (B, classes)."""
+PARITY_BATCHES = (1, 8)
+"""Batch sizes that are compared unless the caller says otherwise."""
 
 
 def parity(
-    reference: Run,
-    candidate: Run,
-    images: npt.NDArray[np.float32],
-    *,
-    reference_name: str,
-    candidate_name: str,
-    tolerance: float | None,
-    batches: tuple[int, ...] = (1, 8),
-) -> Parity:
+    reference: Run, candidate: Run, images: Floats, *, reference_name: str, candidate_name: str,
+    tolerance: float | None, batches: tuple[int, ...] = PARITY_BATCHES,
+) -> Parity:  # fmt: skip
     """Compare two networks on the same images, at several batch sizes.
 
         max over images x and classes k of |reference(x)[k] - candidate(x)[k]|
@@ -30,16 +27,13 @@ def parity(
     A dynamic graph can be right at the batch size it was traced with and wrong at others.
 
     Args:
-        reference: (B, C, H, W) float32 -> logits (B, classes).
-        candidate: The same.
+        reference: The network.
+        candidate: What it became.
         images: (N, C, H, W) float32, N > 0. Every image goes through at every batch size.
         reference_name: For the report, for example ``torch``.
         candidate_name: For the report, for example ``onnx``.
         tolerance: Largest difference that counts as the same (logits); ``None`` to only measure.
         batches: Batch sizes (samples); one above N becomes N.
-
-    Returns:
-        The largest difference; ``ok`` says whether it is within tolerance.
 
     Raises:
         StageError: The shapes differ, or a logit is not finite.
@@ -63,21 +57,25 @@ def parity(
             difference = np.abs(expected.astype(np.float64) - got.astype(np.float64))
             largest = max(largest, float(difference.max()))
     return Parity(
-        reference=reference_name,
-        candidate=candidate_name,
-        max_abs=largest,
-        tolerance=tolerance,
-        images=len(images),
-        batches=sizes,
-    )
+        reference=reference_name, candidate=candidate_name, max_abs=largest, tolerance=tolerance,
+        images=len(images), batches=sizes,
+    )  # fmt: skip
 
 
-def check_finite(logits: npt.NDArray[np.float32], *, name: str, where: str) -> None:
-    """Refuse NaN and infinity.
+def require_parity(compared: Parity) -> Parity:
+    """A comparison within its tolerance; beyond it, :class:`ExportError`."""
+    if not compared.ok:
+        raise ExportError(
+            f"{compared.candidate} does not agree with {compared.reference}: logits differ by up "
+            f"to {compared.max_abs:.2e} on {compared.images} images, allowed "
+            f"{compared.tolerance:.0e}",
+            fix="try another --opset, or raise --parity-tolerance (of build) if accuracy counts",
+        )
+    return compared
 
-    Raises:
-        StageError: Some logits are not finite; their number is named.
-    """
+
+def check_finite(logits: Floats, *, name: str, where: str) -> None:
+    """Refuse NaN and infinity, with a :class:`StageError` that says how many."""
     bad = int(logits.size - np.isfinite(logits).sum())
     if bad:
         raise StageError(f"{bad} of {logits.size} logits of {name} are not finite, on {where}")

@@ -7,15 +7,7 @@ from statistics import NormalDist
 
 
 def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion.
-
-    Args:
-        successes: Images predicted right.
-        trials: Images, > 0.
-        level: Coverage.
-
-    Returns:
-        Lower and upper end, fractions.
+    """Lower and upper end (fractions) of Wilson's score interval of a proportion; ``trials`` > 0.
 
     Source:
         Wilson 1927, J. Am. Stat. Assoc. 22:209; as in ``scipy.stats.binomtest``.

@@ -28,13 +28,6 @@ def trtexec_line(engine: EngineArtifact, latency: Latency) -> str:
     of the three parts by CUDA events, not the host's clock; "GPU Compute Time" is
     ``latency.device``. It feeds random data.
 
-    Args:
-        engine: Of ``tensorrt`` or ``tensorrt-rtx``.
-        latency: As measured by this version: with ``settings``.
-
-    Returns:
-        One line of shell; the engine's path is as in ``engine``.
-
     Raises:
         ValueError: The target has no such tool, the engine is without weights, or the latency does
             not say how it was measured.
@@ -51,7 +44,7 @@ def trtexec_line(engine: EngineArtifact, latency: Latency) -> str:
         raise ValueError("trtexec would time an engine without its weights")
     if "shape" not in how or "cuda_graph" not in how:
         raise ValueError("the latency does not say how it was measured")
-    version = _version(engine.versions[target])
+    version = tuple(int(part) for part in engine.versions[target].split(".")[:2])
     newer = version >= _SINCE_OTHER_DEFAULTS[target]
     transfers, graph = bool(how["transfers"]), bool(how["cuda_graph"])
     spins = how["synchronisation"] != "blocking"
@@ -68,29 +61,22 @@ def trtexec_line(engine: EngineArtifact, latency: Latency) -> str:
     ]
     if engine.options is not None and engine.options.version_compatible:
         options.append("--versionCompatible")  # lets it run the code that the engine brings
-    left: list[str] = []
     if newer:
-        _add(options, left, "" if not transfers else "--includeDataTransfers", "no data transfers")
-        _add(options, left, "" if spins else "--noSpinWait", "spin wait")
+        pinned = [
+            (transfers, "--includeDataTransfers", "no data transfers"),
+            (not spins, "--noSpinWait", "spin wait"),
+            (not graph, "--noCudaGraph", "CUDA graph"),
+        ]
     else:
-        _add(options, left, "" if transfers else "--noDataTransfers", "data transfers")
-        _add(options, left, "--useSpinWait" if spins else "", "blocking wait")
+        pinned = [
+            (not transfers, "--noDataTransfers", "data transfers"),
+            (spins, "--useSpinWait", "blocking wait"),
+            (graph, "--useCudaGraph", "no CUDA graph"),
+        ]
     if target == "tensorrt-rtx" and version >= _SINCE_GRAPH_STRATEGY:
-        options.append(f"--rtxCudaGraphStrategy={'wholeGraph' if graph else 'disable'}")
-    elif newer:
-        _add(options, left, "" if graph else "--noCudaGraph", "CUDA graph")
-    else:
-        _add(options, left, "--useCudaGraph" if graph else "", "no CUDA graph")
+        strategy = f"--rtxCudaGraphStrategy={'wholeGraph' if graph else 'disable'}"
+        pinned[2] = (True, strategy, "")
+    options += [option for wanted, option, _ in pinned if wanted]
+    left = [default for wanted, _, default in pinned if not wanted]
     line = " ".join((TOOLS[target], *map(shlex.quote, options)))
     return f"{line}  # by default: {', '.join(left)}" if left else line
-
-
-def _add(options: list[str], left: list[str], option: str, default: str) -> None:
-    if option:
-        options.append(option)
-    else:
-        left.append(default)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])

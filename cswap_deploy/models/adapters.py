@@ -1,4 +1,4 @@
-"""What the pruner must know of a model family that its layers do not say: whole attention heads.
+"""Model families whose layers do not show what can be removed: attention heads.
 
 An attention layer may only lose whole heads: removing part of a head's dimension changes the scale
 of its softmax. An adapter says where a module's heads lie, and sets what its forward reads after
@@ -28,7 +28,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """How to find and shrink the heads of one kind of attention module."""
+    """Finds and removes the heads of one kind of attention module."""
 
     matches: Callable[[nn.Module], bool]
     heads: Callable[[nn.Module], Heads]
@@ -66,7 +66,5 @@ ADAPTERS: dict[str, Adapter] = {
 
 def find_heads(module: nn.Module) -> tuple[Adapter, Heads] | None:
     """The adapter for an attention module, and its heads; ``None`` where none fits."""
-    for adapter in ADAPTERS.values():
-        if adapter.matches(module):
-            return adapter, adapter.heads(module)
-    return None
+    fitting = (adapter for adapter in ADAPTERS.values() if adapter.matches(module))
+    return next(((adapter, adapter.heads(module)) for adapter in fitting), None)

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from cswap_deploy.errors import UsageError
 
 _WRAPPERS = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-)
+    "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "net",
+)  # fmt: skip
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 5
+_DAMAGED = (
+    RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError,
+)  # fmt: skip
+"""What ``torch.load`` raises on files that are no checkpoints."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -39,31 +37,26 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         UsageError: The file is absent, damaged, wants to run code, or holds no tensors.
     """
     if not path.is_file():
-        raise UsageError(
-            f"the checkpoint {path} does not exist"
-            if not path.exists()
-            else f"the checkpoint {path} is not a file"
-        )
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UsageError(f"the checkpoint {path} {what}")
     loaded = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     state = _unwrap(loaded)
     if not state:
-        kind = type(loaded).__name__
-        keys = (
-            f" with {', '.join(map(str, list(loaded)[:_SHOWN]))}"
-            if isinstance(loaded, Mapping) and loaded
-            else ""
-        )
-        raise UsageError(
-            f"{path} holds no weights: a {kind}{keys}",
-            fix="save model.state_dict()",
-        )
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
+        what = type(loaded).__name__
+        if isinstance(loaded, Mapping) and loaded:
+            what += f" with {', '.join(map(str, list(loaded)[:_SHOWN]))}"
+        raise UsageError(f"{path} holds no weights: a {what}", fix="save model.state_dict()")
+    if broken := not_finite(state):
         raise UsageError(
             f"{path} has values that are not finite in {len(broken)} of {len(state)} tensors: "
             f"{_some(broken)}"
         )
     return state
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold an infinity or a NaN."""
+    return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, name: str) -> None:
@@ -74,23 +67,17 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, nam
     """
     own = module.state_dict()
     optional = {k for k in own if k.endswith("num_batches_tracked")}
-    missing = [k for k in own if k not in state and k not in optional]
-    extra = [k for k in state if k not in own]
-    shaped = [
-        f"{k} {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or extra or shaped:
-        lines = [
-            f"    {len(found)} {what}: {_some(found)}"
-            for what, found in (
-                ("missing", missing),
-                ("unexpected", extra),
-                ("of another shape", shaped),
-            )
-            if found
-        ]
+    wrong = {
+        "missing": [k for k in own if k not in state and k not in optional],
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}"
+            for k in own
+            if k in state and state[k].shape != own[k].shape
+        ],
+    }
+    lines = [f"    {len(found)} {what}: {_some(found)}" for what, found in wrong.items() if found]
+    if lines:
         raise UsageError(
             f"{path} does not fit {name} ({len(own)} tensors, {len(state)} in the file):\n"
             + "\n".join(lines),
@@ -142,19 +129,9 @@ def _read_pickle(path: Path) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about TorchScript, which is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise _refused(path, err) from err
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as err:
-        if "TorchScript" in str(err) or "torch.jit" in str(err):
+    except (pickle.UnpicklingError, *_DAMAGED) as err:
+        script = "TorchScript" in str(err) or "torch.jit" in str(err)
+        if script or isinstance(err, pickle.UnpicklingError):
             raise _refused(path, err) from err
         words = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise UsageError(
@@ -164,13 +141,12 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _refused(path: Path, err: Exception) -> UsageError:
-    words = str(err)
     wanted = re.search(
         r"(Unsupported (?:global|class|operand|op)[^\n]*?|Trying to [^\n]*?|Can only [^\n]*?|"
         r"Cannot use[^\n]*?TorchScript[^\n]*?)(?: was not an allowed|\.\s|\.?\n|$)",
-        words,
+        str(err),
     )
-    reason = wanted.group(1).strip() if wanted else " ".join(words.split())[:300]
+    reason = wanted.group(1).strip() if wanted else " ".join(str(err).split())[:300]
     return UsageError(
         f"{path} is a pickle that holds more than tensors; nothing of it was run. "
         f"torch {torch.__version__} (weights_only=True): {reason}",

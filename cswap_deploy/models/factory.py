@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,10 @@ def call(name: str) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as err:
-        if err.name and (module_name == err.name or module_name.startswith(f"{err.name}.")):
-            raise UsageError(f"there is no module {err.name}, for {name}", fix=_FIX) from err
-        raise UsageError(f"{module_name} does not import: {_last_line(err)}") from err
     except Exception as err:  # the user's code may raise anything
+        absent = err.name if isinstance(err, ModuleNotFoundError) else None
+        if absent and f"{module_name}.".startswith(f"{absent}."):
+            raise UsageError(f"there is no module {absent}, for {name}", fix=_FIX) from err
         raise UsageError(f"{module_name} does not import: {_last_line(err)}") from err
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -45,7 +45,7 @@ def call(name: str) -> nn.Module:
     return made
 
 
-def count_classes(module: nn.Module, *, input_size: tuple[int, int, int], name: str) -> int:
+def count_classes(module: nn.Module, input_size: Sequence[int], *, name: str) -> int:
     """The classes of a classifier, from the shape of what it returns for one image.
 
     Raises:
@@ -56,7 +56,7 @@ def count_classes(module: nn.Module, *, input_size: tuple[int, int, int], name: 
             out = module(torch.zeros(1, *input_size))
     except Exception as err:
         raise UsageError(
-            f"{name} does not take an image of --input-size {input_size}: {_last_line(err)}"
+            f"{name} does not take an image of --input-size {tuple(input_size)}: {_last_line(err)}"
         ) from err
     if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

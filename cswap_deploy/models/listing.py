@@ -10,17 +10,9 @@ from cswap_deploy.models.demos import DEMOS, INPUT_SIZE
 from cswap_deploy.models.torchvision_shim import import_timm
 
 TESTED = (
-    "resnet18",
-    "resnet50",
-    "mobilenetv2_100",
-    "efficientnet_lite0",
-    "convnext_atto",
-    "regnety_004",
-    "vgg11_bn",
-    "densenet121",
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-)
+    "resnet18", "resnet50", "mobilenetv2_100", "efficientnet_lite0", "convnext_atto",
+    "regnety_004", "vgg11_bn", "densenet121", "vit_tiny_patch16_224", "deit_tiny_patch16_224",
+)  # fmt: skip
 """One of each family that the tests build end to end; DeiT is ViT's network."""
 
 
@@ -46,40 +38,21 @@ def list_models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
             pattern: the demos and the models of the test matrix.
     """
     timm = import_timm()
-    families = _families()
-    tested = {families[name] for name in TESTED}
-    if pattern is None:
-        names = list(TESTED)
-    else:
-        shape = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-        names = timm.list_models(shape)
-    demos = [
-        ModelEntry(name, "demo", "demo", True, INPUT_SIZE, True)
-        for name in DEMOS
-        if pattern is None or fnmatch.fnmatch(name, shape)
-    ]
-    return (*demos, *(_entry(name, families, tested) for name in names))
-
-
-def _entry(name: str, families: dict[str, str], tested: set[str]) -> ModelEntry:
-    timm = import_timm()
-    cfg = timm.models.get_pretrained_cfg(name)
-    family = families[name]
-    size = tuple(cfg.input_size) if cfg is not None else None
-    return ModelEntry(
-        name=name,
-        kind="timm",
-        family=family,
-        tested=family in tested,
-        input_size=size if size is not None and len(size) == 3 else None,
-        pretrained=bool(cfg is not None and cfg.has_weights),
-    )
-
-
-def _families() -> dict[str, str]:
-    """Model name -> timm's module that defines it."""
-    timm = import_timm()
-    return {
+    families = {
         name: timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         for name in timm.list_models()
     }
+    tested = {families[name] for name in TESTED}
+
+    def entry(name: str) -> ModelEntry:
+        cfg = timm.models.get_pretrained_cfg(name)
+        size = None if cfg is None or len(cfg.input_size) != 3 else tuple(cfg.input_size)
+        pretrained = bool(cfg is not None and cfg.has_weights)
+        return ModelEntry(name, "timm", families[name], families[name] in tested, size, pretrained)
+
+    shown, names = list(DEMOS), list(TESTED)
+    if pattern is not None:
+        shape = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        shown, names = fnmatch.filter(DEMOS, shape), timm.list_models(shape)
+    demos = (ModelEntry(name, "demo", "demo", True, INPUT_SIZE, True) for name in shown)
+    return (*demos, *map(entry, names))

@@ -11,25 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from cswap_deploy.config import ModelConfig
 from cswap_deploy.errors import StageError, UsageError
-from cswap_deploy.models import demos as zoo
-from cswap_deploy.models import factory, timm_models
-from cswap_deploy.models.checkpoints import load_into, read_checkpoint
+from cswap_deploy.models import demos, factory, timm_models
+from cswap_deploy.models.checkpoints import load_into, not_finite, read_checkpoint
 from cswap_deploy.records.model import ModelSpec, Preprocessing
-
-InputSize = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What the user said beside the name."""
-
-    checkpoint: Path | None
-    pretrained: bool
-    input_size: InputSize | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +26,14 @@ class LoadedModel:
     module: nn.Module
 
 
-def load_model(
-    name: str,
-    *,
-    checkpoint: Path | None = None,
-    pretrained: bool = True,
-    input_size: InputSize | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    seed: int = 0,
-) -> LoadedModel:
-    """Make a network, give it its weights, and say how pictures are prepared for it.
+def load_model(config: ModelConfig, *, seed: int = 0) -> LoadedModel:
+    """Make a network, give it its weights, and say how images are prepared for it.
 
     Args:
-        name: A demo (``demo-resnet``, ``demo-vit``), a timm model, or ``package.module:factory``
-            for a callable that returns an ``nn.Module``.
-        checkpoint: Weights to load instead of the pretrained ones; safetensors or ``torch.save``.
-        pretrained: Load weights at all; otherwise they are random, for trying the pipeline.
-        input_size: (C, H, W); the model's own unless said.
-        mean: Per channel, on the scale 0..1; the model's own unless said.
-        std: The same.
+        config: ``model`` is a demo (``demo-resnet``, ``demo-vit``), a timm model, or
+            ``package.module:factory`` for a callable that returns an ``nn.Module``. What is not
+            said of preprocessing is the model's own.
         seed: Of random weights.
-
-    Returns:
-        The network and what is needed to make it again.
 
     Raises:
         UsageError: The name is unknown, the checkpoint does not fit, or a factory's preprocessing
@@ -71,52 +41,34 @@ def load_model(
         MissingDependencyError: The weights are on a hub that cannot be reached.
         StageError: A weight is not finite.
     """
-    _check_sizes(input_size, mean, std)
-    wish = _Wish(checkpoint, pretrained, input_size, mean, std, seed)
-    if name in zoo.DEMOS:
-        return _load_demo(name, wish)
-    if ":" in name:
-        return _load_factory(name, wish)
-    return _load_timm(name, wish)
+    _check_sizes(config)
+    if config.model in demos.DEMOS:
+        return _load_demo(config, seed)
+    if ":" in config.model:
+        return _load_factory(config, seed)
+    return _load_timm(config, seed)
 
 
-def wrap_module(
-    module: nn.Module,
-    *,
-    name: str,
-    input_size: InputSize | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> LoadedModel:
-    """A copy of a network that the caller made, with what is known of it.
+def wrap_module(module: nn.Module, config: ModelConfig) -> LoadedModel:
+    """Copy a network that the caller made, and say how images are prepared for it.
 
-    Args:
-        module: Maps (N, C, H, W) to logits (N, classes).
-        name: For people.
-        input_size: (C, H, W).
-        mean: Of each channel, of pixels in [0, 1].
-        std: As ``mean``.
+    It maps (N, C, H, W) to logits (N, classes); ``config.model`` is its name, for people.
 
     Raises:
         UsageError: ``input_size``, ``mean`` or ``std`` is absent or does not fit.
     """
-    _check_sizes(input_size, mean, std)
-    wish = _Wish(
-        checkpoint=None, pretrained=True, input_size=input_size, mean=mean, std=std, seed=0
-    )
-    return _users_own(copy.deepcopy(module), wish, name=name, weights="as passed by the caller")
+    _check_sizes(config)
+    return _own_module(copy.deepcopy(module), config, weights="as passed by the caller")
 
 
 def fresh_module(spec: ModelSpec) -> nn.Module:
-    """The same architecture, in evaluation mode, with weights that are not the model's.
-
-    The weights are what the library makes of a new network; they depend on torch's global seed.
+    """Make the architecture again, in evaluation mode, with weights from torch's global seed.
 
     Raises:
         UsageError: The factory that made the model is not there any more.
     """
     if spec.source == "demo":
-        module = zoo.DEMOS[spec.name]()
+        module = demos.DEMOS[spec.name]()
     elif spec.source == "factory":
         module = factory.call(spec.name)
     else:
@@ -134,96 +86,78 @@ def weights_digest(module: nn.Module) -> str:
     return hasher.hexdigest()
 
 
-def _load_demo(name: str, wish: _Wish) -> LoadedModel:
-    if wish.input_size not in (None, zoo.INPUT_SIZE):
-        raise UsageError(f"{name} takes inputs of {zoo.INPUT_SIZE} only, not {wish.input_size}")
-    torch.manual_seed(wish.seed)
-    module = zoo.DEMOS[name]()
-    weights = f"random (seed {wish.seed})"
-    if wish.checkpoint is not None:
-        load_into(module, read_checkpoint(wish.checkpoint), path=wish.checkpoint, name=name)
-        weights = str(wish.checkpoint)
-    elif wish.pretrained:
-        file = zoo.ZOO_DIR / f"{name}.safetensors"
-        load_into(module, read_checkpoint(file), path=file, name=name)
+def _load_demo(config: ModelConfig, seed: int) -> LoadedModel:
+    name = config.model
+    if config.input_size not in (None, demos.INPUT_SIZE):
+        raise UsageError(f"{name} takes inputs of {demos.INPUT_SIZE} only, not {config.input_size}")
+    torch.manual_seed(seed)
+    module = demos.DEMOS[name]()
+    weights = f"random (seed {seed})"
+    if config.checkpoint is not None:
+        weights = _load_checkpoint(module, config.checkpoint, name)
+    elif config.pretrained:
+        file = demos.weights_file(name)
+        _load_checkpoint(module, file, name)
         weights = f"embedded {file.name}"
-    preprocessing = Preprocessing(
-        input_size=zoo.INPUT_SIZE,
-        mean=wish.mean or zoo.MEAN,
-        std=wish.std or zoo.STD,
-        resize_shorter=zoo.INPUT_SIZE[1],
-    )
+    size = demos.INPUT_SIZE
     return _finished(
-        module,
-        name=name,
-        source="demo",
-        weights=weights,
-        num_classes=len(zoo.CLASS_NAMES),
-        label_space="fashion-mnist",
-        class_names=zoo.CLASS_NAMES,
-        preprocessing=preprocessing,
-    )
-
-
-def _load_factory(name: str, wish: _Wish) -> LoadedModel:
-    _require_preprocessing(name, wish)
-    torch.manual_seed(wish.seed)
-    module = factory.call(name)
-    weights = f"as made by {name}"
-    if wish.checkpoint is not None:
-        load_into(module, read_checkpoint(wish.checkpoint), path=wish.checkpoint, name=name)
-        weights = str(wish.checkpoint)
-    return _users_own(module, wish, name=name, weights=weights)
-
-
-def _users_own(module: nn.Module, wish: _Wish, *, name: str, weights: str) -> LoadedModel:
-    input_size, mean, std = _require_preprocessing(name, wish)
-    module = module.float().cpu().eval()
-    num_classes = factory.count_classes(module, input_size=input_size, name=name)
-    return _finished(
-        module,
-        name=name,
-        source="factory",
-        weights=weights,
-        num_classes=num_classes,
+        module, name=name, source="demo", weights=weights, num_classes=len(demos.CLASS_NAMES),
+        label_space="fashion-mnist", class_names=demos.CLASS_NAMES,
         preprocessing=Preprocessing(
-            input_size=input_size, mean=mean, std=std, resize_shorter=min(input_size[1:])
+            input_size=size, mean=config.mean or demos.MEAN, std=config.std or demos.STD,
+            resize_shorter=size[1],
         ),
-    )
+    )  # fmt: skip
 
 
-def _require_preprocessing(
-    name: str, wish: _Wish
-) -> tuple[InputSize, tuple[float, ...], tuple[float, ...]]:
-    given = {
-        "--input-size C,H,W": wish.input_size,
-        "--mean R,G,B": wish.mean,
-        "--std R,G,B": wish.std,
-    }
-    if wish.input_size is None or wish.mean is None or wish.std is None:
+def _load_factory(config: ModelConfig, seed: int) -> LoadedModel:
+    _require_preprocessing(config)  # before code of the user runs
+    torch.manual_seed(seed)
+    module = factory.call(config.model)
+    weights = f"as made by {config.model}"
+    if config.checkpoint is not None:
+        weights = _load_checkpoint(module, config.checkpoint, config.model)
+    return _own_module(module, config, weights=weights)
+
+
+def _own_module(module: nn.Module, config: ModelConfig, *, weights: str) -> LoadedModel:
+    preprocessing = _require_preprocessing(config)
+    module = module.float().cpu().eval()
+    classes = factory.count_classes(module, preprocessing.input_size, name=config.model)
+    return _finished(
+        module, name=config.model, source="factory", weights=weights, num_classes=classes,
+        preprocessing=preprocessing,
+    )  # fmt: skip
+
+
+def _require_preprocessing(config: ModelConfig) -> Preprocessing:
+    size, mean, std = config.input_size, config.mean, config.std
+    if size is None or mean is None or std is None:
+        given = {"--input-size C,H,W": size, "--mean R,G,B": mean, "--std R,G,B": std}
         absent = [flag for flag, value in given.items() if value is None]
         raise UsageError(
-            f"{name} does not say how its pictures are prepared", fix=f"pass {' '.join(absent)}"
+            f"{config.model} does not say how its pictures are prepared",
+            fix=f"pass {' '.join(absent)}",
         )
-    return wish.input_size, wish.mean, wish.std
+    return Preprocessing(input_size=size, mean=mean, std=std, resize_shorter=min(size[1:]))
 
 
-def _load_timm(name: str, wish: _Wish) -> LoadedModel:
-    config = timm_models.config(name)
-    arguments = timm_models.arguments(name, config, wish.input_size)
-    state = read_checkpoint(wish.checkpoint) if wish.checkpoint is not None else None
-    if state is not None:
-        arguments |= timm_models.head_arguments(config, state)
-    torch.manual_seed(wish.seed)
-    if state is not None and wish.checkpoint is not None:
+def _load_timm(config: ModelConfig, seed: int) -> LoadedModel:
+    name = config.model
+    cfg = timm_models.pretrained_cfg(name)
+    arguments = timm_models.arguments(cfg, config.input_size)
+    torch.manual_seed(seed)
+    if config.checkpoint is not None:
+        state = read_checkpoint(config.checkpoint)
+        arguments |= timm_models.head_arguments(cfg, state)
         module = timm_models.create(name, pretrained=False, arguments=arguments)
-        load_into(module, state, path=wish.checkpoint, name=name)
-        weights = str(wish.checkpoint)
-    elif wish.pretrained:
-        module, weights = timm_models.create_pretrained(name, config, arguments)
+        load_into(module, state, path=config.checkpoint, name=name)
+        weights = str(config.checkpoint)
+    elif config.pretrained:
+        module, weights = timm_models.create_pretrained(name, cfg, arguments)
     else:
         module = timm_models.create(name, pretrained=False, arguments=arguments)
-        weights = f"random (seed {wish.seed})"
+        weights = f"random (seed {seed})"
     num_classes = int(getattr(module, "num_classes", 0) or 0)
     if num_classes < 2:
         raise UsageError(
@@ -231,43 +165,38 @@ def _load_timm(name: str, wish: _Wish) -> LoadedModel:
             fix="pass a model with a classifier, or --checkpoint FILE with one",
         )
     return _finished(
-        module,
-        name=name,
-        source="timm",
-        arguments=arguments,
-        weights=weights,
-        num_classes=num_classes,
-        label_space="imagenet-1k" if num_classes == 1000 else None,
-        preprocessing=timm_models.preprocessing(
-            name, module, input_size=wish.input_size, mean=wish.mean, std=wish.std
-        ),
-    )
+        module, name=name, source="timm", arguments=arguments, weights=weights,
+        num_classes=num_classes, label_space="imagenet-1k" if num_classes == 1000 else None,
+        preprocessing=timm_models.preprocessing(module, config),
+    )  # fmt: skip
+
+
+def _load_checkpoint(module: nn.Module, path: Path, name: str) -> str:
+    """Load a file's weights into a network; the file's name, for the record."""
+    load_into(module, read_checkpoint(path), path=path, name=name)
+    return str(path)
 
 
 def _finished(module: nn.Module, **fields: Any) -> LoadedModel:
     module = module.float().cpu().eval()
     state = module.state_dict()
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
+    if broken := not_finite(state):
         raise StageError(
             f"{fields['name']} has values that are not finite in {len(broken)} of {len(state)} "
             f"tensors ({fields['weights']}): {', '.join(broken[:5])}"
         )
-    spec = ModelSpec(weights_sha256=weights_digest(module), **fields)
-    return LoadedModel(spec=spec, module=module)
+    return LoadedModel(ModelSpec(weights_sha256=weights_digest(module), **fields), module)
 
 
-def _check_sizes(
-    input_size: InputSize | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> None:
-    if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
-        raise UsageError(f"--input-size is {input_size}; C,H,W above zero are wanted")
-    if (mean is None) != (std is None):
-        raise UsageError("--mean and --std go together")
-    if std is not None and min(std) <= 0:
+def _check_sizes(config: ModelConfig) -> None:
+    size, mean, std = config.input_size, config.mean, config.std
+    if size is not None and min(size) < 1:
+        raise UsageError(f"--input-size is {size}; C,H,W above zero are wanted")
+    if mean is None or std is None:  # they go together
+        return
+    if min(std) <= 0:
         raise UsageError(f"--std is {std}; values above zero are wanted")
-    channels = len(mean) if mean is not None else None
-    if mean is not None and std is not None and len(mean) != len(std):
+    if len(mean) != len(std):
         raise UsageError(f"--mean has {len(mean)} values and --std {len(std)}")
-    if input_size is not None and channels is not None and channels != input_size[0]:
-        raise UsageError(f"--mean has {channels} values and --input-size {input_size[0]} channels")
+    if size is not None and len(mean) != size[0]:
+        raise UsageError(f"--mean has {len(mean)} values and --input-size {size[0]} channels")

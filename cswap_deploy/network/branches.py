@@ -1,8 +1,8 @@
 """Where a layer's output goes: through a batch norm or a scale, into a residual stream.
 
-A layer at the end of a residual branch can make up for what the stream itself has lost on the way,
-if its target says so. To see that, what lies between the layer and the addition must be understood:
-fixed scales and shifts of each channel, and changes of layout.
+A layer at the end of a residual branch can make up for what the stream itself has lost on the way.
+What lies between the layer and the addition are fixed scales and shifts of each channel, and
+changes of layout.
 
 Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks"
 (arXiv:1707.06168), section 3.3, "last layer of residual branch".
@@ -11,15 +11,11 @@ Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Netwo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from cswap_deploy.network.nodes import ancestors, batched
-
-if TYPE_CHECKING:
-    pass
+from cswap_deploy.network.nodes import CONSUMING, ancestors, batched
 
 _aten = torch.ops.aten
 
@@ -40,11 +36,7 @@ class Branch:
 
 
 def branch_of(node: fx.Node) -> Branch | None:
-    """The branch that a convolution or linear node ends, if it ends one.
-
-    Args:
-        node: In an exported graph; only nodes with a single reader are followed.
-    """
+    """The branch that a convolution or linear node ends; only single readers are followed."""
     path = [node]
     while True:
         users = list(path[-1].users)
@@ -70,21 +62,16 @@ def streams_first(nodes: list[fx.Node]) -> list[fx.Node]:
     position = {node: i for i, node in enumerate(nodes)}
     waiting: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in nodes:
-        if node.target in (_aten.conv2d.default, _aten.linear.default):
-            branch = branch_of(node)
-            if (
-                branch is not None
-                and position.get(branch.stream, -1) > position[node]
-                and branch.add not in waiting
-                and not set(branch.path) & ancestors(branch.stream)
-            ):
-                waiting[branch.add] = branch.path
+        if (
+            node.target in CONSUMING
+            and (branch := branch_of(node)) is not None
+            and position.get(branch.stream, -1) > position[node]
+            and branch.add not in waiting
+            and not set(branch.path) & ancestors(branch.stream)
+        ):
+            waiting[branch.add] = branch.path
     held = {node for path in waiting.values() for node in path}
-    ordered: list[fx.Node] = []
-    for node in nodes:
-        if node not in held:
-            ordered += [*waiting.get(node, ()), node]
-    return ordered
+    return [n for node in nodes if node not in held for n in (*waiting.get(node, ()), node)]
 
 
 def _scales(node: fx.Node, value: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from cswap_deploy.records.plan import PrunePlan
 TOLERANCE = 1e-4
 """Largest |difference of logits| between the masked and the deleted network, relative to the
 largest logit where that is above one (float32)."""
+_FIX = "use the model the plan was made for, with the same timm version"
 
 
 def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module:
@@ -28,11 +30,8 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
 
     Args:
         plan: What to keep.
-        module: The dense architecture, any weights.
+        module: The dense architecture, any weights; returned.
         example: (N, C, H, W), any values.
-
-    Returns:
-        The module; load the pruned state dict into it with ``strict=True``.
 
     Raises:
         ArtifactError: The plan does not fit this architecture.
@@ -43,11 +42,8 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
         group = found.get(entry.name)
         if group is None or group.units != entry.units:
             has = "no such group" if group is None else f"{group.units} units"
-            raise ArtifactError(
-                f"the plan does not fit this architecture: {entry.name} should have "
-                f"{entry.units} units, the module has {has}",
-                fix="use the model the plan was made for, with the same timm version",
-            )
+            said = f"{entry.name} should have {entry.units} units, the module has {has}"
+            raise ArtifactError(f"the plan does not fit this architecture: {said}", fix=_FIX)
         removed[entry.name] = sorted(set(range(entry.units)) - set(entry.kept))
     for name in plan.biased:
         give_bias(module.get_submodule(name))  # type: ignore[arg-type]
@@ -62,17 +58,14 @@ def delete_removed(
     groups: Sequence[Group],
     images: Tensor,
 ) -> nn.Module:
-    """Delete the units that a network no longer reads, and check that its outputs stay.
+    """A copy without the units that a network no longer reads; its outputs are checked to stay.
 
     Args:
-        masked: The network with its removed units masked; not changed.
+        masked: The network with its removed units masked.
         example: (N, C, H, W), any values.
         removed: Group name -> units.
-        groups: The groups.
+        groups: All groups.
         images: (N, C, H, W), real ones, for the check.
-
-    Returns:
-        The smaller network.
 
     Raises:
         PruneError: The outputs differ by more than ``TOLERANCE``.
@@ -88,14 +81,43 @@ def delete_removed(
     return smaller.eval()
 
 
+def load_pruned(weights: Path, plan: PrunePlan, dense: nn.Module, example: Tensor) -> nn.Module:
+    """Make a pruned network, in evaluation mode, from its architecture, its plan and its weights.
+
+    Args:
+        weights: A safetensors file that :func:`contiguous_state` filled.
+        plan: What the network keeps.
+        dense: The dense architecture, any weights; shrunk in place.
+        example: (N, C, H, W), any values.
+
+    Raises:
+        ArtifactError: The plan or the weights do not fit the architecture.
+    """
+    from safetensors.torch import load_file
+
+    module = apply_plan(plan, dense, example) if plan.groups else dense
+    try:
+        module.load_state_dict(load_file(weights), strict=True)
+    except RuntimeError as err:
+        words = str(err).splitlines()[-1].strip()
+        said = f"{weights} does not fit {type(dense).__name__}: {words}"
+        raise ArtifactError(said, fix=_FIX) from err
+    return module.eval()
+
+
+def contiguous_state(module: nn.Module) -> dict[str, Tensor]:
+    """A state dict as safetensors takes it: detached, each tensor dense in memory."""
+    return {name: value.detach().contiguous() for name, value in module.state_dict().items()}
+
+
 def exact_groups(
     module: nn.Module, example: Tensor, groups: Sequence[Group]
 ) -> tuple[list[Group], dict[str, str]]:
     """Keep the groups for which masking a unit and deleting it really are the same.
 
-    The dependency graph guesses at operations it does not know (padding in a shortcut, channel
-    shuffles). So one unit of every group is masked and deleted, all groups together; only if the
-    outputs differ is the culprit searched by halves.
+    The dependency graph may be wrong about operations it does not know (padding in a shortcut,
+    channel shuffles). So one unit of every group is masked and deleted, all groups together; only
+    if the outputs differ is the culprit searched by halves.
 
     Args:
         module: In eval mode; not changed.
@@ -103,7 +125,7 @@ def exact_groups(
         groups: Candidates.
 
     Returns:
-        The groups that can be trusted, and for each other one the reason.
+        The groups that can be trusted, and the reason against each other one.
     """
     reason = _fault(module, example, groups)
     if reason is None:
@@ -111,9 +133,9 @@ def exact_groups(
     if len(groups) == 1:
         return [], {groups[0].name: reason}
     half = len(groups) // 2
-    left, left_out = exact_groups(module, example, groups[:half])
+    left, out = exact_groups(module, example, groups[:half])
     right, right_out = exact_groups(module, example, groups[half:])
-    return left + right, left_out | right_out
+    return left + right, out | right_out
 
 
 def _fault(module: nn.Module, example: Tensor, groups: Sequence[Group]) -> str | None:
@@ -130,8 +152,8 @@ def _fault(module: nn.Module, example: Tensor, groups: Sequence[Group]) -> str |
         remove_units(smaller, example, removed, groups)
         difference, scale = _difference(masked, smaller, example)
     except (RuntimeError, IndexError, AssertionError, ValueError) as err:
-        words = str(err).strip().splitlines()
-        return f"deleting a unit breaks the network: {words[0] if words else type(err).__name__}"
+        words = str(err).strip().splitlines() or [type(err).__name__]
+        return f"deleting a unit breaks the network: {words[0]}"
     if not difference <= TOLERANCE * max(1.0, scale):
         return f"deleting a unit is not the same as masking it (logits differ by {difference:.1e})"
     return None

@@ -1,8 +1,8 @@
 """The network as a graph that can be cut at a layer: run up to the cut once, then what follows.
 
 The graph is ``torch.export``'s, the one that the ONNX export uses too. It is executed node by node
-on the live parameters of the module, so weights that are masked or solved again take effect at the
-next run with no new export.
+on the live parameters of the module, so weights that are masked or refitted take effect at the next
+run with no new export.
 
 Source: PyTorch documentation, "torch.export", "torch.fx".
 """
@@ -10,11 +10,10 @@ Source: PyTorch documentation, "torch.export", "torch.fx".
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,17 +22,16 @@ from torch.export.graph_signature import InputKind
 
 from cswap_deploy.errors import ExportError
 from cswap_deploy.network.branches import streams_first
-from cswap_deploy.network.nodes import ancestors, batched, bytes_of, elements
+from cswap_deploy.network.nodes import CONSUMING, ancestors, batched, elements, memory_format_of
+from cswap_deploy.network.units import Consumer
 from cswap_deploy.progress import captured
 
 Env = dict[fx.Node, Any]
 
 _MANY_ROWS = 256
-"""From which on a convolution is worth its set-up."""
+"""Rows from which a convolution is worth its set-up."""
 
 _ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-
-_CONSUMING = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +39,15 @@ class Suffix:
     """What must run again when some layers' outputs change."""
 
     nodes: tuple[fx.Node, ...]
-    """In execution order, the changed layers included."""
+    """In order of execution, the changed layers included."""
     cached: tuple[fx.Node, ...]
     """Values from before the cut that these nodes read."""
 
 
 class Graph:
-    """An exported network, executable in parts."""
+    """An exported network, executable in parts on a module's live parameters; see :func:`trace`."""
 
     def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
-        """Execute an exported program on a module's parameters; see :func:`trace`."""
         self.module = module
         self.program = program
         """What was exported; other modules of the architecture can be bound to it."""
@@ -64,7 +61,7 @@ class Graph:
                 self.output: fx.Node = node.args[0][0]
             elif node.op == "call_function":
                 self.nodes.append(node)
-                self._targets[node] = _faster(_functional(node.target))
+                self._targets[node] = _functional(node.target)
         self.nodes = streams_first(self.nodes)
         self._sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
         self._last_use = _last_uses(self.nodes)
@@ -89,23 +86,22 @@ class Graph:
 
     def layers(self) -> list[str]:
         """All convolutions and linear layers with a weight of their own, in order of execution."""
-        return self.order(self._readers)
+        return list(self._readers)
+
+    def layer(self, name: str) -> Consumer:
+        """A convolution or linear layer."""
+        return cast(Consumer, self.module.get_submodule(name))
 
     def owner(self, node: fx.Node) -> nn.Module:
         """The module whose parameter or buffer a placeholder is."""
         return self.module.get_submodule(self._owners[node])
-
-    def order(self, layers: Iterable[str]) -> list[str]:
-        """Sort layers by when they first run."""
-        position = {node: i for i, node in enumerate(self.nodes)}
-        return sorted(layers, key=lambda layer: position[self._readers[layer][0]])
 
     def suffix(self, changed: Iterable[fx.Node], *, given: bool = False) -> Suffix:
         """Everything that depends on some nodes' outputs, those nodes first.
 
         Args:
             changed: The nodes.
-            given: Their new values are; what they read is not needed then.
+            given: Their new values are given; what they read is not needed then.
         """
         first = set(changed)
         dirty = set(first)
@@ -124,74 +120,43 @@ class Graph:
 
     def macs(self, nodes: Iterable[fx.Node]) -> int:
         """Multiply-accumulates of some nodes' convolutions and linear layers, for one image."""
-        total = 0
-        for node in nodes:
-            if node.target in _CONSUMING:
-                weight = node.args[1].meta["val"]  # type: ignore[union-attr]
-                total += elements(node) * weight[0].numel()
-        return total
+        return sum(
+            elements(node) * node.args[1].meta["val"][0].numel()  # type: ignore[union-attr]
+            for node in nodes
+            if node.target in CONSUMING
+        )
 
-    def bytes_of_all(self) -> int:
-        """What all values of one image take together: what a backward pass keeps, about."""
-        return sum(bytes_of(node) for node in self.nodes)
-
-    def largest(self) -> int:
-        """Elements of the largest value of one image."""
-        return max(elements(node) for node in self.nodes)
-
-    def run(
-        self,
-        images: Tensor,
-        *,
-        keep: Iterable[fx.Node] = (),
-        observe: Mapping[fx.Node, Callable[[fx.Node, Env], None]] | None = None,
-    ) -> tuple[Tensor, Env]:
-        """Execute the whole graph.
-
-        Args:
-            images: (N, C, H, W).
-            keep: Nodes whose values the caller wants.
-            observe: Called before a node executes, with the values it can see.
-
-        Returns:
-            Logits (N, classes), and the kept values.
-        """
-        env: Env = {self._input: images}
-        wanted = set(keep)
-        kept: Env = {self._input: images} if self._input in wanted else {}
-        for node in self.nodes:
-            if observe is not None and node in observe:
-                observe[node](node, env)
-            env[node] = self.execute(node, env)
-            if node in wanted:
-                kept[node] = env[node]
-            for dead in self._last_use.get(node, ()):
-                env.pop(dead, None)
-        return env[self.output], kept
+    def run(self, images: Tensor, *, keep: Collection[fx.Node] = ()) -> tuple[Tensor, Env]:
+        """Logits (N, classes) of images (N, C, H, W), and the values of ``keep``."""
+        *_, (_, env) = self.step(images, keep=keep)  # one environment, from the first to the last
+        return env[self.output], {node: env[node] for node in keep if node in env}
 
     def first_not_finite(self, images: Tensor) -> tuple[str, str]:
         """The first layer whose output is not finite, and what it holds; ``the output`` if none."""
         with torch.inference_mode():
-            env: Env = {self._input: images}
-            for node in self.nodes:
-                value = env[node] = self.execute(node, env)
+            for node, env in self.step(images):
+                value = self.execute(node, env)
                 if isinstance(value, Tensor) and not torch.isfinite(value).all():
                     stack = node.meta.get("nn_module_stack") or {}
-                    path = [str(entry[0]) for entry in stack.values()]
+                    path = [str(module[0]) for module in stack.values()]
                     what = "NaN" if torch.isnan(value).any() else "infinity"
                     return (path[-1] if path and path[-1] else node.name), what
-                for dead in self._last_use.get(node, ()):
-                    env.pop(dead, None)
         return "the output", "finite when run again"
 
-    def step(self, images: Tensor) -> Iterable[tuple[fx.Node, Env]]:
-        """Execute node by node; yields before each node, which then runs on what it finds."""
+    def step(
+        self, images: Tensor, *, keep: Collection[fx.Node] = ()
+    ) -> Iterator[tuple[fx.Node, Env]]:
+        """Execute node by node; yields before each node, which then runs on what it finds.
+
+        The values of ``keep`` stay in the environment after their last use.
+        """
         env: Env = {self._input: images}
         for node in self.nodes:
             yield node, env
             env[node] = self.execute(node, env)
             for dead in self._last_use.get(node, ()):
-                env.pop(dead, None)
+                if dead not in keep:
+                    env.pop(dead, None)
 
     def run_suffix(
         self,
@@ -208,7 +173,7 @@ class Graph:
             suffix: Of the replaced nodes.
             cached: Values of ``suffix.cached``.
             images: N, how many images they were computed for.
-            variants: V, how many variants; row ``v * N + n`` is image n under variant v.
+            variants: V; row ``v * N + n`` is image n under variant v.
             replace: How to compute a changed node; it sees the values of the V * N batch.
 
         Returns:
@@ -218,7 +183,7 @@ class Graph:
             node: _Repeated(value, variants) if batched(node) else value
             for node, value in cached.items()
         }
-        last = _last_uses(list(suffix.nodes))
+        last = _last_uses(suffix.nodes)
         for node in suffix.nodes:
             if node in replace:
                 env[node] = replace[node](node, env)
@@ -226,8 +191,7 @@ class Graph:
                 env[node] = self.execute(node, env, batch=variants * images)
             for dead in last.get(node, ()):
                 env.pop(dead, None)
-        result: Tensor = env[self.output]
-        return result
+        return cast(Tensor, env[self.output])
 
     def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
         """One node, on values from ``env`` and on live parameters."""
@@ -269,32 +233,28 @@ class Graph:
     def _bind_inputs(self, program: ExportedProgram) -> None:
         """Connect placeholders to the module's live tensors, and the one user input."""
         self._owners: dict[fx.Node, str] = {}
+        self._parameters: dict[fx.Node, str] = {}
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+            target = str(spec.target)
+            if spec.kind is InputKind.PARAMETER:
+                self._parameters[node] = target
             if spec.kind is InputKind.USER_INPUT:
                 self._input = node
-            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
-                if spec.target in program.constants:  # a non-persistent buffer
-                    constant = program.constants[spec.target]
-                    self._bound[node] = partial(_same, constant)
-                else:
-                    owner, _, name = spec.target.rpartition(".")
-                    self._owners[node] = owner
-                    self._bound[node] = partial(getattr, self.module.get_submodule(owner), name)
+            elif target in program.constants:  # buffers that are not persistent, too
+                self._bound[node] = partial(program.constants.__getitem__, target)
             else:
-                self._bound[node] = partial(_same, program.constants[str(spec.target)])
-        self._parameters = {
-            node: str(spec.target)
-            for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
-            if spec.kind is InputKind.PARAMETER
-        }
+                owner, _, name = target.rpartition(".")
+                self._owners[node] = owner
+                self._bound[node] = partial(getattr, self.module.get_submodule(owner), name)
 
     def _find_readers(self) -> dict[str, list[fx.Node]]:
         readers: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
-            if node.target in _CONSUMING and node.args[1] in self._parameters:
-                weight = self._parameters[node.args[1]]
-                readers.setdefault(weight.removesuffix(".weight"), []).append(node)
+            weight = node.args[1] if node.target in CONSUMING else None
+            if isinstance(weight, fx.Node) and weight in self._parameters:
+                layer = self._parameters[weight].removesuffix(".weight")
+                readers.setdefault(layer, []).append(node)
         return readers
 
 
@@ -308,29 +268,6 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
     Raises:
         ExportError: ``torch.export`` cannot trace the module; the message has its words.
     """
-    return Graph(_export(module, example), module)
-
-
-class _Repeated:
-    """A cached value that is repeated for every variant only when something reads it."""
-
-    __slots__ = ("value", "variants")
-
-    def __init__(self, value: Tensor, variants: int) -> None:
-        self.value, self.variants = value, variants
-
-    def tensor(self) -> Tensor:
-        out = self.value.repeat([self.variants] + [1] * (self.value.ndim - 1))
-        if self.value.ndim == 4 and self.value.is_contiguous(memory_format=torch.channels_last):
-            out = out.contiguous(memory_format=torch.channels_last)
-        return out
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
     try:
         with torch.no_grad(), captured():
             program = torch.export.export(
@@ -351,7 +288,20 @@ def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
             f"{type(module).__name__} uses control-flow operators, which cannot be cut",
             fix="replace torch.cond and the like by plain tensor code",
         )
-    return program
+    return Graph(program, module)
+
+
+class _Repeated:
+    """A cached value that is repeated for every variant only when something reads it."""
+
+    __slots__ = ("value", "variants")
+
+    def __init__(self, value: Tensor, variants: int) -> None:
+        self.value, self.variants = value, variants
+
+    def tensor(self) -> Tensor:
+        out = self.value.repeat([self.variants] + [1] * (self.value.ndim - 1))
+        return out.contiguous(memory_format=memory_format_of(self.value))
 
 
 def _in_place(target: Any) -> bool:
@@ -369,17 +319,13 @@ def _mutates_shared_values(graph: fx.Graph) -> bool:
 
 
 def _functional(target: Any) -> Callable[..., Any]:
-    """The out-of-place twin of an in-place operation: cached values must survive a suffix run."""
-    if target is operator.getitem or not _in_place(target):
-        plain: Callable[..., Any] = target
-        return plain
-    _, name, overload = str(target).split(".")
-    twin: Callable[..., Any] = getattr(getattr(torch.ops.aten, name.removesuffix("_")), overload)
-    return twin
-
-
-def _faster(target: Callable[..., Any]) -> Callable[..., Any]:
-    return _linear if target is torch.ops.aten.linear.default else target
+    """What computes a node; out of place, since cached values must survive a suffix run."""
+    if target is torch.ops.aten.linear.default:
+        return _linear
+    if _in_place(target):
+        _, name, overload = str(target).split(".")
+        target = getattr(getattr(torch.ops.aten, name.removesuffix("_")), overload)
+    return cast(Callable[..., Any], target)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -398,11 +344,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
+def _last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    last = {source: node for node in nodes for source in node.all_input_nodes}
     dead: dict[fx.Node, list[fx.Node]] = {}
     for source, node in last.items():
         dead.setdefault(node, []).append(source)

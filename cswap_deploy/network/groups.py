@@ -8,7 +8,6 @@ Source: Fang et al. 2023, "DepGraph: Towards Any Structural Pruning" (arXiv:2301
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 
 from cswap_deploy.errors import PruneError
 from cswap_deploy.models.adapters import Adapter, Heads, find_heads
-from cswap_deploy.network.units import Group, Kind, Slice, depthwise
+from cswap_deploy.network.units import Group, Kind, Member, depthwise
+from cswap_deploy.progress import captured
 
 _MIXING = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
+class Removable:
     """What can be removed from a network, and what cannot."""
 
     groups: tuple[Group, ...]
@@ -33,15 +33,12 @@ class Structure:
     """Root layer -> why its units stay."""
 
 
-def find_groups(module: nn.Module, example: Tensor) -> Structure:
+def find_groups(module: nn.Module, example: Tensor) -> Removable:
     """Find every coupled group whose units can be deleted without touching other outputs.
 
     Args:
         module: In eval mode; not changed.
         example: (N, C, H, W), any values.
-
-    Returns:
-        Groups in order of first use, and the layers left out with the reason.
     """
     names = {m: n for n, m in module.named_modules()}
     attention = _attention(module)
@@ -49,25 +46,20 @@ def find_groups(module: nn.Module, example: Tensor) -> Structure:
     groups: list[Group] = []
     excluded: dict[str, str] = {}
     seen: set[str] = set()
-    modules = sorted(
-        (m for m in dependencies.module2node if isinstance(m, nn.Conv2d | nn.Linear)),
-        key=lambda m: list(names.values()).index(names[m]),
-    )
-    for root in modules:
-        name = names[root]
+    for root, name in names.items():
+        if not (root in dependencies.module2node and isinstance(root, nn.Conv2d | nn.Linear)):
+            continue
         if name in seen or depthwise(root):
             continue
-        items = _items(dependencies, root, range(_outputs(root)))
+        items = _items(dependencies, root)
         seen |= {names[i.layer] for i in items if i.layer in names and not i.reads}
-        found = attention.get(name)
-        heads = found.heads if found is not None else None
+        heads = attention[name].heads if name in attention else None
         reason = _refusal(items, root, heads)
-        if reason is not None:
-            if reason:
-                excluded[name] = reason
-            continue
-        groups.append(_group(name, root, items, names, dependencies, heads))
-    return Structure(tuple(groups), excluded)
+        if reason is None:
+            groups.append(_group(name, root, items, names, heads))
+        elif reason:
+            excluded[name] = reason
+    return Removable(tuple(groups), excluded)
 
 
 def remove_units(
@@ -82,7 +74,7 @@ def remove_units(
         module: Of the architecture the groups were found in.
         example: (N, C, H, W), any values.
         removed: Group name -> units to delete, in the dense numbering.
-        groups: The groups.
+        groups: All groups.
 
     Raises:
         PruneError: A group would lose all its units.
@@ -97,7 +89,7 @@ def remove_units(
             raise PruneError(f"all {group.units} units of {group.name} would go")
         root = module.get_submodule(group.name)
         positions = [i for u in gone for i in group.root_indices[u]]
-        with _quiet():
+        with captured():
             pruner = dependencies.get_pruner_of_module(root)
             dependencies.get_pruning_group(root, pruner.prune_out_channels, positions).prune()
         if group.name in attention:
@@ -120,7 +112,7 @@ class _Item:
     """A module, or a parameter."""
     parameter: str | None
     operation: str
-    """Class name of torch-pruning's stand-in where this is no layer of the model."""
+    """Class name of torch-pruning's placeholder where this is no layer of the model."""
     reads: bool
     """Whether the layer loses inputs."""
     positions: tuple[int, ...]
@@ -131,30 +123,27 @@ class _Item:
 def _dependency_graph(module: nn.Module, example: Tensor) -> Any:
     import torch_pruning
 
-    with _quiet(), torch.enable_grad():
+    with captured(), torch.enable_grad():
         frozen = [p for p in module.parameters() if not p.requires_grad]
         for p in frozen:
             p.requires_grad_(True)  # the trace follows gradients
         graph = torch_pruning.DependencyGraph()
         # Fresh containers: the library's mutable defaults leak from one graph to the next.
         graph.build_dependency(
-            module,
-            example,
-            unwrapped_parameters=[],
-            ignored_layers=[],
-            ignored_params=[],
-            customized_pruners={},
-            verbose=False,
-        )
+            module, example, unwrapped_parameters=[], ignored_layers=[], ignored_params=[],
+            customized_pruners={}, verbose=False,
+        )  # fmt: skip
         for p in frozen:
             p.requires_grad_(False)
     return graph
 
 
-def _items(graph: Any, root: nn.Module, positions: Iterable[int]) -> list[_Item]:
-    with _quiet():
+def _items(graph: Any, root: nn.Module) -> list[_Item]:
+    with captured():
         pruner = graph.get_pruner_of_module(root)
-        found = graph.get_pruning_group(root, pruner.prune_out_channels, list(positions))
+        found = graph.get_pruning_group(
+            root, pruner.prune_out_channels, list(range(_outputs(root)))
+        )
     items = []
     for entry in found.items:
         layer = entry.dep.target.module
@@ -164,16 +153,9 @@ def _items(graph: Any, root: nn.Module, positions: Iterable[int]) -> list[_Item]
             and not depthwise(layer)
             and (entry.dep.handler == graph.get_pruner_of_module(layer).prune_in_channels)
         )
-        items.append(
-            _Item(
-                layer,
-                parameter,
-                type(layer).__name__ + entry.dep.target.name,
-                reads,
-                tuple(entry.idxs),
-                tuple(entry.root_idxs),
-            )
-        )
+        operation = type(layer).__name__ + entry.dep.target.name
+        positions, roots = tuple(entry.idxs), tuple(entry.root_idxs)
+        items.append(_Item(layer, parameter, operation, reads, positions, roots))
     return items
 
 
@@ -202,13 +184,12 @@ def _group(
     root: nn.Module,
     items: list[_Item],
     names: Mapping[nn.Module, str],
-    graph: Any,
     heads: Heads | None,
 ) -> Group:
-    kind: Kind = "channels" if isinstance(root, nn.Conv2d) else "neurons"
+    kind: Kind = "heads" if heads else "channels" if isinstance(root, nn.Conv2d) else "neurons"
     root_indices = _root_indices(root, items, heads)
     unit_of = {position: u for u, where in enumerate(root_indices) for position in where}
-    members, consumers = [], []
+    members: list[Member] = []
     for item in items:
         layer = item.parameter or names.get(item.layer)
         if layer is None:
@@ -216,40 +197,24 @@ def _group(
         where: list[list[int]] = [[] for _ in root_indices]
         for position, source in zip(item.positions, item.roots, strict=True):
             where[unit_of[source]].append(position)
-        entry = Slice(layer, "in" if item.reads else "out", tuple(tuple(sorted(w)) for w in where))
-        members.append(entry)
-        if item.reads:
-            consumers.append(entry)
-    if heads is None:
-        return Group(name, kind, root_indices, tuple(consumers), tuple(members))
-    return Group(
-        name, "heads", root_indices, tuple(consumers), tuple(members), granule=heads.head_dim
-    )
+        indices = tuple(tuple(sorted(w)) for w in where)
+        members.append(Member(layer, "in" if item.reads else "out", indices))
+    consumers = tuple(member for member in members if member.side == "in")
+    head_dim = heads.head_dim if heads else 1
+    return Group(name, kind, root_indices, consumers, tuple(members), head_dim=head_dim)
 
 
 def _root_indices(
     root: nn.Module, items: list[_Item], heads: Heads | None
 ) -> tuple[tuple[int, ...], ...]:
     """Units as positions in the root's output: heads, slots of convolution groups, or channels."""
-    outputs = _outputs(root)
     if heads is not None:
         width = heads.count * heads.head_dim
-        return tuple(
-            tuple(
-                part * width + head * heads.head_dim + i
-                for part in range(3)
-                for i in range(heads.head_dim)
-            )
-            for head in range(heads.count)
-        )
-    grouped = [i.layer.groups for i in items if _grouped(i.layer)]
-    if not grouped:
-        return tuple((i,) for i in range(outputs))
+        parts = torch.arange(3 * width).view(3, heads.count, heads.head_dim)
+        return tuple(map(tuple, parts.movedim(1, 0).flatten(1).tolist()))
     # A grouped convolution keeps equal groups: the same slot leaves each of them.
-    per_group = outputs // grouped[0]
-    return tuple(
-        tuple(slot + g * per_group for g in range(grouped[0])) for slot in range(per_group)
-    )
+    groups = next((i.layer.groups for i in items if _grouped(i.layer)), 1)
+    return tuple(map(tuple, torch.arange(_outputs(root)).view(groups, -1).T.tolist()))
 
 
 def _attention(module: nn.Module) -> dict[str, _Attention]:
@@ -269,9 +234,3 @@ def _outputs(layer: Any) -> int:
 
 def _grouped(layer: Any) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not depthwise(layer)
-
-
-class _quiet(warnings.catch_warnings):  # noqa: N801 - used like a function
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Questions to single nodes of an exported graph."""
+"""Questions to single nodes of an exported graph, and to their values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 
 import torch
 from torch import Tensor, fx
+
+CONSUMING = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
+"""Operations that read units through a weight."""
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
@@ -30,6 +33,12 @@ def input_of(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source
+
+
+def memory_format_of(value: Tensor) -> torch.memory_format:
+    """Channels last where a tensor is dense that way."""
+    last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def elements(node: fx.Node) -> int:

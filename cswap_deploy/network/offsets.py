@@ -1,12 +1,11 @@
-"""Where a constant goes that a layer's output gains: its bias, or the batch norm behind it."""
+"""Batch norms as what they are at inference, and where a constant goes that a layer gains."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.units import Consumer
 
 
 def shift_output(graph: Graph, layer: str, by: Tensor) -> None:
@@ -19,7 +18,7 @@ def shift_output(graph: Graph, layer: str, by: Tensor) -> None:
         layer: A convolution or linear layer for which :func:`needs_bias` is false.
         by: (O,).
     """
-    module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
+    module = graph.layer(layer)
     with torch.no_grad():
         if module.bias is not None:
             module.bias += by
@@ -28,15 +27,11 @@ def shift_output(graph: Graph, layer: str, by: Tensor) -> None:
 
 
 def set_offset(graph: Graph, dense: Graph, layer: str, offset: Tensor) -> None:
-    """Let a layer's output be its linear map plus a constant, in place; see :func:`shift_output`.
+    """Let a layer's output be its linear map plus a constant (O,), in place.
 
-    Args:
-        graph: Over the module to change.
-        dense: The network as it was.
-        layer: A convolution or linear layer for which :func:`needs_bias` is false.
-        offset: (O,).
+    As :func:`shift_output`; ``dense`` is the network as it was.
     """
-    module: Consumer = graph.module.get_submodule(layer)  # type: ignore[assignment]
+    module = graph.layer(layer)
     with torch.no_grad():
         if module.bias is not None:
             module.bias.copy_(offset)
@@ -53,9 +48,22 @@ def needs_bias(graph: Graph, layer: str) -> bool:
 
 def norm_after(graph: Graph, layer: str) -> nn.Module | None:
     """The batch norm that alone reads a layer's output, if there is one."""
-    for node in graph.readers(layer):
-        users = list(node.users)
-        if len(users) != 1 or users[0].target is not torch.ops.aten.batch_norm.default:
-            return None
-        return graph.owner(users[0].args[3])  # type: ignore[arg-type]
-    return None
+    readers = graph.readers(layer)
+    users = list(readers[0].users) if readers else []
+    if len(users) != 1 or users[0].target is not torch.ops.aten.batch_norm.default:
+        return None
+    return graph.owner(users[0].args[3])  # type: ignore[arg-type]
+
+
+def scale_and_shift(graph: Graph, norm: fx.Node, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(O,) each, in ``dtype``: what a batch norm's node multiplies each channel by, then adds."""
+    gamma, beta, mean, var = (
+        None if a is None else graph.value(a, {}).detach().to(dtype)  # type: ignore[arg-type]
+        for a in norm.args[1:5]
+    )
+    assert mean is not None
+    assert var is not None
+    scale = (var + norm.args[7]).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma
+    return scale, -mean * scale if beta is None else beta - mean * scale

@@ -8,13 +8,16 @@ each side, never by adding up units.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from cswap_deploy.config import RatioOf
 from cswap_deploy.network.units import Group
-from cswap_deploy.records.plan import RatioOf, Size
+from cswap_deploy.records.plan import Size
 
 
 @dataclass(slots=True)
@@ -51,28 +54,24 @@ class SizeModel:
             groups: Every group that may lose units.
         """
         self._groups = {g.name: g for g in groups}
-        positions = _positions(module, example)
-        params = sum(p.numel() for p in module.parameters())
-        macs = 0
-        self._layers: dict[str, _Layer] = {}
-        touched = {m.layer for g in self._groups.values() for m in g.members}
-        for name, layer in module.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                macs += layer.weight.numel() * positions.get(name, 0)
+        self._positions = positions = _positions(module, example)
         parameters = dict(module.named_parameters())
-        for name in touched:
-            entry = _describe(
-                parameters[name] if name in parameters else module.get_submodule(name),
-                positions.get(name, 0),
+        layers = dict(module.named_modules())
+        self._layers = {
+            name: _describe(
+                parameters[name] if name in parameters else layers[name], positions.get(name, 0)
             )
-            self._layers[name] = entry
-        self._tokens = {
-            g.name: positions.get(g.name, 0) for g in self._groups.values() if g.kind == "heads"
+            for name in {m.layer for g in self._groups.values() for m in g.members}
         }
-        attention = sum(self._head_macs(g) * g.units for g in self._groups.values())
+        params = sum(p.numel() for p in module.parameters())
+        macs = sum(
+            layer.weight.numel() * positions.get(name, 0)
+            for name, layer in layers.items()
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        )
         self._fixed_params = params - sum(e.params for e in self._layers.values())
         self._fixed_macs = macs - sum(e.macs for e in self._layers.values())
-        self._head_total = attention
+        self._head_total = sum(self._head_macs(g) * g.units for g in self._groups.values())
         self.units = sum(g.units for g in self._groups.values())
 
     def size(self) -> Size:
@@ -101,15 +100,12 @@ class SizeModel:
         self.remove(group, chosen)
         after = self._partial(names, of)
         self.restore(group, chosen)
-        saved = before - after
-        if of == "macs":
-            saved += self._head_macs(self._groups[group]) * len(chosen)
-        return saved
+        heads = self._head_macs(self._groups[group]) * len(chosen) if of == "macs" else 0
+        return before - after + heads
 
     def _partial(self, names: Iterable[str], of: RatioOf) -> int:
-        if of == "params":
-            return sum(self._layers[n].params for n in names)
-        return sum(self._layers[n].macs for n in names)
+        layers = [self._layers[n] for n in names]
+        return sum(layer.params if of == "params" else layer.macs for layer in layers)
 
     def _change(self, name: str, units: Iterable[int], sign: int) -> None:
         group = self._groups[name]
@@ -128,12 +124,7 @@ class SizeModel:
         """Query times key, and attention times value."""
         if group.kind != "heads":
             return 0
-        return 2 * self._tokens[group.name] ** 2 * group.granule
-
-
-def amount(size: Size, of: RatioOf) -> int:
-    """The quantity a ratio speaks of."""
-    return {"params": size.params, "channels": size.units, "macs": size.macs}[of]
+        return 2 * self._positions.get(group.name, 0) ** 2 * group.head_dim
 
 
 def smallest(model: SizeModel, groups: Iterable[Group], floors: Mapping[str, int]) -> Size:
@@ -169,22 +160,13 @@ def _positions(module: nn.Module, example: Tensor) -> dict[str, int]:
     """Output positions (pixels or tokens) of every convolution and linear layer, one image."""
     found: dict[str, int] = {}
 
-    def hook(name: str):  # type: ignore[no-untyped-def]
-        def record(layer: nn.Module, _: object, output: Tensor) -> None:
-            channels = output.shape[1] if isinstance(layer, nn.Conv2d) else output.shape[-1]
-            found[name] = found.get(name, 0) + output.numel() // len(output) // channels
+    def record(name: str, layer: nn.Module, _: object, output: Tensor) -> None:
+        channels = output.shape[1] if isinstance(layer, nn.Conv2d) else output.shape[-1]
+        found[name] = found.get(name, 0) + output.numel() // len(output) // channels
 
-        return record
-
-    handles = [
-        layer.register_forward_hook(hook(name))
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            module(example[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                hooks.enter_context(layer.register_forward_hook(partial(record, name)))
+        module(example[:1])
     return found

@@ -1,12 +1,13 @@
-"""What a convolution or linear layer sees and says, as rows of a matrix, at some positions.
+"""Unfolding (im2col): a layer's inputs and outputs as rows of a matrix, at some positions.
 
-A layer is a linear map that is repeated at every position of every image. To solve it, some
+A layer is a linear map that is repeated at every position of every image. To solve for it, some
 positions are enough, and they are drawn for each image anew: the same ones in all images would
-leave most of the picture unseen.
+leave most of the picture out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +19,31 @@ from cswap_deploy.network.units import Consumer
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where a layer looks, seen from a position of its output."""
+class Window:
+    """How a layer moves over its input, (height, width) each; a linear layer's is the default."""
 
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+    """Zeros, the same number on both sides."""
     dilation: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        for name in ("kernel", "stride", "padding", "dilation"):
+            value, least = getattr(self, name), int(name != "padding")
+            if len(value) != 2 or min(value) < least:
+                raise ValueError(f"window: {name} must be two numbers >= {least}, not {value}")
 
     @property
     def taps(self) -> int:
         """Positions of the input that one position of the output reads."""
         return self.kernel[0] * self.kernel[1]
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """(height, width) of the output, from those of the input."""
+        along = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((h + 2 * p - d * (k - 1) - 1) // s + 1 for h, k, s, p, d in along)
+        return height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +62,14 @@ class Positions:
         return Positions(self.image[part], self.row[part], self.column[part])
 
 
-def geometry(node: fx.Node, layer: Consumer) -> Geometry:
-    """Of a convolution or linear node; a linear layer reads one position."""
+def window_of(node: fx.Node, layer: Consumer) -> Window:
+    """The window of a convolution or linear node; a linear layer reads one position."""
     if isinstance(layer, nn.Linear):
-        return Geometry()
+        return Window()
     # The node's own settings: what the layer does may differ from what its attributes say.
-    given = list(node.args[3:6])
-    stride, padding, dilation = (_pair(v) for v in given + [1, 0, 1][len(given) :])
-    kernel: tuple[int, int] = layer.kernel_size  # type: ignore[assignment]
-    return Geometry(kernel, stride, padding, dilation)
+    given: list[Any] = list(node.args[3:6])
+    settings = given + [(1, 1), (0, 0), (1, 1)][len(given) :]
+    return Window(*((int(v[0]), int(v[-1])) for v in (layer.kernel_size, *settings)))
 
 
 def laid_out(x: Tensor, layer: Consumer) -> Tensor:
@@ -67,13 +80,7 @@ def laid_out(x: Tensor, layer: Consumer) -> Tensor:
 
 
 def draw(shape: torch.Size, most: int, *, seed: int = 0) -> Positions:
-    """Positions of a value: all of them, or as many of each image as come to ``most`` in all.
-
-    Args:
-        shape: (N, H, W, C).
-        most: Rows.
-        seed: Same seed, same positions.
-    """
+    """Positions of a value (N, H, W, C): all, or as many in each image as come to ``most``."""
     images, height, width = shape[:3]
     each = min(height * width, max(1, most // images))
     if each == height * width:
@@ -85,27 +92,35 @@ def draw(shape: torch.Size, most: int, *, seed: int = 0) -> Positions:
     return Positions(image, place.flatten() // width, place.flatten() % width)
 
 
+def some_of(count: int, most: int) -> Tensor:
+    """(min(count, most),) of the numbers below ``count``, ascending; always the same ones."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+
+
 def at(x: Tensor, where: Positions) -> Tensor:
     """(N, H, W, C) -> (R, C)."""
     return x[where.image, where.row, where.column]
 
 
-def seen(
-    x: Tensor, where: Positions, look: Geometry, *, through: Geometry | None = None
+def unfold(
+    x: Tensor, where: Positions, window: Window, *, through: Window | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What a layer reads at some positions of its output.
+    """What a layer reads at some positions of its output (im2col).
 
     Args:
         x: (N, H, W, C), its input.
         where: R positions of its output; of the output of the layer behind it with ``through``.
-        look: The layer's.
-        through: Of a layer behind it, each of whose S taps asks for one output of the first.
+        window: The layer's.
+        through: The window of a layer behind it, each of whose S taps reads one output of the
+            first.
 
     Returns:
         (R, S, T, C), S = 1 without ``through``; and (R, S) bool, which of those outputs exist. The
-        others lie in the padding of the layer behind; what is said of them means nothing.
+        others lie in the padding of the layer behind, and their values mean nothing.
     """
-    top, left = look.padding
+    top, left = window.padding
     padded = F.pad(x, (0, 0, left, left, top, top)) if top or left else x
     high, wide = padded.shape[1:3]
     if through is None:
@@ -114,28 +129,17 @@ def seen(
     else:
         rows, columns = _taps(where.row, where.column, through)
         rows, columns = rows - through.padding[0], columns - through.padding[1]
-        out_height, out_width = (
-            (size - d * (k - 1) - 1) // s + 1
-            for size, d, k, s in zip(
-                (high, wide), look.dilation, look.kernel, look.stride, strict=True
-            )
-        )
+        out_height, out_width = window.output_size(x.shape[1:3])
         exists = (rows >= 0) & (rows < out_height) & (columns >= 0) & (columns < out_width)
         rows, columns = rows.clamp(0, out_height - 1), columns.clamp(0, out_width - 1)
-    rows, columns = _taps(rows, columns, look)
+    rows, columns = _taps(rows, columns, window)
     index = (where.image.view(-1, 1, 1) * high + rows) * wide + columns
     found = padded.reshape(-1, x.shape[-1]).index_select(0, index.flatten())
     return found.view(*index.shape, x.shape[-1]), exists
 
 
-def _taps(row: Tensor, column: Tensor, look: Geometry) -> tuple[Tensor, Tensor]:
+def _taps(row: Tensor, column: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """(...) -> (..., T) each: what every tap reads, counted from the start of the padding."""
-    a = torch.arange(look.kernel[0]).repeat_interleave(look.kernel[1]) * look.dilation[0]
-    b = torch.arange(look.kernel[1]).repeat(look.kernel[0]) * look.dilation[1]
-    return row[..., None] * look.stride[0] + a, column[..., None] * look.stride[1] + b
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return int(value[0]), int(value[-1])
+    a = torch.arange(window.kernel[0]).repeat_interleave(window.kernel[1]) * window.dilation[0]
+    b = torch.arange(window.kernel[1]).repeat(window.kernel[0]) * window.dilation[1]
+    return row[..., None] * window.stride[0] + a, column[..., None] * window.stride[1] + b

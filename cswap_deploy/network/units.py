@@ -8,6 +8,7 @@ for "masked network equals pruned network".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ Consumer = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class Member:
     """Where a group's units lie in one tensor dimension of one layer."""
 
     layer: str
@@ -38,17 +39,22 @@ class Group:
     kind: Kind
     root_indices: tuple[tuple[int, ...], ...]
     """For each unit its output positions in the root layer."""
-    consumers: tuple[Slice, ...]
+    consumers: tuple[Member, ...]
     """Layers that read the units, in no particular order; ``side`` is "in"."""
-    members: tuple[Slice, ...]
+    members: tuple[Member, ...]
     """Every layer whose size changes, consumers included."""
-    granule: int = 1
-    """Attention: the dimension of a head; its query, key and value are (tokens, granule)."""
+    head_dim: int = 1
+    """Attention: the dimension of a head; its query, key and value are (tokens, head_dim)."""
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """How many."""
         return len(self.root_indices)
+
+
+def consumers(groups: Iterable[Group]) -> list[str]:
+    """Every layer that reads a unit, by name."""
+    return sorted({c.layer for g in groups for c in g.consumers})
 
 
 def channel_dim(layer: nn.Module) -> int:
@@ -61,34 +67,25 @@ def depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.out_channels
 
 
-def select_input(weight: Tensor, indices: Tensor, groups: int) -> Tensor:
-    """The part of a consumer's weight that reads some inputs.
+def weight_columns(layer: Consumer, indices: Tensor) -> Tensor:
+    """(k / groups,) positions in dimension 1 of a consumer's weight that read some inputs.
 
     Args:
-        weight: (O, I / groups, ...).
+        layer: Of weight (O, I / groups, ...).
         indices: (k,) input positions; for grouped convolutions one per convolution group, in
             ascending order, all at the same position within their group.
-        groups: Of the convolution; 1 for linear layers.
-
-    Returns:
-        (O, k / groups, ...).
     """
-    if groups == 1:
-        return weight[:, indices]
-    per_group = weight.shape[1]
-    return weight[:, torch.unique(indices % per_group)]
+    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    return torch.unique(indices % layer.weight.shape[1]) if grouped else indices
 
 
 def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
-    """What constant inputs add to a consumer's output, away from padded borders.
+    """(O,) what constant inputs add to a consumer's output, away from padded borders.
 
     Args:
         layer: The consumer.
         indices: (k,) input positions.
         values: (k,) the constant at each of them.
-
-    Returns:
-        (O,), the bias that takes the constants' place.
     """
     # Only the columns that count: whole layers here, once for each unit, would take minutes.
     weight = layer.weight.detach()
@@ -106,14 +103,12 @@ def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
 
 def mask_weight(layer: Consumer, indices: Tensor) -> None:
     """Zero, in place, the part of a consumer's weight that reads some inputs."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    slots = indices if groups == 1 else torch.unique(indices % layer.weight.shape[1])
     with torch.no_grad():
-        layer.weight[:, slots] = 0.0
+        layer.weight[:, weight_columns(layer, indices)] = 0.0
 
 
 def give_bias(layer: Consumer) -> bool:
-    """Add a zero bias to a layer that has none, so that constants can be folded into it."""
+    """Add a zero bias, to fold constants into, to a layer that has none; whether it had none."""
     if layer.bias is not None:
         return False
     layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))

@@ -1,1 +1,1 @@
-"""What goes: groups, budgets, plans, and physical removal."""
+"""What goes: importance, candidates, trials, rounds, refit, and the plan that comes of them."""

@@ -1,176 +1,166 @@
-"""From an order of the units to a set that meets a target: bundles, limits, what they save."""
+"""From a ranking of the units to a removal that meets a target: alignment, floors, savings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cswap_deploy.network.sizes import SizeModel, amount
+from cswap_deploy.config import RatioOf
+from cswap_deploy.network.sizes import SizeModel
 from cswap_deploy.network.units import Group
-from cswap_deploy.records.plan import RatioOf
 
+Values = Mapping[str, np.ndarray]
+"""Group -> (units,) float64 importance; the lowest goes first."""
+Removal = dict[str, list[int]]
+"""Group -> units by index."""
 _NEAR = 0.005
-"""How near a round comes to its target, as a fraction of it, before coarse bundles are searched
-for one that fits better."""
+"""How near a round comes to its target, as a fraction of it, before steps that go too far are
+replaced by smaller ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a group must look like when a round is over."""
 
-    granules: Mapping[str, int]
-    """Group -> kept units must be a multiple of this."""
+    alignments: Mapping[str, int]
+    """Group -> the number of units that stay is a multiple of this."""
     floors: Mapping[str, int]
     """Group -> units that must stay."""
+    split: bool = False
+    """Whether the last round may leave a group between two multiples to meet the ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """An order of all units: the lowest score goes first."""
+    """Units of all groups in one order: the lowest value goes first."""
 
-    scores: Mapping[str, np.ndarray]
-    """Group -> (units,)."""
+    values: Values
     per_saving: bool = True
-    """Whether a score counts against what removing the unit saves."""
+    """Whether a value is divided by what removing the unit saves."""
 
 
-def even(
-    groups: tuple[Group, ...], removed: Mapping[str, list[int]], scores: Mapping[str, np.ndarray]
-) -> Ranking:
-    """The same order within each group, and the same fraction from all of them."""
-    found = {}
-    for group in groups:
-        alive = remaining(group, removed)
-        values = scores[group.name][alive]
-        place = np.empty(len(alive))
-        place[np.argsort(values, kind="stable")] = np.arange(len(alive)) + 0.5
-        spread = np.zeros(group.units)
-        spread[alive] = (group.units - len(alive) + place) / group.units
-        found[group.name] = spread
-    return Ranking(found, per_saving=False)
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a round is to reach, and the network that it starts from."""
 
+    groups: tuple[Group, ...]
+    limits: Limits
+    sizes: SizeModel
+    """Size of the network as it stands; not changed."""
+    removed: Mapping[str, Sequence[int]]
+    """Group -> units that are gone."""
+    of: RatioOf
+    """The quantity that the target counts."""
+    target: float
+    """What should be left of it."""
+    split: bool = False
+    """See :class:`Limits`; true in the last round only."""
 
-def spread_like(
-    groups: tuple[Group, ...],
-    removed: Mapping[str, list[int]],
-    scores: Mapping[str, np.ndarray],
-    other: Mapping[str, np.ndarray],
-) -> Ranking:
-    """The same order within each group, and from each group as much as another order takes.
+    def remaining(self, group: Group) -> list[int]:
+        """The units of a group that are still there, ascending."""
+        gone = set(self.removed.get(group.name, ()))
+        return [u for u in range(group.units) if u not in gone]
 
-    Args:
-        groups: What can be removed.
-        removed: What is gone.
-        scores: Group -> (units,), the order.
-        other: Group -> (units,), an order whose scores are ranked as they are.
-    """
-    found = {}
-    for group in groups:
-        alive = remaining(group, removed)
-        values = np.zeros(group.units)
-        order = np.argsort(scores[group.name][alive], kind="stable")
-        values[np.array(alive, dtype=np.int64)[order]] = np.sort(other[group.name][alive])
-        found[group.name] = values
-    return Ranking(found, per_saving=False)
+    def uniform(self, values: Values) -> Ranking:
+        """The order of ``values`` within each group, and the same fraction of every group."""
+        places = {}
+        for group in self.groups:
+            alive = len(self.remaining(group))
+            places[group.name] = (group.units - alive + (np.arange(alive) + 0.5)) / group.units
+        return self._in_order(values, places)
 
+    def layer_adaptive(self, values: Values, allocation: Values) -> Ranking:
+        """The order of ``values`` within each group, and as many of each as ``allocation`` takes.
 
-def remaining(group: Group, removed: Mapping[str, list[int]]) -> list[int]:
-    """The units of a group that are still there, ascending."""
-    gone = set(removed.get(group.name, ()))
-    return [u for u in range(group.units) if u not in gone]
+        The latter are an importance that is compared as it is over all groups.
+        """
+        sizes = {g.name: np.sort(allocation[g.name][self.remaining(g)]) for g in self.groups}
+        return self._in_order(values, sizes)
 
+    def _in_order(self, values: Values, spread: Values) -> Ranking:
+        """What is spread over the remaining units of each group, in the order of ``values``."""
+        found = {g.name: np.zeros(g.units) for g in self.groups}
+        for group in self.groups:
+            alive = np.array(self.remaining(group), dtype=np.int64)
+            order = np.argsort(values[group.name][alive], kind="stable")
+            found[group.name][alive[order]] = spread[group.name]
+        return Ranking(found, per_saving=False)
 
-def choose(
-    groups: tuple[Group, ...],
-    sizes: SizeModel,
-    removed: dict[str, list[int]],
-    ranking: Ranking,
-    limits: Limits,
-    *,
-    target: float,
-    of: RatioOf,
-    fine: bool,
-) -> dict[str, list[int]]:
-    """Mark bundles as removed, lowest score first, until the target is nearest.
+    def by_effect(self, effects: Values, allocations: Mapping[str, Values]) -> dict[str, Ranking]:
+        """Rankings by measured effects: as they are, uniform, and with each allocation."""
+        return {"effect": Ranking(effects), "effect, uniform": self.uniform(effects)} | {
+            f"effect, {name}": self.layer_adaptive(effects, values)
+            for name, values in allocations.items()
+        }
 
-    A bundle that goes far past the target waits while smaller ones from further down the order are
-    tried. Where none fits and ``fine`` is set, units of the waiting ones leave one by one: a
-    group or two then end at odd widths, and the ratio is met.
+    def candidates(self, rankings: Mapping[str, Ranking]) -> dict[str, Removal]:
+        """What each ranking removes; one that removes the same as an earlier one is left out."""
+        found: dict[str, Removal] = {}
+        for name, ranking in rankings.items():
+            gone = self.choose(ranking)
+            if gone not in found.values():
+                found[name] = gone
+        return found
 
-    Args:
-        groups: What can be removed.
-        sizes: Of the network as it is; kept current.
-        removed: Group -> units that are gone; extended.
-        ranking: The order.
-        limits: Of each group.
-        target: What should be left.
-        of: Of what.
-        fine: See above.
+    def choose(self, ranking: Ranking) -> Removal:
+        """Remove in the order of a ranking until the target is nearest.
 
-    Returns:
-        Group -> the units that go now.
-    """
-    gone: dict[str, list[int]] = {}
+        A step that goes far past the target waits while smaller ones further down are tried. Where
+        none fits and ``split`` is set, units of the waiting steps leave one by one: a group or two
+        then end between multiples of their alignment, and the ratio is met.
+        """
+        sizes = copy.deepcopy(self.sizes)
+        gone: Removal = {}
 
-    def take(group: str, units: list[int]) -> int:
-        sizes.remove(group, units)
-        gone.setdefault(group, []).extend(units)
-        removed.setdefault(group, []).extend(units)
-        return amount(sizes.size(), of)
+        def take(group: str, units: list[int]) -> int:
+            sizes.remove(group, units)
+            gone.setdefault(group, []).extend(units)
+            return sizes.size().amount(self.of)
 
-    near = _NEAR * target
-    left = amount(sizes.size(), of)
-    waiting: dict[str, list[int]] = {}
-    for group, units in _bundles(groups, sizes, removed, ranking, limits, of):
-        if left <= target + (near if waiting else 0):
-            break
-        if group in waiting:
-            continue
-        over = target - (left - sizes.saving(group, units, of))
-        nearest = not fine and not waiting and over <= left - target
-        if over <= near or nearest:
-            left = take(group, units)
-        else:
-            waiting[group] = units
-    for group, units in waiting.items() if fine else ():
-        for unit in units:
-            if abs(left - target) <= near:
-                return gone
-            if abs(left - sizes.saving(group, [unit], of) - target) < abs(left - target):
-                left = take(group, [unit])
-    return gone
+        target, near = self.target, _NEAR * self.target
+        left = sizes.size().amount(self.of)
+        waiting: Removal = {}
+        for group, units in self._steps(ranking):
+            if left <= target + (near if waiting else 0):
+                break
+            if group in waiting:
+                continue
+            over = target - (left - sizes.saving(group, units, self.of))
+            nearest = not self.split and not waiting and over <= left - target
+            if over <= near or nearest:
+                left = take(group, units)
+            else:
+                waiting[group] = units
+        for group, units in waiting.items() if self.split else ():
+            for unit in units:
+                if abs(left - target) <= near:
+                    return gone
+                if abs(left - sizes.saving(group, [unit], self.of) - target) < abs(left - target):
+                    left = take(group, [unit])
+        return gone
 
-
-def _bundles(
-    groups: tuple[Group, ...],
-    sizes: SizeModel,
-    removed: dict[str, list[int]],
-    ranking: Ranking,
-    limits: Limits,
-    of: RatioOf,
-) -> list[tuple[str, list[int]]]:
-    """What can go together, in order. A bundle leaves its group at a multiple of its granule."""
-    entries = []
-    for position, group in enumerate(groups):
-        alive = remaining(group, removed)
-        scores = ranking.scores[group.name]
-        queue = sorted(alive, key=lambda u: (scores[u], u))
-        granule = limits.granules[group.name]
-        size = len(alive) % granule or granule
-        at = 0
-        while len(alive) - at - size >= limits.floors[group.name]:
-            units = queue[at : at + size]
-            worth = sizes.saving(group.name, units, of) if ranking.per_saving else len(units)
-            cost = float(sum(scores[u] for u in units)) / max(worth, 1)
-            entries.append((cost, position, at, group.name, units))
-            at, size = at + size, granule
-    # Within a group a later bundle never precedes an earlier one, whatever the rounding of costs.
-    highest: dict[int, float] = {}
-    ordered = []
-    for cost, position, at, name, units in entries:
-        highest[position] = max(cost, highest.get(position, cost))
-        ordered.append((highest[position], position, at, name, units))
-    ordered.sort(key=lambda e: e[:3])
-    return [(name, units) for *_, name, units in ordered]
+    def _steps(self, ranking: Ranking) -> list[tuple[str, list[int]]]:
+        """Units that leave together, in order; each step leaves its group aligned."""
+        steps = []
+        for position, group in enumerate(self.groups):
+            alive = self.remaining(group)
+            values = ranking.values[group.name]
+            queue = sorted(alive, key=lambda u: (values[u], u))
+            alignment = self.limits.alignments[group.name]
+            size = len(alive) % alignment or alignment
+            at, highest = 0, -np.inf
+            while len(alive) - at - size >= self.limits.floors[group.name]:
+                units = queue[at : at + size]
+                worth = len(units)
+                if ranking.per_saving:
+                    worth = self.sizes.saving(group.name, units, self.of)
+                cost = float(sum(values[u] for u in units)) / max(worth, 1)
+                # Within a group a later step never precedes an earlier one, whatever is rounded.
+                highest = max(cost, highest)
+                steps.append((highest, position, at, group.name, units))
+                at, size = at + size, alignment
+        steps.sort(key=lambda step: step[:3])
+        return [(name, units) for *_, name, units in steps]

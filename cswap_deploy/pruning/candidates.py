@@ -1,267 +1,140 @@
-"""Sets of units that a round may remove: who proposes them, and which one is taken."""
+"""Candidates of a round: what proposes them, and the one with the least effect as a whole."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
-from cswap_deploy.network.sizes import SizeModel
-from cswap_deploy.network.units import Group
+from cswap_deploy.network.units import consumers
 from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.allocation import Limits, Ranking, choose, even, spread_like
+from cswap_deploy.pruning.allocation import Goal, Ranking, Removal, Values
+from cswap_deploy.pruning.importance import IMPORTANCES, View
 from cswap_deploy.pruning.trials import Trials
-from cswap_deploy.records.plan import RatioOf
 
-Order = Callable[[Group], np.ndarray]
-"""Group -> (units,) scores on the network as it stands; the lowest goes first."""
-Sets = dict[str, dict[str, list[int]]]
-"""Who proposed it -> group -> units that would go."""
-
+PROPOSERS = "magnitude", "lamp"
+"""Importances that propose candidates beside the measured effects: they cost nothing to compute,
+and as no image chose them, their candidates do not fit the calibration images by chance."""
 _RIDGES = 0.9e-4, 1.1
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """An order that no image has a say in, for any network of an architecture."""
-
-    order: Callable[[nn.Module, Group, np.random.Generator], np.ndarray]
-    """(module, group, random numbers) -> (units,) scores; the lowest goes first."""
-    own_spread: bool = False
-    """Whether the scores themselves say how much each group gives up. Otherwise they count by what
-    a unit saves, or evenly over all groups."""
-
-    def scores(self, module: nn.Module, groups: tuple[Group, ...]) -> dict[str, np.ndarray]:
-        """Group -> (units,)."""
-        rng = np.random.default_rng(0)
-        return {g.name: self.order(module, g, rng) for g in groups}
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What a round is to reach."""
-
-    groups: tuple[Group, ...]
-    limits: Limits
-    target: float
-    of: RatioOf
-    fine: bool
-    """See :func:`selection.choose`."""
-
-    def sets(
-        self, sizes: SizeModel, removed: Mapping[str, list[int]], tried: Mapping[str, Ranking]
-    ) -> Sets:
-        """What each order removes; orders that say the same as an earlier one are left out.
-
-        Args:
-            sizes: Of the network as it is.
-            removed: What is gone from it.
-            tried: Name -> order.
-        """
-        found: Sets = {}
-        for name, order in tried.items():
-            gone = choose(
-                self.groups, copy.deepcopy(sizes), {g: [*units] for g, units in removed.items()},
-                order, self.limits, target=self.target, of=self.of, fine=self.fine,
-            )  # fmt: skip
-            if gone not in found.values():
-                found[name] = gone
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Afresh:
-    """The best of the sets that do not follow from what earlier rounds removed."""
+class Choice:
+    """The candidate that a round removes."""
 
     name: str
-    gone: dict[str, list[int]]
-    effect: Tensor
-    """(N,), see :meth:`Trials.effect`."""
+    gone: Removal
     moments: Mapping[str, Moments]
-    """Of the dense network."""
+    """Moments of the consumers' inputs in the network that it was proposed for."""
+    effect: Tensor | None
+    """See :meth:`Trials.effect`; ``None`` where it was not tried."""
 
 
-def effect_orders(
-    groups: tuple[Group, ...],
-    removed: Mapping[str, list[int]],
-    scores: Mapping[str, np.ndarray],
-    spreads: Mapping[str, Mapping[str, np.ndarray]],
-) -> dict[str, Ranking]:
-    """What measured effects propose: by themselves, evenly over all groups, with others' spread.
+def proposals(view: View) -> dict[str, Values]:
+    """Importance -> its values, of those that propose candidates."""
+    return {name: IMPORTANCES[name].of(view) for name in PROPOSERS}
 
-    Args:
-        groups: What can be removed.
-        removed: What is gone.
-        scores: Group -> (units,) by measured effects.
-        spreads: Name -> scores of an order that says how much each group gives up.
+
+def allocations(proposed: Mapping[str, Values]) -> dict[str, Values]:
+    """Those of them that say how much each group gives up."""
+    return {n: values for n, values in proposed.items() if IMPORTANCES[n].allocates}
+
+
+def rankings(goal: Goal, effects: Values, proposed: Mapping[str, Values]) -> dict[str, Ranking]:
+    """All rankings that a round tries, by measured effects and by :func:`proposals`."""
+    found = goal.by_effect(effects, allocations(proposed)) | _by_weights(goal, proposed)
+    places = [r for name, r in found.items() if name.endswith(", uniform")]
+    together = {g.name: np.mean([p.values[g.name] for p in places], 0) for g in goal.groups}
+    return found | {"together, uniform": goal.uniform(together)}
+
+
+def best_candidate(
+    trials: Trials, candidates: Mapping[str, Removal], moments: Mapping[str, Moments],
+    *, ridge: float | None, progress: Phases, always: bool = False,
+) -> Choice:  # fmt: skip
+    """The candidate with the least effect of its own; a single one is tried only if ``always``.
+
+    ``moments`` and ``ridge`` are those of :meth:`Trials.effect`.
     """
-    found = {"effect": Ranking(scores), "effect, even": even(groups, removed, scores)}
-    for name, values in spreads.items():
-        found[f"effect, {name}"] = spread_like(groups, removed, scores, values)
-    return found
-
-
-def orders(
-    groups: tuple[Group, ...],
-    removed: Mapping[str, list[int]],
-    scores: Mapping[str, np.ndarray],
-    rivals: Mapping[str, Rival],
-    proposed: Mapping[str, Mapping[str, np.ndarray]],
-) -> dict[str, Ranking]:
-    """The orders a round tries: each by itself and evenly over all groups, and all together.
-
-    Args:
-        groups: What can be removed.
-        removed: What is gone.
-        scores: Group -> (units,) by measured effects.
-        rivals: Other orders.
-        proposed: Name of a rival -> group -> its scores on the network as it stands.
-    """
-    own = {name: proposed[name] for name, rival in rivals.items() if rival.own_spread}
-    found = effect_orders(groups, removed, scores, own)
-    places = [found["effect, even"]]
-    for name, rival in rivals.items():
-        more = _proposals(name, rival, proposed[name], groups, removed)
-        found |= more
-        if not rival.own_spread:
-            places.append(more[f"{name}, even"])
-    together = {g.name: np.mean([p.scores[g.name] for p in places], 0) for g in groups}
-    found["together, even"] = even(groups, removed, together)
-    return found
-
-
-def least(
-    trials: Trials,
-    sets: Sets,
-    moments: Mapping[str, Moments],
-    *,
-    ridge: float | None,
-    always: bool = False,
-    watcher: Phases,
-) -> tuple[str, Tensor | None]:
-    """The set with the least effect of its own, and that effect where it was measured.
-
-    Args:
-        trials: What they are tried on.
-        sets: At least one.
-        moments: See :meth:`Trials.effect`.
-        ridge: Likewise.
-        always: Measure even if there is nothing to choose from.
-        watcher: Progress.
-    """
-    if (len(sets) == 1 and not always) or not trials.possible:
-        return next(iter(sets)), None
-    watcher.begin(f"trying {len(sets)} set{'s' if len(sets) > 1 else ''}", len(sets))
+    count = len(candidates)
+    if (count == 1 and not always) or not trials.possible:
+        name = next(iter(candidates))
+        return Choice(name, candidates[name], moments, None)
+    progress.begin(f"trying {count} candidate{'s' if count > 1 else ''}", count)
     found = {}
-    for name, gone in sets.items():
+    for name, gone in candidates.items():
         found[name] = trials.effect(gone, moments, ridge=ridge)
-        watcher.advance(1)
-    watcher.end()
+        progress.advance(1)
+    progress.end()
     best = min(found, key=lambda name: float(found[name].mean()))
-    return best, found[best]
+    return Choice(best, candidates[best], moments, found[best])
 
 
-def start_afresh(
-    trials: Trials,
-    goal: Goal,
-    sizes: SizeModel,
-    rivals: Mapping[str, Rival],
-    *,
-    intervention: Intervention,
-    ridge: float,
-    watcher: Phases,
-) -> Afresh | None:
-    """Try the rivals on the dense network: early rounds may have bound the late ones badly.
+def best_from_dense(
+    trials: Trials, goal: Goal, view: View,
+    *, intervention: Intervention, ridge: float, progress: Phases,
+) -> Choice:  # fmt: skip
+    """The best candidate that removes everything at once from the dense network.
 
-    Args:
-        trials: The run's, as it stands.
-        goal: Of the last round.
-        sizes: Of the network as it is.
-        rivals: Their orders are taken on the dense network.
-        intervention: For the moments.
-        ridge: See :meth:`Trials.effect`.
-        watcher: Progress.
-
-    Returns:
-        ``None`` where nothing could be tried.
+    Early rounds may have bound the late ones badly. ``trials``, ``goal`` and ``view`` are those of
+    the last round.
     """
-    if not rivals:
-        return None
-    dense, whole = trials.dense, copy.deepcopy(sizes)
-    for name, units in trials.removed.items():
+    network = replace(trials.network, graph=trials.network.dense)
+    whole = copy.deepcopy(goal.sizes)
+    for name, units in goal.removed.items():
         whole.restore(name, units)
-    tried = {
-        f"{proposal}, afresh": ranking
-        for name, rival in rivals.items()
-        for proposal, ranking in _proposals(
-            name, rival, rival.scores(dense.module, goal.groups), goal.groups, {}
-        ).items()
-    }
-    sets = goal.sets(whole, {}, tried)
+    start = replace(goal, sizes=whole, removed={})
+    proposed = _by_weights(start, proposals(replace(view, graph=network.dense)))
+    candidates = start.candidates({f"{name}, from dense": r for name, r in proposed.items()})
     moments = input_moments(
-        dense, consumers(goal.groups), trials.images, intervention=intervention, chunk=64
+        network.dense, consumers(network.groups), trials.images, intervention=intervention, chunk=64
     )
-    start = Trials(dense, dense, goal.groups, {}, trials.images)
-    name, effect = least(start, sets, moments, ridge=ridge, always=True, watcher=watcher)
-    return None if effect is None else Afresh(name, sets[name], effect, moments)
+    return best_candidate(
+        Trials(network, {}, trials.images), candidates, moments,
+        ridge=ridge, progress=progress, always=True,
+    )  # fmt: skip
 
 
 def best_ridge(
-    trials: Trials,
-    gone: Mapping[str, list[int]],
-    moments: Mapping[str, Moments],
-    *,
-    ridge: float,
-    effect: float | None,
-    watcher: Phases,
+    trials: Trials, choice: Choice, *, ridge: float, effect: float | None, progress: Phases
 ) -> tuple[float, float | None]:
-    """The ridge that leaves a set the least effect, better than a tenth of it and ten times it.
+    """The ridge that leaves a candidate the least effect, better than a tenth and ten times it.
 
-    With few images for many weights a layer follows its images too closely; how many are few
+    With few images for many weights a refit follows its images too closely; how many are few
     depends on the network, so it is measured.
 
     Args:
-        trials: What the set is tried on.
-        gone: The set.
-        moments: See :meth:`Trials.effect`.
+        trials: What the candidate is tried on.
+        choice: The candidate.
         ridge: Where to begin.
-        effect: Of the set with this ridge, where it is known.
-        watcher: Progress.
-
-    Returns:
-        The ridge, and the effect with it.
+        effect: Mean effect with that ridge, where it is known; returned for the best one.
+        progress: Told that it goes on.
     """
     if not trials.possible:
         return ridge, effect
     found: dict[float, float] = {} if effect is None else {ridge: effect}
     low, high = _RIDGES
-    watcher.begin("choosing the ridge", 0)
+    progress.begin("choosing the ridge", 0)
     best = ridge
     while wanted := {r for r in (best / 10, best, best * 10) if low <= r <= high} - found.keys():
         for strength in sorted(wanted):
-            found[strength] = float(trials.effect(gone, moments, ridge=strength).mean())
+            tried = trials.effect(choice.gone, choice.moments, ridge=strength)
+            found[strength] = float(tried.mean())
         best = min(found, key=lambda strength: found[strength])
-    watcher.end()
+    progress.end()
     return best, found[best]
 
 
-def consumers(groups: tuple[Group, ...]) -> list[str]:
-    """Every layer that reads a unit."""
-    return sorted({c.layer for g in groups for c in g.consumers})
-
-
-def _proposals(
-    name: str,
-    rival: Rival,
-    scores: Mapping[str, np.ndarray],
-    groups: tuple[Group, ...],
-    removed: Mapping[str, list[int]],
-) -> dict[str, Ranking]:
-    """The rankings that a rival's scores give."""
-    if rival.own_spread:
-        return {name: Ranking(scores, per_saving=False)}
-    return {name: Ranking(scores), f"{name}, even": even(groups, removed, scores)}
+def _by_weights(goal: Goal, proposed: Mapping[str, Values]) -> dict[str, Ranking]:
+    """Rankings by importances that look at no image: as they are, and uniform."""
+    found = {}
+    for name, values in proposed.items():
+        if IMPORTANCES[name].allocates:
+            found[name] = Ranking(values, per_saving=False)
+        else:
+            found |= {name: Ranking(values), f"{name}, uniform": goal.uniform(values)}
+    return found

@@ -1,50 +1,47 @@
-"""How long measuring will take, from a few units timed on this machine."""
+"""How long measuring effects will take, from a few units timed on this machine."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import torch
+from torch import nn
 
 from cswap_deploy.causal.cost import loop_macs
-from cswap_deploy.causal.scoring import measure
-from cswap_deploy.data import ImageSet, normalised
-from cswap_deploy.models.load import LoadedModel
-from cswap_deploy.old_config import BuildConfig
-from cswap_deploy.pruning.plan import Prepared, prepare, scoring
+from cswap_deploy.causal.experiment import Experiment
+from cswap_deploy.causal.measurement import LocalMeasurement
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.pruning.importance import importance_of
+from cswap_deploy.pruning.job import resolve
+from cswap_deploy.pruning.prepare import Prepared, prepare
 
-_GROUPS, _UNITS = 6, 8
+_GROUPS, _UNITS, _IMAGES = 6, 8, 16
 
 
 def forecast_pruning(
-    loaded: LoadedModel, calibration: ImageSet, config: BuildConfig
+    module: nn.Module, calibration: Calibration, config: PruneConfig
 ) -> dict[str, Any]:
-    """What the prune stage would do.
+    """What pruning would do, as plain data; times in seconds.
 
     Args:
-        loaded: The network.
-        calibration: Its images.
-        config: Ratio, rounds and so on.
-
-    Returns:
-        Plain data; times in seconds.
+        module: In eval mode, float32; not changed.
+        calibration: Images of the network's size.
+        config: How.
 
     Raises:
         PruneError: The ratio is out of reach.
     """
-    pixels = normalised(calibration, loaded.spec.preprocessing)
-    images = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
-    prepared = prepare(
-        loaded.module, images=images, ratio=config.ratio, ratio_of=config.ratio_of,
-        round_to=config.round_to,
-    )  # fmt: skip
-    n, measuring, _ = scoring(config, prepared, len(images))
+    images = calibration.images
+    prepared = prepare(module, images, config)
+    resolved = resolve(config, prepared, len(images), importance_of(config.criterion))
+    count = resolved.scoring_samples
     macs = loop_macs(
-        prepared.graph, prepared.groups, images=n, rounds=config.rounds,
-        adaptive=measuring == "adaptive",
+        prepared.graph, prepared.groups, images=count, rounds=config.rounds,
+        adaptive=resolved.measuring == "adaptive",
     )  # fmt: skip
-    rate = _macs_per_second(prepared, images[: min(n, 16)], calibration.labels[: min(n, 16)])
+    few = min(count, _IMAGES)
+    rate = _macs_per_second(prepared, Calibration(images[:few], calibration.labels[:few]))
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
         "excluded": prepared.excluded,
@@ -52,23 +49,23 @@ def forecast_pruning(
         "params": prepared.dense_size.params,
         "macs": prepared.dense_size.macs,
         "rounds": config.rounds,
-        "scoring_images": n,
-        "measuring": measuring,
+        "scoring_images": count,
+        "measuring": resolved.measuring,
         "scoring_macs": macs,
         "scoring_seconds": float(f"{macs / rate:.2g}"),
     }
 
 
-def _macs_per_second(prepared: Prepared, images: torch.Tensor, labels: Any) -> float:
+def _macs_per_second(prepared: Prepared, few: Calibration) -> float:
     """Speed of masked forwards, over a few groups from front to back."""
     graph, groups = prepared.graph, prepared.groups
-    chosen = groups[:: max(1, len(groups) // _GROUPS)]
     macs, seconds = 0, 0.0
-    for group in chosen:
+    for group in groups[:: max(1, len(groups) // _GROUPS)]:
         units = range(min(_UNITS, group.units))
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]
+        measurement = LocalMeasurement(Experiment(graph, few.images, few.labels))
         begun = time.perf_counter()
-        measure(graph, {group: units}, images=images, labels=torch.from_numpy(labels), moments={})
+        measurement.effects({group: units})
         seconds += time.perf_counter() - begun
-        macs += graph.macs(graph.suffix(readers).nodes) * len(units) * len(images)
+        macs += graph.macs(graph.suffix(readers).nodes) * len(units) * len(few.images)
     return macs / seconds

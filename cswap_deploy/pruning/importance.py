@@ -1,7 +1,7 @@
-"""Baseline rankings, to compare with and to prune without measuring anything.
+"""Importance of units: what ranks them, and what proposes candidates, in one table.
 
-Every criterion scores all units of a group; the smallest scores go first. They are normalised by
-the group's mean, as is usual for a global ranking.
+The lowest value goes first. Values of weights alone are normalised by their group's mean, as is
+usual where units of all groups are compared.
 
 Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv:1608.08710).
 """
@@ -9,78 +9,110 @@ Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv:1608.087
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
+from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.errors import UsageError
+from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import Group
-
-Criterion = Callable[[nn.Module, Group, np.random.Generator], np.ndarray]
-"""(module, group, random numbers) -> (units,) scores."""
+from cswap_deploy.pruning.allocation import Values
 
 
-def random(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
-    """No information; the floor that any criterion must beat."""
-    return rng.random(group.units)
+@dataclass(frozen=True, slots=True)
+class View:
+    """What an importance may look at."""
+
+    graph: Graph
+    """The network as it stands; removed units are masked at their consumers."""
+    groups: tuple[Group, ...]
+    calibration: Calibration
+    rng: np.random.Generator
+    measure: Callable[[], Values] | None = None
+    """Measures the causal effects that the round needs; ``None`` outside of a round."""
 
 
-def magnitude_l1(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
-    """Sum of |weights| that produce or read a unit."""
-    return _norm(module, group, 1)
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How much a network needs each of its units."""
+
+    of: Callable[[View], Values]
+    """View -> group -> (units,) float64; the lowest goes first."""
+    allocates: bool = False
+    """Whether the values say by themselves how much each group gives up, as LAMP's do. Otherwise
+    they are divided by what a unit saves."""
+    needs_images: bool = False
+    """Whether images decide, so that each round computes it again and compares candidates."""
 
 
-def magnitude_l2(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
-    """Euclidean norm of the weights that produce or read a unit."""
-    return _norm(module, group, 2)
+def causal_effect(view: View) -> Values:
+    """Effect on the prediction of removing each unit."""
+    assert view.measure is not None, "effects are measured in a round"
+    return view.measure()
 
 
-def lamp(module: nn.Module, group: Group, rng: np.random.Generator) -> np.ndarray:
-    """Squared norm, over the sum of all in the group that are not smaller.
+def random(view: View) -> Values:
+    """No information; the floor that any other importance must beat."""
+    return {g.name: view.rng.random(g.units) for g in view.groups}
 
-    What is left of a group decides what its next unit is worth, so the scores say how much each
-    group gives up: they are ranked as they are, not by what a unit saves. A unit of many positions
-    counts as one of them.
 
-    Source: Lee et al. 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning"
-    (arXiv:2010.07611).
+def magnitude(view: View, *, power: int = 2) -> Values:
+    """Norm (L1 or L2) of the weights that produce or read a unit."""
+    return {g.name: _norm(view.graph.module, g, power) for g in view.groups}
+
+
+def lamp(view: View) -> Values:
+    """Squared norm of a unit's weights, over the sum of all in its group that are not smaller.
+
+    What is left of a group decides what its next unit is worth, so the values say how much each
+    group gives up. A unit of many positions counts as one of them.
+
+    Source:
+        Lee et al. 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning"
+        (arXiv:2010.07611).
     """
-    squares = magnitude_l2(module, group, rng) ** 2
-    squares[_norm(module, group, 1, sides=("in",)) == 0] = 0.0  # nothing reads it: it is gone
-    order = np.argsort(squares, kind="stable")
-    left = np.cumsum(squares[order][::-1])[::-1]
-    scores = np.empty(group.units)
-    scores[order] = squares[order] / np.maximum(left, 1e-30)
-    return scores / len(group.root_indices[0])
+    return {g.name: _lamp(view.graph.module, g) for g in view.groups}
 
 
-CRITERIA: dict[str, Criterion] = {
-    "random": random,
-    "magnitude": magnitude_l2,
-    "magnitude-l1": magnitude_l1,
+IMPORTANCES: dict[str, Importance] = {
+    "cswap": Importance(causal_effect, needs_images=True),
+    "magnitude": Importance(magnitude),
+    "magnitude-l1": Importance(partial(magnitude, power=1)),
+    "lamp": Importance(lamp, allocates=True),
+    "random": Importance(random),
 }
 
 
-def get_criterion(name: str) -> Criterion:
-    """Look a baseline up.
-
-    Raises:
-        UsageError: Unknown name.
-    """
-    if name not in CRITERIA:
+def importance_of(criterion: str) -> Importance:
+    """Look up a name in ``IMPORTANCES``; a :class:`UsageError` where there is none."""
+    if criterion not in IMPORTANCES:
         raise UsageError(
-            f"unknown criterion {name!r}", fix=f"one of: cswap, {', '.join(sorted(CRITERIA))}"
+            f"unknown criterion {criterion!r}", fix=f"one of: {', '.join(sorted(IMPORTANCES))}"
         )
-    return CRITERIA[name]
+    return IMPORTANCES[criterion]
+
+
+def _lamp(module: nn.Module, group: Group) -> np.ndarray:
+    squares = _norm(module, group, 2) ** 2
+    squares[_norm(module, group, 1, sides=("in",)) == 0] = 0.0  # nothing reads it: it is gone
+    order = np.argsort(squares, kind="stable")
+    left = np.cumsum(squares[order][::-1])[::-1]
+    values = np.empty(group.units)
+    values[order] = squares[order] / np.maximum(left, 1e-30)
+    return values / len(group.root_indices[0])
 
 
 def _norm(
     module: nn.Module, group: Group, power: int, sides: tuple[str, ...] = ("in", "out")
 ) -> np.ndarray:
+    layers = dict(module.named_modules(remove_duplicate=False))
     total = torch.zeros(group.units, dtype=torch.float64)
     for member in group.members:
-        layer = module.get_submodule(member.layer) if _is_module(module, member.layer) else None
+        layer = layers.get(member.layer)
         if not isinstance(layer, nn.Conv2d | nn.Linear) or member.side not in sides:
             continue
         weight = layer.weight.detach().double()
@@ -91,13 +123,5 @@ def _norm(
             else:
                 part = weight[index]
             total[unit] += part.abs().pow(power).sum()
-    scores: np.ndarray = total.pow(1 / power).numpy()
-    return scores / max(float(scores.mean()), 1e-30)
-
-
-def _is_module(module: nn.Module, name: str) -> bool:
-    try:
-        module.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+    values: np.ndarray = total.pow(1 / power).numpy()
+    return values / max(float(values.mean()), 1e-30)

@@ -1,4 +1,4 @@
-"""What the units that stay can take over: their own weights solved again, one unit at a time.
+"""Producer reconstruction: new weights for the units that stay, one unit at a time.
 
 A layer that reads fewer units can only mix what they carry. The units themselves can carry more:
 let ``h_c = psi(w_c x)`` be a unit, psi what lies between its producer and its consumer (batch norm,
@@ -8,9 +8,10 @@ first order in a change d of w_c
     E - W_c * (psi'(w_c x) . d x)
 
 which is linear in d, so the best d is a ridge solution. W_c maps the taps of a kernel to outputs;
-only its strongest directions are kept. Then the next unit is solved on what is left, and at last
-the consumer again. A step is taken only if it also lessens what is lacking on images it was not
-solved on. Nothing is differentiated but psi, numerically, at one point; no step follows a gradient.
+only its strongest directions are kept. Then the next unit is solved for on what is left, and at
+last the consumer is refitted. A step is taken only if it also lessens what is lacking on images
+that were held out. Nothing is differentiated but psi, numerically, at one point; no step follows a
+gradient.
 
 Source: least squares for one unit of a hidden layer at a time is backfitting, as in projection
 pursuit regression: Friedman & Stuetzle, J. Am. Stat. Assoc. 76 (1981).
@@ -18,30 +19,31 @@ pursuit regression: Friedman & Stuetzle, J. Am. Stat. Assoc. 76 (1981).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.offsets import needs_bias, shift_output
-from cswap_deploy.network.unfolding import Geometry, Positions, geometry, laid_out, seen
-from cswap_deploy.network.units import Consumer, depthwise
+from cswap_deploy.network.nodes import input_of
+from cswap_deploy.network.offsets import needs_bias, scale_and_shift, shift_output
+from cswap_deploy.network.unfolding import Positions, laid_out, some_of, unfold, window_of
+from cswap_deploy.network.units import depthwise
 
 MAX_FEATURES = 1152
-"""A producer whose units read more than this is left as it is: one solution would take seconds."""
-_RIDGE = 0.3
-"""Of a unit's change, as a fraction of the mean variance of what it reads. A tenth of it follows
-the calibration images too closely, three times as much gives away little (benchmarks/LOG.md)."""
+"""A producer whose units read more than this is left as it is: one unit would take seconds."""
+RIDGE = 0.3
+"""Ridge of a unit's change, as a fraction of the mean variance of what it reads. A tenth of it
+follows the calibration images too closely, three times as much gains little (benchmarks/LOG.md)."""
 _ROWS = 16_384
 _MOST_BYTES = 256 << 20
-"""What the rows of one layer may take."""
-_DIRECTIONS = 2
-"""Of a kernel's taps; more cost time and gain nothing."""
-_JUDGES = 0.2
-"""Part of the images that only judge."""
+"""Memory for the unfolded rows of one layer."""
+DIRECTIONS = 2
+"""Singular vectors of a kernel's taps; more cost time and gain nothing."""
+HELD_OUT = 0.2
+"""Part of the images that no change is solved for on."""
 _ROUNDING = 1e-10
 """Part of the wanted variance (1e-5 in size) below which what is lacking is float32's rounding, of
 either sign on another processor: following it would change weights for nothing."""
@@ -62,22 +64,12 @@ class Chain:
     consumer: fx.Node
     consumer_layer: str
 
-    @property
-    def source(self) -> fx.Node:
-        """What the producer reads."""
-        return _input_of(self.producer)
-
-    @property
-    def end(self) -> fx.Node:
-        """What the consumer reads."""
-        return _input_of(self.consumer)
-
     def run(self, graph: Graph, x: Tensor) -> Tensor:
         """The consumer's input, from the producer's."""
-        env: dict[fx.Node, Any] = {self.source: x}
+        env: dict[fx.Node, Any] = {input_of(self.producer): x}
         for node in (self.producer, *self.path):
             env[node] = graph.execute(node, env)
-        found: Tensor = env[self.end]
+        found: Tensor = env[input_of(self.consumer)]
         return found
 
 
@@ -88,108 +80,145 @@ def find_chains(graph: Graph, consumers: Iterable[str]) -> list[Chain]:
     for name in consumers:
         consumer = graph.readers(name)[0]
         path: list[fx.Node] = []
-        node = _input_of(consumer)
+        node = input_of(consumer)
         while node not in layers and _by_itself(node):
             path.insert(0, node)
-            node = _input_of(node)
+            node = input_of(node)
+        if node not in layers or any(len(n.users) != 1 for n in (node, *path)):
+            continue
+        producer, layer = layers[node], graph.layer(layers[node])
         if (
-            node in layers
-            and all(len(n.users) == 1 for n in (node, *path))
-            and len(graph.readers(layers[node])) == 1
-            and _groups(graph, name) == 1
-            and (_groups(graph, layers[node]) == 1 or depthwise(_layer(graph, layers[node])))
-            and not needs_bias(graph, layers[node])
+            len(graph.readers(producer)) == 1
+            and getattr(graph.layer(name), "groups", 1) == 1
+            and (getattr(layer, "groups", 1) == 1 or depthwise(layer))
+            and not needs_bias(graph, producer)
         ):
-            found.append(Chain(node, layers[node], tuple(path), consumer, name))
+            found.append(Chain(node, producer, tuple(path), consumer, name))
     return found
 
 
-def take_over(
-    graph: Graph,
-    chain: Chain,
-    x: Tensor,
-    units: Tensor,
-    where: Positions,
-    wanted: Tensor,
-    *,
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a layer should give at some positions of its output."""
+
+    where: Positions
+    """R positions, images ascending."""
+    values: Tensor
+    """(R, O)."""
+
+
+def reconstruct_producer(
+    graph: Graph, chain: Chain, x: Tensor, target: Target, *, units: Tensor,
     inputs: Tensor | None = None,
-) -> bool:
-    """Solve each remaining unit's weights again, in place.
+) -> bool:  # fmt: skip
+    """Give each remaining unit new weights, in place; returns whether anything was changed.
 
     Args:
         graph: Over the network to change.
-        chain: From the layer to change to the layer that reads it, which has been solved.
+        chain: From the layer to change to the layer that reads it, which has been refitted.
         x: The producer's input, for all images.
+        target: Of the consumer; constants do not count.
         units: (k,) the outputs of the producer that are left.
-        where: R positions of the consumer's output, images ascending.
-        wanted: (R, O), what it should be there; constants do not count.
-        inputs: Those of the producer that are left; all unless said.
-
-    Returns:
-        Whether anything was changed.
+        inputs: Those of the producer that are left; all unless given.
     """
-    producer, consumer = _layer(graph, chain.producer_layer), _layer(graph, chain.consumer_layer)
-    look = geometry(chain.producer, producer)
-    through = geometry(chain.consumer, consumer)
-    own = depthwise(producer)
-    x = laid_out(x, producer)
+    producer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
+    own = depthwise(producer)  # each unit reads an input of its own
     columns = slice(None) if inputs is None or own else inputs
-    x = x if inputs is None or own else x[..., inputs]
-    features = look.taps * (1 if own else x.shape[-1])
+    x = laid_out(x, producer)[..., columns]
+    window, through = window_of(chain.producer, producer), window_of(chain.consumer, consumer)
+    features = window.taps * (1 if own else x.shape[-1])
     if features > MAX_FEATURES:
         return False
-    rows = _some(len(where), min(_ROWS, _MOST_BYTES // (4 * through.taps * features)))
-    sight = _Sight(x, where[rows], look, through, own)
+    rows = some_of(len(target.where), min(_ROWS, _MOST_BYTES // (4 * through.taps * features)))
+    where = target.where[rows]
+
+    def unfolded(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, exists = unfold(x, where, window, through=through)
+        return values.flatten(2), exists
+
+    same, exists = unfolded(x[..., :1] if own else x)
+    places = units.tolist()
     weight = producer.weight.detach()[units][:, columns].movedim(1, -1)
     shape, weight = weight.shape, weight.flatten(1)
-    bias = 0.0 if producer.bias is None else producer.bias.detach()[units]
+    read = consumer.weight.detach()[:, units]
+    work = _Reconstruction(
+        (lambda k: unfolded(x[..., places[k], None])[0]) if own else (lambda _: same),
+        exists.float(), _pointwise(graph, chain, units),
+        read.reshape(*read.shape[:2], -1).permute(1, 2, 0),
+    )  # fmt: skip
     if own:
-        z = torch.stack([sight(c) @ w for c, w in zip(units.tolist(), weight, strict=True)], -1)
+        z = torch.stack([work.reads(k) @ w for k, w in enumerate(weight)], -1)
     else:
-        z = sight(0) @ weight.T
-    z = z + bias
-    psi = _Pointwise(graph, chain, units)
-    # Outside the picture the consumer reads its own padding, whatever the unit would say there.
-    exists = sight.exists.float()
-    h = psi(z) * exists[..., None]
-    read = _as_columns(consumer, units)
-    lacking = wanted[rows] - torch.einsum("rsk,ksO->rO", h, read)
-    if _power(lacking) <= _ROUNDING * _power(wanted[rows]):
+        z = same @ weight.T
+    z = z + (0.0 if producer.bias is None else producer.bias.detach()[units])
+    shift = work.solve(weight, z, target.values[rows], _to_solve_on(where.image))
+    if shift is None:
         return False
-    solve_on = _to_solve_on(where.image[rows])
-    shift = torch.zeros(len(units))
-    changed = False
-    for k, c in enumerate(units.tolist()):
-        change = _best_change(
-            sight(c)[:solve_on],
-            (psi.slope(z[:solve_on, :, k], k) * exists[:solve_on]),
-            read[k],
-            lacking[:solve_on],
-        )
-        if change is None:
-            continue
-        new = z[..., k] + sight(c) @ change[:-1] + change[-1]
-        out = psi(new, k) * exists
-        rest = lacking - (out - h[..., k]) @ read[k]
-        if _power(rest[solve_on:]) < _power(lacking[solve_on:]):
-            lacking, z[..., k], h[..., k] = rest, new, out
-            weight[k] += change[:-1]
-            shift[k] = change[-1]
-            changed = True
     now = producer.weight.detach()[units]
     now[:, columns] = weight.view(shape).movedim(-1, 1)
     producer.weight[units] = now
     by = torch.zeros(producer.weight.shape[0])
     by[units] = shift
     shift_output(graph, chain.producer_layer, by)
-    return changed
+    return True
 
 
-def _best_change(sees: Tensor, slope: Tensor, read: Tensor, lacking: Tensor) -> Tensor | None:
+_Psi = Callable[[Tensor, int | slice], Tensor]
+"""(..., k) of some units, or (...) of one, to what their consumer reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reconstruction:
+    """The units of one producer, at R rows and the S taps of what reads them."""
+
+    reads: Callable[[int], Tensor]
+    """Unit -> (R, S, F)."""
+    exists: Tensor
+    """(R, S) 1 or 0: outside the picture the consumer reads its own padding."""
+    psi: _Psi
+    read: Tensor
+    """(k, S, O), the consumer's weights."""
+
+    def solve(self, weight: Tensor, z: Tensor, wanted: Tensor, solve_on: int) -> Tensor | None:
+        """Change the weights where that helps, in place.
+
+        Args:
+            weight: (k, F), of the units.
+            z: (R, S, k), what they give; changed too.
+            wanted: (R, O), of the consumer.
+            solve_on: How many of the rows are solved for; the others are held out.
+
+        Returns:
+            (k,) what is added to each unit's constant; ``None`` where nothing was changed.
+        """
+        h = self.psi(z, slice(None)) * self.exists[..., None]
+        lacking = wanted - torch.einsum("rsk,ksO->rO", h, self.read)
+        if _power(lacking) <= _ROUNDING * _power(wanted):
+            return None
+        shift = torch.zeros(len(weight))
+        changed = False
+        for k in range(len(weight)):
+            reads = self.reads(k)
+            slope = _slope(self.psi, z[:solve_on, :, k], k) * self.exists[:solve_on]
+            change = best_change(reads[:solve_on], slope, self.read[k], lacking[:solve_on])
+            if change is None:
+                continue
+            new = z[..., k] + reads @ change[:-1] + change[-1]
+            out = self.psi(new, k) * self.exists
+            rest = lacking - (out - h[..., k]) @ self.read[k]
+            if _power(rest[solve_on:]) < _power(lacking[solve_on:]):
+                lacking, z[..., k], h[..., k] = rest, new, out
+                weight[k] += change[:-1]
+                shift[k] = change[-1]
+                changed = True
+        return shift if changed else None
+
+
+def best_change(reads: Tensor, slope: Tensor, read: Tensor, lacking: Tensor) -> Tensor | None:
     """What to add to a unit's weights and constant.
 
     Args:
-        sees: (R, S, F), what the unit reads for each of the S taps that read it.
+        reads: (R, S, F), what the unit reads for each of the S taps that read it.
         slope: (R, S), psi' there.
         read: (S, O), the consumer's weights.
         lacking: (R, O).
@@ -198,12 +227,12 @@ def _best_change(sees: Tensor, slope: Tensor, read: Tensor, lacking: Tensor) -> 
         (F + 1,), or ``None`` where the unit can do nothing.
     """
     left, sizes, right = torch.linalg.svd(read, full_matrices=False)
-    few = min(_DIRECTIONS, len(sizes))
+    few = min(DIRECTIONS, len(sizes))
     if sizes[0] == 0 or not slope.any():
         return None
     mixed = slope[:, None] * (left[:, :few] * sizes[:few]).T
-    # The consumer's constant is solved later: only what varies has to be explained.
-    moves = _centred(torch.bmm(mixed, sees))
+    # The consumer's constant is refitted later: only what varies has to be explained.
+    moves = _centred(torch.bmm(mixed, reads))
     constant = _centred(mixed.sum(2))[:, None]
     aims = _centred(lacking @ right[:few].T)[:, None]
     features = moves.shape[1]
@@ -213,7 +242,7 @@ def _best_change(sees: Tensor, slope: Tensor, read: Tensor, lacking: Tensor) -> 
     gram[-1, :-1] = gram[:-1, -1]
     gram[-1, -1] = constant.square().sum()
     cross = torch.cat([moves.T @ aims, constant.T @ aims]).double()
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(1e-20))
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-20))
     solved, failed = torch.linalg.solve_ex(gram, cross)
     return None if failed else solved[:, 0].float()
 
@@ -223,83 +252,38 @@ def _centred(values: Tensor) -> Tensor:
     return values.sub_(values.mean(0)).flatten(0, 1)
 
 
-class _Sight:
-    """What each unit reads, at the positions that its reader asks for."""
-
-    def __init__(
-        self, x: Tensor, where: Positions, look: Geometry, through: Geometry, own: bool
-    ) -> None:
-        self._x, self._where, self._look, self._through = x, where, look, through
-        found, self.exists = self._look_at(0) if own else self._look_at(None)
-        self._same = None if own else found
-
-    def __call__(self, unit: int) -> Tensor:
-        """(R, S, F)."""
-        return self._look_at(unit)[0] if self._same is None else self._same
-
-    def _look_at(self, channel: int | None) -> tuple[Tensor, Tensor]:
-        x = self._x if channel is None else self._x[..., channel : channel + 1]
-        values, exists = seen(x, self._where, self._look, through=self._through)
-        return values.reshape(len(exists), exists.shape[1], -1), exists
-
-
-class _Pointwise:
+def _pointwise(graph: Graph, chain: Chain, units: Tensor) -> _Psi:
     """What lies between a producer and its consumer, for some of the producer's outputs."""
+    steps = [
+        [v[units] for v in scale_and_shift(graph, n, torch.float32)] if _is_norm(n) else n
+        for n in chain.path
+    ]
 
-    def __init__(self, graph: Graph, chain: Chain, units: Tensor) -> None:
-        self._graph = graph
-        self._steps: list[fx.Node | tuple[Tensor, Tensor]] = []
-        for node in chain.path:
-            if not _is_norm(node):
-                self._steps.append(node)
-                continue
-            weight, bias, mean, var = (
-                None if a is None else graph.value(a, {}).detach()[units]  # type: ignore[arg-type]
-                for a in node.args[1:5]
-            )
-            assert mean is not None
-            assert var is not None
-            scale = (var + node.args[7]).rsqrt()
-            scale = scale if weight is None else scale * weight
-            shift = -mean * scale
-            self._steps.append((scale, shift if bias is None else shift + bias))
-
-    def __call__(self, z: Tensor, unit: int | None = None) -> Tensor:
-        """Of (..., k), or of (...) for one unit."""
-        at = slice(None) if unit is None else unit
-        for step in self._steps:
+    def psi(z: Tensor, at: int | slice) -> Tensor:
+        for step in steps:
             if isinstance(step, fx.Node):
-                z = self._graph.execute(step, {_input_of(step): z})
+                z = graph.execute(step, {input_of(step): z})
             else:
                 z = z * step[0][at] + step[1][at]
         return z
 
-    def slope(self, z: Tensor, unit: int) -> Tensor:
-        """psi' at z, by a difference."""
-        reach = (1e-3 * z.std()).clamp_min(1e-6)
-        return (self(z + reach, unit) - self(z - reach, unit)) / (2 * reach)
+    return psi
+
+
+def _slope(psi: _Psi, z: Tensor, unit: int) -> Tensor:
+    """psi' at z, by a difference."""
+    reach = (1e-3 * z.std()).clamp_min(1e-6)
+    return (psi(z + reach, unit) - psi(z - reach, unit)) / (2 * reach)
 
 
 def _power(lacking: Tensor) -> Tensor:
     return (lacking - lacking.mean(0)).square().sum()
 
 
-def _some(count: int, most: int) -> Tensor:
-    if count <= most:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
-
-
 def _to_solve_on(image: Tensor) -> int:
-    """How many of the rows belong to the first images, which are solved on; the others judge."""
+    """How many of the rows belong to the first images; the others are held out."""
     images = int(image[-1]) + 1
-    return int(torch.searchsorted(image, images - int(_JUDGES * images)))
-
-
-def _as_columns(consumer: Consumer, units: Tensor) -> Tensor:
-    """(k, S, O)."""
-    weight = consumer.weight.detach()[:, units]
-    return weight.reshape(*weight.shape[:2], -1).permute(1, 2, 0)
+    return int(torch.searchsorted(image, images - int(HELD_OUT * images)))
 
 
 def _by_itself(node: fx.Node) -> bool:
@@ -313,19 +297,3 @@ def _by_itself(node: fx.Node) -> bool:
 
 def _is_norm(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.batch_norm.default
-
-
-def _layer(graph: Graph, name: str) -> Consumer:
-    layer = graph.module.get_submodule(name)
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    return layer
-
-
-def _groups(graph: Graph, name: str) -> int:
-    return getattr(_layer(graph, name), "groups", 1)
-
-
-def _input_of(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source

@@ -1,4 +1,7 @@
-"""How the loop measures and removes, and where it stands."""
+"""Where the loop stands after a round, and the store of finished rounds.
+
+With the weights that is enough to go on after an interruption, which thus costs one round.
+"""
 
 from __future__ import annotations
 
@@ -6,72 +9,88 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
-from cswap_deploy.causal.interventions import Intervention
+from cswap_deploy.network.deletion import contiguous_state
 from cswap_deploy.network.units import Group
 from cswap_deploy.pruning.trials import FIRST_RIDGE
-from cswap_deploy.records.plan import RatioOf, RoundLog, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to measure and remove. Defaults are the command's; see ``config.BuildConfig``."""
-
-    ratio: float
-    ratio_of: RatioOf = "params"
-    rounds: int = 4
-    scoring_samples: int = 128
-    effect: Literal["kl", "true-class"] = "kl"
-    intervention: Intervention = "predicted"
-    alpha: float = 0.05
-    min_effect: float = 0.01
-    refit: bool = True
-    refit_producers: bool = True
-    mix: bool = True
-    select: Literal["set", "unit"] = "set"
-    measuring: Literal["exact", "bf16", "adaptive"] = "exact"
-    error_rate: float = 0.05
-    most_forwards: int | None = None
-    """Of adaptive measuring in the first round; later ones may take ``cost.LATER_ROUNDS`` of it."""
-    seed: int = 0
-
-
-@dataclass(slots=True)
-class Measurement:
-    """A unit's latest effect."""
-
-    true_class: float
-    harm: float
-    kl: float
-    low: float
-    high: float
-    verdict: Verdict
-    round: int
-    serves: tuple[int, ...] = ()
-    harms: tuple[int, ...] = ()
-    images: int | None = None
-    """On how many it was measured; ``None`` in records that do not say."""
+from cswap_deploy.records.plan import RoundLog, UnitEffect
+from cswap_deploy.records.store import Store, stage_key
 
 
 @dataclass(slots=True)
 class State:
-    """Where the loop stands; enough, with the module's weights, to go on after an interruption."""
+    """What rounds have removed, measured and refitted so far."""
 
     round: int = 0
     removed: dict[str, list[int]] = field(default_factory=dict)
-    measured: dict[str, dict[int, Measurement]] = field(default_factory=dict)
+    """Group -> units, in the order in which they went."""
+    effects: dict[str, dict[int, UnitEffect]] = field(default_factory=dict)
+    """Group -> unit -> its latest effect."""
     rounds: list[RoundLog] = field(default_factory=list)
     refitted: tuple[str, ...] = ()
     not_refitted: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
-    """Layers whose units took over what others carried."""
+    """Layers whose units were reconstructed."""
     ridge: float = FIRST_RIDGE
-    """Of the last round's refit."""
+    """Ridge of the last round's refit."""
 
-    def costs(self, group: Group, settings: Settings) -> np.ndarray:
-        """(units,) the latest costs; zero where nothing was measured yet."""
-        latest = self.measured.get(group.name)
+    def costs(self, group: Group, effect: Literal["kl", "true-class"]) -> np.ndarray:
+        """(units,) the latest effects that rank; zero where nothing was measured yet."""
+        latest = self.effects.get(group.name)
         if latest is None:
             return np.zeros(group.units)
-        kl = settings.effect == "kl"
+        kl = effect == "kl"
         return np.array([latest[u].kl if kl else latest[u].harm for u in range(group.units)])
+
+
+_STATE = TypeAdapter(State)
+
+
+class RoundStore:
+    """The rounds of one pruning, by the key of its stage."""
+
+    def __init__(self, store: Store, prune_key: str, *, resume: bool = True) -> None:
+        """Without ``resume`` rounds are only kept: what an interrupted run left is not found."""
+        self._store, self._prune_key, self._resume = store, prune_key, resume
+
+    def load(self, module: nn.Module, *, most: int) -> State | None:
+        """The latest finished round of at most so many; puts its weights into ``module``.
+
+        Args:
+            module: The network to mask, as it was before the first round.
+            most: How many rounds there can be.
+        """
+        from safetensors.torch import load_file
+
+        for round_ in range(most if self._resume else 0, 0, -1):
+            folder = self._store.find(self._key(round_))
+            if folder is None:
+                continue
+            try:
+                state = _STATE.validate_json((folder / "state.json").read_bytes())
+            except ValidationError:
+                continue  # by another version of this file: measure again
+            module.load_state_dict(load_file(folder / "masked.safetensors"), strict=True)
+            return state
+        return None
+
+    def forget(self, most: int) -> None:
+        """Drop all rounds: the stage is finished."""
+        for round_ in range(1, most + 1):
+            self._store.remove(self._key(round_))
+
+    def save(self, state: State, module: nn.Module) -> None:
+        """Keep a finished round."""
+        from safetensors.torch import save_file
+
+        with self._store.create(self._key(state.round)) as folder:
+            (folder / "state.json").write_bytes(_STATE.dump_json(state))
+            save_file(contiguous_state(module), folder / "masked.safetensors")
+
+    def _key(self, round_: int) -> str:
+        return stage_key(
+            "round", version=4, inputs={"prune": self._prune_key}, settings={"round": round_},
+            tools={},
+        )  # fmt: skip

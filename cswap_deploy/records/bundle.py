@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.records.engine import TensorSpec
-from cswap_deploy.records.files import compare_files
+from cswap_deploy.records.files import require_files
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.plan import PrunePlan
-from cswap_deploy.records.value import read_value
+from cswap_deploy.records.value import FileRef, Value, read_value
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+
+
+BUILD = "build.json"
+WEIGHTS = "pruned.safetensors"
+MODEL = "model.onnx"
+
+
+class BuildRecord(Value):
+    """``build.json``: the settings of a build, and where its pruned network came from."""
+
+    schema_version: Literal[2] = 2
+    settings: dict[str, Any]
+    prune_key: str
+    dense_weights_sha256: str
+    files: tuple[FileRef, ...]
+    """The plan and the pruned weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +78,20 @@ def read_plan(path: Path) -> PrunePlan:
     return read_value(path / PLAN, PrunePlan)
 
 
+def read_build(folder: Path) -> BuildRecord:
+    """What a folder says of the build that made it, or of the first stages of one.
+
+    Raises:
+        ArtifactError: The folder holds no build, or its record is damaged.
+    """
+    if not (folder / BUILD).is_file():
+        raise ArtifactError(
+            f"{folder} holds no build: it has no {BUILD}",
+            fix="name a folder that `cswap-deploy prune -o` or `build -o` wrote",
+        )
+    return read_value(folder / BUILD, BuildRecord)
+
+
 def verify_bundle(path: Path) -> BundleCheck:
     """Read a bundle and hold every file against the manifest's sha256 and size.
 
@@ -71,12 +101,7 @@ def verify_bundle(path: Path) -> BundleCheck:
         ArtifactError: The bundle is damaged; every file that is missing or differs is named.
     """
     manifest = read_bundle(path)
-    wrong, extra = compare_files(path, manifest.files)
-    if wrong:
-        raise ArtifactError(
-            f"{path} is damaged: " + "; ".join(wrong),
-            fix="copy the bundle again, or build it again",
-        )
+    extra = require_files(path, manifest.files, fix="copy the bundle again, or build it again")
     return BundleCheck(path, manifest, tuple(name for name in extra if name != MANIFEST))
 
 

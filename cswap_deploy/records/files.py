@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
+from cswap_deploy.errors import ArtifactError, CswapError, MissingDependencyError, UsageError
 from cswap_deploy.records.value import FileRef, sha256_file
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -66,6 +66,21 @@ def compare_files(folder: Path, expected: tuple[FileRef, ...]) -> tuple[list[str
     known = {ref.path for ref in expected}
     present = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
     return wrong, [path for path in present if path not in known]
+
+
+def require_files(folder: Path, expected: tuple[FileRef, ...], *, fix: str) -> tuple[str, ...]:
+    """Hold a folder's files against a list of them.
+
+    Returns:
+        The paths of files that are not in the list.
+
+    Raises:
+        ArtifactError: A file is missing or differs; every one is named.
+    """
+    wrong, extra = compare_files(folder, expected)
+    if wrong:
+        raise ArtifactError(f"{folder} is damaged: " + "; ".join(wrong), fix=fix)
+    return tuple(extra)
 
 
 @contextmanager

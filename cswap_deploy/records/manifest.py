@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cswap_deploy.config import RatioOf
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
 from cswap_deploy.records.measurements import (
     AccuracyChange,
@@ -15,7 +16,7 @@ from cswap_deploy.records.measurements import (
     PrecisionResult,
 )
 from cswap_deploy.records.model import DataSpec, ModelSpec
-from cswap_deploy.records.plan import RatioOf, ScoringCost, Size
+from cswap_deploy.records.plan import ScoringCost, Size
 from cswap_deploy.records.value import FileRef, Value
 
 
@@ -44,7 +45,7 @@ class TargetResult(Value):
 class Manifest(Value):
     """What a bundle holds and how it came about."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created: str
     """ISO 8601, UTC."""
     tool_version: str
@@ -53,8 +54,6 @@ class Manifest(Value):
     validation: DataSpec | None
     shared_images: int = 0
     """Images in both sets; above zero only where the user allowed it."""
-    ratio_requested: float
-    ratio_of: RatioOf
     ratio_effective: dict[RatioOf, float]
     dense: Size
     pruned: Size
@@ -69,8 +68,20 @@ class Manifest(Value):
     scoring: ScoringCost | None = None
     """``None`` where nothing was measured."""
     settings: dict[str, Any]
+    """Every setting of the build by name; see ``config.Config.settings``."""
     versions: dict[str, str]
     device: Device
     fallbacks: tuple[str, ...] = ()
     stages: dict[str, Literal["run", "reused"]] = Field(default_factory=dict)
     files: tuple[FileRef, ...] = ()
+
+    @property
+    def ratio_requested(self) -> float:
+        """The fraction that was to be removed."""
+        return float(self.settings["ratio"])
+
+    @property
+    def ratio_of(self) -> RatioOf:
+        """What the ratio is a fraction of."""
+        of: RatioOf = self.settings["ratio_of"]
+        return of

@@ -30,7 +30,7 @@ class PrecisionTrial(Value):
     kl: float | None
     """Mean KL divergence from the float32 graph (nats); ``None`` where logits are not finite."""
     agreement: Fraction
-    """Of the images that get the float32 graph's class."""
+    """Fraction of the images that get the float32 graph's class."""
     passes: bool
 
 
@@ -39,7 +39,7 @@ class PrecisionResult(Value):
 
     precision: str
     layers: int
-    """That could be narrowed."""
+    """Layers that could be narrowed."""
     kept: tuple[KeptLayer, ...] = ()
     calibration: str = ""
     """How int8 ranges were found, and by which quantiser."""
@@ -50,7 +50,7 @@ class PrecisionResult(Value):
     kl: float
     """Mean KL divergence from the float32 graph on them (nats)."""
     agreement: Fraction
-    """Of them that get the float32 graph's class."""
+    """Fraction of them that get the float32 graph's class."""
     drop_limit: float
     """Largest loss of top-1 against the float32 graph that the gate allows (fraction)."""
     emulated: bool = False
@@ -114,7 +114,7 @@ class DeviceTimes(Value):
     compute_ms: tuple[float, ...]
     device_to_host_ms: tuple[float, ...]
     p50_ms: float
-    """Of ``compute_ms``, as are the next three: copies are not in it."""
+    """Median of ``compute_ms``; the next three are of it too: copies are not counted."""
     p90_ms: float
     p99_ms: float
     mean_ms: float
@@ -129,7 +129,7 @@ class GpuState(Value):
     name: str = ""
     uuid: str = ""
     pci_bus_id: str = ""
-    """Of CUDA device 0, by which NVML's device was chosen."""
+    """Bus address of CUDA device 0, by which NVML's device was chosen."""
     driver: str = ""
     persistence_mode: bool | None = None
     compute_mode: str = ""
@@ -162,7 +162,7 @@ class Latency(Value):
     provider: str
     """What really executed, asked of the runtime."""
     clock: Literal["host wall clock"] = "host wall clock"
-    """Of every figure above, so that CPU and GPU targets mean the same."""
+    """Clock of every figure above, so that CPU and GPU targets mean the same."""
     device: DeviceTimes | None = None
     """The parts on the GPU, where the runtime records CUDA events."""
     gpu: GpuState | None = None

@@ -1,4 +1,4 @@
-"""The pruning plan: what is removed, why, and what measuring it took."""
+"""The pruning plan: what is removed, why, and what it took to measure that."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cswap_deploy.config import RatioOf
 from cswap_deploy.records.value import Value
-
-RatioOf = Literal["params", "channels", "macs"]
 
 Verdict = Literal["critical", "neutral", "detrimental"]
 
 
 class UnitEffect(Value):
-    """One unit's last measurement before it was removed or kept for good."""
+    """One unit's latest effect before it was removed or kept for good."""
 
     unit: int
     true_class: float
     """Mean over images of (p_masked - p) / p."""
     harm: float = 0.0
-    """Nats; what ranks units by ``true-class``; see :func:`causal.effects.likely_harm`."""
+    """Nats; ranks with ``--effect true-class``; see :func:`causal.effects.likely_harm`."""
     kl: float
     """Mean over images of KL(p || p_masked), nats."""
     low: float
@@ -34,7 +33,7 @@ class UnitEffect(Value):
     harms: tuple[int, ...] = ()
     """Classes that removing it significantly helps, strongest first."""
     images: int | None = None
-    """On how many the effect was measured, where the plan says; for the others it was estimated."""
+    """On how many the effect was measured; on the round's other images it was estimated."""
 
 
 class GroupPlan(Value):
@@ -57,6 +56,10 @@ class Size(Value):
     macs: int
     """Multiply-accumulates for one image."""
 
+    def amount(self, of: RatioOf) -> int:
+        """The quantity a ratio speaks of."""
+        return {"params": self.params, "channels": self.units, "macs": self.macs}[of]
+
 
 class RoundLog(Value):
     """One round of measure-and-remove."""
@@ -72,13 +75,13 @@ class RoundLog(Value):
     """Units removed in this round."""
     params: int
     """Parameters left."""
-    order: str = "effect"
-    """Which order gave the set that was removed."""
+    candidate: str = "effect"
+    """Which of the candidates was removed."""
     kl: float | None = None
-    """That set's own effect once the network had taken over: mean KL divergence from the dense
-    network (nats), on calibration images that it was not solved on."""
+    """Its effect as a whole after the refit: mean KL divergence from the dense network (nats), on
+    calibration images that the refit did not see; ``None`` where it was not measured."""
     ridge: float | None = None
-    """Of the layers solved again in this round."""
+    """Ridge of the refit."""
     seconds: float
 
 
@@ -98,12 +101,9 @@ class ScoringCost(Value):
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[1] = 1
-    criterion: str
-    """``cswap`` or a baseline's name."""
+    schema_version: Literal[2] = 2
     settings: dict[str, Any]
-    ratio_requested: float
-    ratio_of: RatioOf
+    """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
     dense: Size
     pruned: Size
     groups: tuple[GroupPlan, ...]
@@ -112,12 +112,31 @@ class PrunePlan(Value):
     biased: tuple[str, ...] = ()
     """Layers that gained a bias to hold what was folded into them."""
     refitted: tuple[str, ...] = ()
-    """Layers whose weights were solved again."""
+    """Layers whose weights were refitted."""
     producers: tuple[str, ...] = ()
-    """Layers whose remaining units took over, by solution, what the removed ones carried."""
+    """Layers whose remaining units were reconstructed to carry what the removed ones did."""
     rounds: tuple[RoundLog, ...] = ()
-    alpha: float = 0.05
-    """False-discovery rate of the verdicts."""
+
+    @property
+    def criterion(self) -> str:
+        """The importance that ranked the units; ``none`` where nothing was to be removed."""
+        return str(self.settings["criterion"])
+
+    @property
+    def ratio_requested(self) -> float:
+        """The fraction that was asked for."""
+        return float(self.settings["ratio"])
+
+    @property
+    def ratio_of(self) -> RatioOf:
+        """What the ratio is a fraction of."""
+        of: RatioOf = self.settings["ratio_of"]
+        return of
+
+    @property
+    def alpha(self) -> float:
+        """False-discovery rate of the verdicts."""
+        return float(self.settings["alpha"])
 
     @property
     def scoring(self) -> ScoringCost | None:
@@ -127,16 +146,11 @@ class PrunePlan(Value):
             return None
         return ScoringCost(
             measuring=str(self.settings.get("measuring", "exact")),
-            images=int(self.settings["scoring_samples"]),
-            forwards=forwards,
+            images=int(self.settings["scoring_samples"]), forwards=forwards,
             forwards_exact=sum(r.forwards_exact for r in self.rounds),
-        )
+        )  # fmt: skip
 
     def effective(self, of: RatioOf) -> float:
         """The fraction really removed."""
-        total = {
-            "params": (self.dense.params, self.pruned.params),
-            "channels": (self.dense.units, self.pruned.units),
-            "macs": (self.dense.macs, self.pruned.macs),
-        }[of]
-        return 1.0 - total[1] / total[0] if total[0] else 0.0
+        total = self.dense.amount(of)
+        return 1.0 - self.pruned.amount(of) / total if total else 0.0

@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cswap_deploy.errors import ArtifactError
 
-SCHEMA_VERSION = 1
-
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -70,7 +68,11 @@ def read_value(path: Path, kind: type[V]) -> V:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise ArtifactError(
-            f"{path} is not a {kind.__name__} of schema version {SCHEMA_VERSION}: "
-            f"{where}: {first['msg']}",
+            f"{path} is not a {kind.__name__}{_version(kind)}: {where}: {first['msg']}",
             fix="build the bundle again with this version of cswap-deploy",
         ) from err
+
+
+def _version(kind: type[Value]) -> str:
+    field = kind.model_fields.get("schema_version")
+    return "" if field is None else f" of schema version {field.default}"

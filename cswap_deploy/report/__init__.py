@@ -1,1 +1,1 @@
-"""report.html and report.md, made from the manifest and the plan alone."""
+"""One description of a report, of a bundle or of a plan; drawn as HTML, Markdown and terminal."""

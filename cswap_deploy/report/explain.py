@@ -1,4 +1,4 @@
-"""What a plan says about its units: verdicts, largest effects, classes served, and the cut.
+"""What a plan says about its units: verdicts, largest effects, classes served, the threshold.
 
 Everything comes from ``plan.json`` (and class names from the manifest); nothing is measured here.
 The command ``explain`` and the report are made from this.
@@ -9,33 +9,33 @@ from __future__ import annotations
 import difflib
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cswap_deploy.config import RatioOf
 from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.records.bundle import MANIFEST, PLAN, read_bundle, read_plan
-from cswap_deploy.records.files import compare_files
+from cswap_deploy.records.files import require_files
 from cswap_deploy.records.manifest import Manifest
-from cswap_deploy.records.plan import GroupPlan, PrunePlan, RatioOf, UnitEffect, Verdict
+from cswap_deploy.records.plan import GroupPlan, PrunePlan, UnitEffect
 
 VERDICTS = ("critical", "neutral", "detrimental", "not measured")
-Ranking = Literal["kl", "true-class"]
+RankedBy = Literal["kl", "true-class"]
+RANKED_BY: dict[RankedBy, str] = {"kl": "KL divergence", "true-class": "likely harm"}
+"""What the value that ranks units is called."""
+_MEANING: dict[RankedBy, str] = {
+    "kl": "the KL divergence (how far the whole output moves)",
+    "true-class": "the likely harm (half the standard deviation over the images minus the mean of "
+    "log(p without the unit / p), p the true class's probability; nats)",
+}
 _SET_TO = {
     "zero": "set to zero",
     "mean": "set to its mean",
-    "predicted": "set to what the other units of its layer predict for it",
+    "predicted": "set to its conditional mean given the other units of its layer",
 }
 _PER = {"params": " for each parameter saved", "macs": " for each MAC saved", "channels": ""}
-
-
-@dataclass(frozen=True, slots=True)
-class ClassName:
-    """A class of the network."""
-
-    index: int
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +43,19 @@ class Unit:
     """One measured unit, as it was when it was last measured."""
 
     group: str
-    unit: int
     kept: bool
-    true_class: float
-    """Relative change of the true class's probability, a fraction; mean over images."""
-    low: float
-    """Lower end of its 95 % interval."""
-    high: float
-    harm: float
-    """Nats; what ranks units by ``true-class``; see :func:`causal.effects.likely_harm`."""
-    kl: float
-    """Nats."""
-    verdict: Verdict
-    round: int
-    serves: tuple[ClassName, ...]
-    """Strongest first."""
-    harms: tuple[ClassName, ...]
+    effect: UnitEffect
+    serves: tuple[str, ...]
+    """Names of the classes that it serves, strongest first."""
+    harms: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        told: dict[str, Any] = self.effect.model_dump(exclude={"images"})
+        for which, names in (("serves", self.serves), ("harms", self.harms)):
+            pairs = zip(told[which], names, strict=True)
+            told[which] = [{"index": index, "name": name} for index, name in pairs]
+        return told | {"group": self.group, "kept": self.kept}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +66,49 @@ class GroupSummary:
     kind: str
     units: int
     kept: int
-    removed: int
     kept_verdicts: dict[str, int]
     removed_verdicts: dict[str, int]
     largest: Unit | None
-    """The unit with the largest effect on the true class; None where none was measured."""
-    cut: float | None
-    """See :func:`cut`."""
+    """The measured unit with the largest effect on the true class."""
     costs: tuple[tuple[float, ...], tuple[float, ...]]
     """What ranks the units: the removed ones' values and the kept ones', each ascending."""
+
+    @property
+    def threshold(self) -> float | None:
+        """The value below which as many units lie as were removed; None where all or none were.
+
+        Where the two do not overlap it lies halfway between the costliest removed unit and the
+        cheapest kept one. They may overlap: units were measured in different rounds, and leave
+        several at a time where widths are aligned.
+        """
+        removed, kept = self.costs
+        if not removed or not kept:
+            return None
+        ordered = sorted((*removed, *kept))
+        return statistics.mean(ordered[len(removed) - 1 : len(removed) + 1])
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; the single costs stay in ``plan.json``."""
+        told = asdict(self) | {
+            "removed": self.units - self.kept,
+            "largest": None if self.largest is None else self.largest.plain(),
+            "threshold": self.threshold,
+        }
+        del told["costs"]
+        return told
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a plan says of a network, or of one of its groups."""
+    """What a plan says of a network, or of one of its groups; None where it says nothing."""
 
     model: str | None
-    """None where there is no manifest yet."""
     criterion: str
+    """The importance that ranked the units, by the name it is chosen by."""
     ratio_of: RatioOf
     ratio_effective: float
     alpha: float
-    ranked_by: Ranking | None
-    """None where nothing was measured."""
+    ranked_by: RankedBy | None
     reading: tuple[str, ...]
     """How to read it, in sentences."""
     groups: tuple[GroupSummary, ...]
@@ -102,20 +119,23 @@ class Explanation:
     removed_at_largest_cost: tuple[Unit, ...]
     """By what ranked them."""
 
+    @property
+    def verdicts(self) -> Counter[str]:
+        """How many units have each verdict."""
+        parts = ((g.kept_verdicts, g.removed_verdicts) for g in self.groups)
+        return sum((Counter(kept) + Counter(removed) for kept, removed in parts), Counter())
+
     def plain(self) -> dict[str, Any]:
-        """For JSON; the single costs stay in ``plan.json``."""
-        told = asdict(self)
-        for group in told["groups"]:
-            del group["costs"]
-        return told
+        """For JSON."""
+        lists = ("groups", "largest", "detrimental", "removed_at_largest_cost")
+        return asdict(self) | {n: [part.plain() for part in getattr(self, n)] for n in lists}
 
 
 def read_explained(path: Path) -> tuple[PrunePlan, Manifest | None]:
     """Read the plan of a bundle, or of the folder of an unfinished build.
 
     Raises:
-        ArtifactError: There is no plan, it is damaged, or it is not the one that the bundle's
-            manifest names.
+        ArtifactError: There is no plan, it is damaged, or it is not the manifest's.
     """
     if not (path / PLAN).is_file():
         state = f"has no {PLAN}" if path.is_dir() else "is not a folder"
@@ -126,12 +146,7 @@ def read_explained(path: Path) -> tuple[PrunePlan, Manifest | None]:
     manifest = read_bundle(path) if (path / MANIFEST).is_file() else None
     if manifest is not None:
         listed = tuple(ref for ref in manifest.files if ref.path == PLAN)
-        wrong, _ = compare_files(path, listed)
-        if wrong:
-            raise ArtifactError(
-                f"{path} is damaged: " + "; ".join(wrong),
-                fix="copy the bundle again, or build it again",
-            )
+        require_files(path, listed, fix="copy the bundle again, or build it again")
     return read_plan(path), manifest
 
 
@@ -141,7 +156,7 @@ def explain(
     """Say what a plan holds.
 
     Args:
-        plan: Of any criterion; a baseline's has no effects.
+        plan: Of any importance; where units were ranked without measuring there are no effects.
         manifest: Of the same build, for the names of the classes.
         group: Speak of this group alone.
         top: Units in each list.
@@ -149,97 +164,38 @@ def explain(
     Raises:
         UsageError: The plan has no such group; names near ones.
     """
-    names = class_names(manifest)
+    names = _class_names(manifest)
     chosen = plan.groups if group is None else (_find(plan, group),)
-    by = ranked_by(plan)
-    units = [_unit(g, e, set(g.kept), names) for g in chosen for e in measured(g)]
+    by: RankedBy = "true-class" if plan.settings.get("effect") == "true-class" else "kl"
+    measured = {g.name: _measured(g, names) for g in plan.groups}
+    units = [unit for g in chosen for unit in measured[g.name]]
+    helpful = [u for u in units if u.effect.verdict == "detrimental"]
+
+    def first(units: list[Unit], key: Callable[[UnitEffect], float]) -> tuple[Unit, ...]:
+        return tuple(sorted(units, key=lambda u: -key(u.effect))[:top])
+
+    ranked_by = by if any(measured.values()) else None
     return Explanation(
         model=None if manifest is None else manifest.model.name,
         criterion=plan.criterion,
         ratio_of=plan.ratio_of,
         ratio_effective=plan.effective(plan.ratio_of),
         alpha=plan.alpha,
-        ranked_by=by if has_effects(plan) else None,
-        reading=reading(plan),
-        groups=tuple(summarise(g, by, names) for g in chosen),
-        largest=tuple(sorted(units, key=lambda u: -abs(u.true_class))[:top]),
-        detrimental=tuple(
-            sorted((u for u in units if u.verdict == "detrimental"), key=lambda u: -u.true_class)[
-                :top
-            ]
-        ),
-        removed_at_largest_cost=tuple(
-            sorted((u for u in units if not u.kept), key=lambda u: -_cost(u, by))[:top]
-        ),
+        ranked_by=ranked_by,
+        reading=_reading(plan, ranked_by),
+        groups=tuple(_summarise(g, measured[g.name], by) for g in chosen),
+        largest=first(units, lambda e: abs(e.true_class)),
+        detrimental=first(helpful, lambda e: e.true_class),
+        removed_at_largest_cost=first([u for u in units if not u.kept], lambda e: _cost(e, by)),
     )
 
 
-def summarise(group: GroupPlan, by: Ranking, names: dict[int, str]) -> GroupSummary:
-    """Count a group's units and find its largest effect and its cut."""
-    staying = set(group.kept)
-    costs = split_costs(group, by)
-    largest = max(measured(group), key=lambda e: abs(e.true_class), default=None)
-    return GroupSummary(
-        name=group.name,
-        kind=group.kind,
-        units=group.units,
-        kept=len(group.kept),
-        removed=group.units - len(group.kept),
-        kept_verdicts=_counts(group, kept=True),
-        removed_verdicts=_counts(group, kept=False),
-        largest=None if largest is None else _unit(group, largest, staying, names),
-        cut=cut(*costs),
-        costs=costs,
-    )
+def _cost(effect: UnitEffect, by: RankedBy) -> float:
+    """What ranks a unit (nats)."""
+    return effect.kl if by == "kl" else effect.harm
 
 
-def has_effects(plan: PrunePlan) -> bool:
-    """Whether any unit was measured; a baseline criterion measures none."""
-    return any(True for group in plan.groups for _ in measured(group))
-
-
-def measured(group: GroupPlan) -> Iterator[UnitEffect]:
-    """The effects that were really measured."""
-    return (effect for effect in group.effects if effect.round > 0)
-
-
-def verdict_counts(group: GroupPlan, *, kept: bool) -> Counter[str]:
-    """How many of a group's kept (or removed) units have each verdict."""
-    verdicts = {effect.unit: effect.verdict for effect in measured(group)}
-    staying = set(group.kept)
-    chosen = (unit for unit in range(group.units) if (unit in staying) is kept)
-    return Counter(verdicts.get(unit, "not measured") for unit in chosen)
-
-
-def ranked_by(plan: PrunePlan) -> Ranking:
-    """What decided the order of removal."""
-    return "true-class" if plan.settings.get("effect") == "true-class" else "kl"
-
-
-def split_costs(group: GroupPlan, by: Ranking) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What ranks the units, ascending: of the removed ones, and of the kept ones."""
-    staying = set(group.kept)
-    removed, kept = (
-        tuple(sorted(_cost(e, by) for e in measured(group) if (e.unit in staying) is stays))
-        for stays in (False, True)
-    )
-    return removed, kept
-
-
-def cut(removed: tuple[float, ...], kept: tuple[float, ...]) -> float | None:
-    """The value below which as many units lie as were removed; None where all or none were.
-
-    Where the two do not overlap it lies halfway between the costliest removed unit and the
-    cheapest kept one. They may overlap: units were measured in different rounds, and leave in
-    bundles.
-    """
-    if not removed or not kept:
-        return None
-    ordered = sorted((*removed, *kept))
-    return statistics.mean(ordered[len(removed) - 1 : len(removed) + 1])
-
-
-def class_names(manifest: Manifest | None) -> dict[int, str]:
+def _class_names(manifest: Manifest | None) -> dict[int, str]:
     """Class index -> name, as far as the model or the names of the data's folders tell."""
     if manifest is None:
         return {}
@@ -250,26 +206,54 @@ def class_names(manifest: Manifest | None) -> dict[int, str]:
     return names | dict(enumerate(manifest.model.class_names))
 
 
-def reading(plan: PrunePlan) -> tuple[str, ...]:
+def _measured(group: GroupPlan, names: dict[int, str]) -> list[Unit]:
+    """The units whose effect was really measured."""
+
+    def named(classes: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(names.get(c, f"class {c}") for c in classes)
+
+    kept = set(group.kept)
+    return [
+        Unit(group.name, e.unit in kept, e, named(e.serves), named(e.harms))
+        for e in group.effects
+        if e.round > 0
+    ]
+
+
+def _summarise(group: GroupPlan, measured: list[Unit], by: RankedBy) -> GroupSummary:
+    kept = len(group.kept)
+
+    def count(units: list[Unit], total: int) -> tuple[dict[str, int], tuple[float, ...]]:
+        counts = Counter(str(u.effect.verdict) for u in units)
+        counts["not measured"] = total - len(units)
+        return {v: counts[v] for v in VERDICTS}, tuple(sorted(_cost(u.effect, by) for u in units))
+
+    kept_verdicts, kept_costs = count([u for u in measured if u.kept], kept)
+    gone_verdicts, gone_costs = count([u for u in measured if not u.kept], group.units - kept)
+    return GroupSummary(
+        name=group.name, kind=group.kind, units=group.units, kept=kept,
+        kept_verdicts=kept_verdicts, removed_verdicts=gone_verdicts,
+        largest=max(measured, key=lambda u: abs(u.effect.true_class), default=None),
+        costs=(gone_costs, kept_costs),
+    )  # fmt: skip
+
+
+def _reading(plan: PrunePlan, by: RankedBy | None) -> tuple[str, ...]:
     """How to read effects and verdicts, in sentences; why there are none, where there are none."""
     if not plan.groups:
         return ("Nothing was removed: this is the dense network.",)
-    if not has_effects(plan):
+    if by is None:
         return (
-            f"The criterion {plan.criterion} ranks the units without measuring them, so there are "
+            f"The importance {plan.criterion} ranks the units without measuring them, so there are "
             "no effects and no verdicts; build with --criterion cswap to have them.",
         )
     settings = plan.settings
     images = f"{settings['scoring_samples']:,} images, " if "scoring_samples" in settings else ""
     least = settings.get("min_effect")
     at_least = f", effects of {100 * least:g} % or more" if least else ""
-    ranking = {
-        "kl": "the KL divergence (how far the whole output moves)",
-        "true-class": "the mean size of the effect on the true class",
-    }[ranked_by(plan)]
     tried = (
-        " That order proposed one of the sets that each round tried; the set that went is the one "
-        "whose own effect, once the other layers had taken over, was least."
+        " That ranking proposed one of the candidates that each round tried; the candidate that "
+        "went is the one whose own effect, after the refit, was least."
         if settings.get("select") == "set"
         else ""
     )
@@ -281,55 +265,22 @@ def reading(plan: PrunePlan) -> tuple[str, ...]:
         f"Verdicts describe (false-discovery rate {100 * plan.alpha:g} %{at_least}): removing a "
         "critical unit hurts some class, one that it serves, or all on average; removing a "
         "detrimental one only helps; a neutral one shows neither. The removal itself goes by "
-        f"{ranking}{_PER[plan.ratio_of]}, smallest first.{tried}",
+        f"{_MEANING[by]}{_PER[plan.ratio_of]}, smallest first.{tried}",
     )
 
 
-# --- parts ---------------------------------------------------------------------------------------
-
-
 def _find(plan: PrunePlan, name: str) -> GroupPlan:
-    for group in plan.groups:
-        if group.name == name:
-            return group
-    known = [group.name for group in plan.groups]
-    near = [k for k in known if name.lower() in k.lower()]
-    near += [k for k in difflib.get_close_matches(name, known, n=5, cutoff=0.5) if k not in near]
+    known = {group.name: group for group in plan.groups}
+    if name in known:
+        return known[name]
     if name in plan.excluded:
         raise UsageError(f"{name!r} was left as it is: {plan.excluded[name]}")
     if not known:
         raise UsageError(f"no group {name!r}: the plan has none", fix="leave the group out")
+    near = [k for k in known if name.lower() in k.lower()]
+    near += difflib.get_close_matches(name, set(known) - set(near), n=5, cutoff=0.5)
+    near = near or list(known)
     raise UsageError(
         f"no group {name!r} among the plan's {len(known)}",
-        fix=f"one of: {', '.join(near[:5] or known[:5])}"
-        + (", ..." if len(near or known) > 5 else ""),
-    )
-
-
-def _counts(group: GroupPlan, *, kept: bool) -> dict[str, int]:
-    counts = verdict_counts(group, kept=kept)
-    return {verdict: counts[verdict] for verdict in VERDICTS}
-
-
-def _cost(effect: UnitEffect | Unit, by: Ranking) -> float:
-    return effect.kl if by == "kl" else effect.harm
-
-
-def _unit(group: GroupPlan, effect: UnitEffect, staying: set[int], names: dict[int, str]) -> Unit:
-    def named(classes: tuple[int, ...]) -> tuple[ClassName, ...]:
-        return tuple(ClassName(c, names.get(c, f"class {c}")) for c in classes)
-
-    return Unit(
-        group=group.name,
-        unit=effect.unit,
-        kept=effect.unit in staying,
-        true_class=effect.true_class,
-        low=effect.low,
-        high=effect.high,
-        harm=effect.harm,
-        kl=effect.kl,
-        verdict=effect.verdict,
-        round=effect.round,
-        serves=named(effect.serves),
-        harms=named(effect.harms),
+        fix=f"one of: {', '.join(near[:5])}{', ...' if len(near) > 5 else ''}",
     )

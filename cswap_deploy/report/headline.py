@@ -2,123 +2,96 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cswap_deploy.records.manifest import Manifest
-from cswap_deploy.records.plan import RatioOf
-from cswap_deploy.report import figures
-from cswap_deploy.report.words import (
-    change_text,
-    drop_text,
-    ms,
-    percent,
-    points,
-    short,
-    size,
-    some,
-    top1,
-)
-
-RATIO_WORDS: dict[RatioOf, str] = {
-    "params": "parameters",
-    "channels": "units (channels, heads, neurons)",
-    "macs": "MACs",
-}
+from cswap_deploy.records.measurements import AccuracyChange, Parity
+from cswap_deploy.records.model import DataSpec
+from cswap_deploy.report import cells as c
+from cswap_deploy.report.document import Tile
+from cswap_deploy.report.units import RATIO_WORDS
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One of the figures at the top: what it was, what it is."""
+def scored(manifest: Manifest) -> list[tuple[str, AccuracyChange]]:
+    """Where accuracy was measured: the targets that ran, then PyTorch."""
+    rows = [(r.engine.target, r.accuracy) for r in manifest.targets]
+    return [(name, x) for name, x in (*rows, ("PyTorch", manifest.torch_accuracy)) if x is not None]
 
-    label: str
-    value: str
-    note: str
+
+def compared(manifest: Manifest) -> list[Parity]:
+    """Every comparison of logits: after each graph pass, then on each target."""
+    return [*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity is not None)]
+
+
+def image_sets(manifest: Manifest) -> dict[str, DataSpec]:
+    """The sets of images that were used, by their role."""
+    sets = (("calibration", manifest.calibration), ("validation", manifest.validation))
+    return {role: data for role, data in sets if data is not None}
 
 
 def summary(manifest: Manifest) -> str:
     """The result in two or three sentences."""
-    asked = percent(manifest.ratio_requested)
-    got = ", ".join(
-        f"{percent(share)} of the {RATIO_WORDS[of]}"
-        for of, share in sorted(
-            manifest.ratio_effective.items(), key=lambda item: item[0] != manifest.ratio_of
-        )
-    )
-    text = (
-        f"{manifest.model.name}: {asked} of the {RATIO_WORDS[manifest.ratio_of]} were to be "
-        f"removed; removed were {got}."
-        if manifest.ratio_requested > 0
-        else f"{manifest.model.name} was exported dense: no removal was asked for."
-    )
-    scored = figures.scored(manifest)
-    if scored:
-        where, change = scored[0]
+    name, of, reached = manifest.model.name, manifest.ratio_of, manifest.ratio_effective
+    text = f"{name} was exported dense: no removal was asked for."
+    if manifest.ratio_requested > 0:
+        kinds = sorted(reached, key=lambda kind: kind != of)
+        got = ", ".join(f"{c.percent(reached[kind])} of the {RATIO_WORDS[kind]}" for kind in kinds)
+        asked = f"{c.percent(manifest.ratio_requested)} of the {RATIO_WORDS[of]}"
+        text = f"{name}: {asked} were to be removed; removed were {got}."
+    for where, change in scored(manifest)[:1]:
         text += (
-            f" Top-1 went from {top1(change.dense)} to {top1(change.pruned)} on "
-            f"{change.pruned.images:,} images ({where}): {drop_text(change.drop)}, 95 % interval "
-            f"{points(change.low)} to {points(change.high)}."
+            f" Top-1 went from {c.top1(change.dense.top1)} to {c.top1(change.pruned.top1)} on "
+            f"{change.pruned.images:,} images ({where}): {_drop(change.drop)}, 95 % interval "
+            f"{c.points(change.low)} to {c.points(change.high)}."
         )
-    else:
+    if not scored(manifest):
         text += " Accuracy was not measured."
-    for result in manifest.targets:
-        if result.latency is not None and result.dense_latency is not None:
+    for r in manifest.targets:
+        if r.latency is not None and r.dense_latency is not None:
             text += (
-                f" The median call on {result.engine.target} takes {ms(result.latency.p50_ms)} "
-                f"instead of {ms(result.dense_latency.p50_ms)} ({result.speedup:.2f}x)."
+                f" The median call on {r.engine.target} takes {c.ms(r.latency.p50_ms)} instead of "
+                f"{c.ms(r.dense_latency.p50_ms)} ({r.speedup:.2f}x)."
             )
     return text
 
 
 def tiles(manifest: Manifest) -> tuple[Tile, ...]:
     """The figures at the top."""
-    dense, pruned = manifest.dense, manifest.pruned
-    out = [
-        Tile(
-            "parameters",
-            short(pruned.params),
-            f"{change_text(dense.params, pruned.params)} from {short(dense.params)}",
-        ),
-        Tile(
-            "MACs per image",
-            short(pruned.macs),
-            f"{change_text(dense.macs, pruned.macs)} from {short(dense.macs)}",
-        ),
-    ]
-    scored = figures.scored(manifest)
-    if scored:
-        where, change = scored[0]
-        note = f"{drop_text(change.drop)} from {top1(change.dense)}; {where}"
-        out.append(Tile("top-1", top1(change.pruned), note))
-    else:
-        out.append(Tile("top-1", "not measured", "no validation images"))
-    timed = [r for r in manifest.targets if r.latency is not None]
-    for result in timed:
-        assert result.latency is not None
+    dense, pruned, onnx = manifest.dense, manifest.pruned, manifest.onnx
+    made = []
+    for label, before, after in (
+        ("parameters", dense.params, pruned.params),
+        ("MACs per image", dense.macs, pruned.macs),
+    ):
+        change = f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before else "not known"
+        made.append(Tile(label, c.short(after), f"{change} from {c.short(before)}"))
+    for where, scores in scored(manifest)[:1]:
+        note = f"{_drop(scores.drop)} from {c.top1(scores.dense.top1)}; {where}"
+        made.append(Tile("top-1", c.top1(scores.pruned.top1), note))
+    if not scored(manifest):
+        made.append(Tile("top-1", "not measured", "no validation images"))
+    timed = [(r, r.latency) for r in manifest.targets if r.latency is not None]
+    for result, latency in timed:
         note = "the dense network was not timed"
         if result.dense_latency is not None:
-            note = f"{result.speedup:.2f}x from {ms(result.dense_latency.p50_ms)}"
-        out.append(Tile(f"p50, {result.engine.target}", ms(result.latency.p50_ms), note))
+            note = f"{result.speedup:.2f}x from {c.ms(result.dense_latency.p50_ms)}"
+        made.append(Tile(f"p50, {result.engine.target}", c.ms(latency.p50_ms), note))
     if not timed:
-        out.append(Tile("latency", "not measured", "no engine was run on this machine"))
-    out.append(
-        Tile(
-            "ONNX",
-            size(manifest.onnx.size_bytes),
-            f"{manifest.onnx.precision}, opset {manifest.onnx.opset}",
-        )
-    )
-    compared = [
+        made.append(Tile("latency", "not measured", "no engine was run on this machine"))
+    made.append(Tile("ONNX", c.size(onnx.size_bytes), f"{onnx.precision}, opset {onnx.opset}"))
+    return (*made, _parity(manifest))
+
+
+def _parity(manifest: Manifest) -> Tile:
+    """The comparison that is nearest to its tolerance, or furthest beyond."""
+    held = [
         (p.ok, p.max_abs / p.tolerance, p.max_abs, p.tolerance)
-        for p in (*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity))
+        for p in compared(manifest)
         if p.tolerance is not None
     ]
-    if compared:
-        _, _, largest, tolerance = max(compared, key=lambda p: (not p[0], p[1]))
-        note = f"largest difference of logits; at most {tolerance:g} allowed"
-        out.append(Tile("parity", f"{largest:.1e}", note))
-    else:
-        out.append(Tile("parity", "not measured", "no graph was compared"))
-    return tuple(out)
+    if not held:
+        return Tile("parity", "not measured", "no graph was compared")
+    _, _, largest, tolerance = max(held, key=lambda p: (not p[0], p[1]))
+    note = f"largest difference of logits; at most {tolerance:g} allowed"
+    return Tile("parity", f"{largest:.1e}", note)
 
 
 def warnings(manifest: Manifest) -> tuple[str, ...]:
@@ -129,21 +102,28 @@ def warnings(manifest: Manifest) -> tuple[str, ...]:
             f"{manifest.shared_images:,} images are in both the calibration and the validation "
             "set: the accuracy is not that on unseen images."
         )
-    for role, data in (("calibration", manifest.calibration), ("validation", manifest.validation)):
-        if data is not None and data.unreadable:
-            out.append(
-                f"{len(data.unreadable):,} {role} files could not be read and were left out: "
-                f"{some(data.unreadable)}."
-            )
-    for result in manifest.targets:
-        engine = result.engine
-        if not engine.runnable:
-            why = engine.reason or "no reason was recorded"
-            out.append(f"The {engine.target} engine was built but not run here: {why}.")
-    for parity in (*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity)):
-        if not parity.ok:
-            out.append(
-                f"Parity is lost: {parity.candidate} differs from {parity.reference} by "
-                f"{parity.max_abs:.2g} (at most {parity.tolerance or 0:g} allowed)."
-            )
+    out += [
+        f"{len(data.unreadable):,} {role} files could not be read and were left out: "
+        f"{c.some(data.unreadable)}."
+        for role, data in image_sets(manifest).items()
+        if data.unreadable
+    ]
+    out += [
+        f"The {e.target} engine was built but not run here: {e.reason or 'no reason was recorded'}."
+        for e in (r.engine for r in manifest.targets)
+        if not e.runnable
+    ]
+    out += [
+        f"Parity is lost: {p.candidate} differs from {p.reference} by {p.max_abs:.2g} (at most "
+        f"{p.tolerance or 0:g} allowed)."
+        for p in compared(manifest)
+        if not p.ok
+    ]
     return tuple(out)
+
+
+def _drop(drop: float) -> str:
+    """A drop of accuracy in words: below zero the pruned network is better."""
+    if drop < 0:
+        return f"{c.points(-drop)} points higher"
+    return f"{c.points(drop)} points lower" if drop > 0 else "no change"

@@ -1,214 +1,166 @@
-"""An explanation for people at a terminal: tables and strips of text that fit its width."""
+"""A report at a terminal: tables and strips of text that fit its width; figures are left out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeAlias
 
-from rich.console import RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from cswap_deploy.report.explain import Explanation, Unit
-from cswap_deploy.report.words import effect_interval, nats, some
+from cswap_deploy.report.cells import Cell, KeptRemoved, Mark, Names, Strip, text
+from cswap_deploy.report.document import Column, Report, Table
 
-_NARROW = 110
-"""Below this many characters the three columns of verdicts become one."""
-_STRIP, _SHORTEST_STRIP = 32, 8
-"""Characters of the strip of costs that each group gets where there is room."""
+_STRIP, _SHORTEST_STRIP = 32, 11
+"""Characters of a strip where there is room, and where there is little: a word of its heading."""
 _BARS = "▁▂▃▄▅▆▇█"
-_VERDICTS = ("critical", "neutral", "detrimental")
-_COLOURS = {"critical": "magenta", "neutral": "", "detrimental": "yellow"}
-_REMOVED, _KEPT = "red", "blue"
+_STYLES = {
+    "critical": "magenta", "detrimental": "yellow", "removed": "red", "FAIL": "red", "NO": "red",
+}  # fmt: skip
 
 
-def explanation(told: Explanation, width: int) -> Iterator[RenderableType]:
-    """What a plan says about its units.
-
-    Args:
-        told: See :func:`cswap_deploy.report.explain.explain`.
-        width: Characters in a line.
-
-    Returns:
-        What to print, in order, with rich's markup.
-    """
-    yield _headline(told)
-    for sentence in told.reading:
-        yield ""
-        yield escape(sentence)
-    if told.groups:
-        yield ""
-        yield from _groups(told, width)
-    for title, units in (
-        ("Largest effects on the true class", told.largest),
-        ("Detrimental: removing them helps", told.detrimental),
-        ("Removed at the largest cost", told.removed_at_largest_cost),
-    ):
-        if units:
-            yield ""
-            yield from _units(title, units, width)
+def draw(report: Report, width: int) -> Iterator[Text]:
+    """What to print in lines of ``width`` characters, in order."""
+    yield Text(report.title, style="bold")
+    tiles = (f"{tile.label}: {text(tile.value)} ({tile.note})" for tile in report.tiles)
+    for line in filter(None, (report.summary, *tiles)):
+        yield Text(line)
+    for warning in report.warnings:
+        yield Text(f"! {warning}", style="yellow")
+    for section in report.sections:
+        yield Text(f"\n{section.title}", style="bold")
+        yield from map(Text, section.text)
+        for table in section.tables:
+            yield Text()
+            yield from _lines(table, width)
 
 
-def _headline(told: Explanation) -> str:
-    kept, units = sum(g.kept for g in told.groups), sum(g.units for g in told.groups)
-    many = f"{len(told.groups)} groups" if len(told.groups) != 1 else told.groups[0].name
-    return (
-        f"[bold]{escape(told.model or 'plan')}[/]: criterion {escape(told.criterion)}, "
-        f"{told.ratio_effective:.1%} of {told.ratio_of} removed; {escape(many)}: {kept:,} of "
-        f"{units:,} units kept"
-    )
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a table gives way to a narrow line; the first layout that fits is taken."""
+
+    beside: bool = False
+    """Names stand at the end of their row, not below it."""
+    optional: bool = False
+    """With the columns that can be spared."""
+    narrow: bool = True
+    """Headings take several lines, and neighbouring counts share a column."""
+    own_line: bool = False
+    """The first column's cells stand on lines of their own."""
+    gap: int = 2
+    strip: int = 0
+    """Characters that a strip must have; 0: it may be left out."""
 
 
-# --- groups --------------------------------------------------------------------------------------
+_LAYOUTS = (
+    _Layout(beside=True, optional=True, narrow=False, strip=_STRIP),
+    _Layout(optional=True, narrow=False, strip=_STRIP),
+    _Layout(narrow=False, strip=_STRIP),
+    _Layout(strip=_SHORTEST_STRIP),
+    _Layout(gap=1),
+    _Layout(own_line=True),
+    _Layout(own_line=True, gap=1),
+)
+_Block: TypeAlias = tuple[list[str], list[Text]]
+"""A column's heading, in lines, and its cells, all of one width."""
 
 
-def _groups(told: Explanation, width: int) -> Iterator[RenderableType]:
-    """One line for each group; what room is left goes to its strip."""
-    heads, rows = _cells(told, apart=width >= _NARROW)
-    gap = 2 if width >= _NARROW else 1
-    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
-    used = 0
-    for head, *cells in zip(heads, *rows, strict=True):
-        longest = max(map(len, (*head.split(), *cells)))
-        used += longest + gap
-        if head == "group":  # what rich folds where even the rest is too wide
-            table.add_column(head, overflow="fold", vertical="bottom")
-        else:
-            table.add_column(head, justify="right", width=longest)
-    room = min(width - used, _STRIP)
-    strips = told.ranked_by is not None and room >= _SHORTEST_STRIP
-    if strips:
-        head = "removed │ kept"
-        table.add_column(head if room >= len(head) else "strip", width=room, no_wrap=True)
-    scale = _Scale([cost for g in told.groups for part in g.costs for cost in part])
-    for row, g in zip(rows, told.groups, strict=True):
-        table.add_row(*map(escape, row), *([scale.strip(g.costs, room)] if strips else []))
-    notes = []
-    if told.ranked_by is not None:
-        notes.append("Verdicts are counted on kept + removed units.")
-    if strips:
-        measure = {"kl": "KL divergence", "true-class": "|effect on the true class|"}
-        notes.append(
-            f"Strips: the units from the least {measure[told.ranked_by or 'kl']} to the most, the "
-            "removed ones first, on one logarithmic scale."
-        )
-    yield "[bold]Groups, from the input to the output[/]"
-    if notes:
-        yield " ".join(notes)
-    yield table
-
-
-def _cells(told: Explanation, *, apart: bool) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows without the strips; verdicts in columns of their own, or in one."""
-    heads, rows = ["group", "kept"], [[g.name, f"{g.kept:,}/{g.units:,}"] for g in told.groups]
-    if told.ranked_by is None:
-        return heads, rows
-    counted = [
-        [f"{g.kept_verdicts[v]}+{g.removed_verdicts[v]}" for v in _VERDICTS] for g in told.groups
+def _lines(table: Table, width: int) -> Iterator[Text]:
+    """A table, laid out for a width."""
+    asides = [c for c in table.shown if isinstance(c.cells[0], Names)]
+    strips = [c for c in table.columns if isinstance(c.cells[0], Strip)]
+    ends = [  # names with their headings: serves Trouser; harms Coat
+        "; ".join(f"{c.head} {text(c.cells[row])}" for c in asides if text(c.cells[row]))
+        for row in range(len(table.columns[0].cells))
     ]
-    largest = [
-        [] if g.largest is None else
-        [effect_interval(g.largest.true_class, g.largest.low, g.largest.high)]
-        for g in told.groups
-    ]  # fmt: skip
-    verdicts = [c if apart else [" ".join(c)] for c in _aligned(counted, right=range(3))]
-    return (
-        [*heads, *(_VERDICTS if apart else (" ".join(_VERDICTS),)), "largest effect"],
-        [
-            [*row, *v, *(most or ["-"])]
-            for row, v, most in zip(rows, verdicts, largest, strict=True)
-        ],
-    )
+    for layout in _LAYOUTS:
+        spared = () if layout.optional else table.optional
+        columns = [c for c in table.shown if c not in asides and c.head not in spared]
+        first = columns.pop(0) if layout.own_line else None
+        blocks = list(_blocks(columns, narrow=layout.narrow))
+        used = 2 * layout.own_line + sum(len(cells[0]) + layout.gap for _, cells in blocks)
+        beside = max(map(len, ends)) + 2 if layout.beside and any(ends) else 0
+        room = min(width - used, _STRIP)
+        if used - layout.gap + beside <= width and (not strips or room >= layout.strip):
+            break
+    for column in strips if room >= _SHORTEST_STRIP else ():
+        yield Text("Strips: each unit's value, ascending, on one logarithmic scale.")
+        blocks.append(_block(column.head, _strips(column.cells, room), fold=True))
+    yield from _rows(blocks, ends, first, layout)
 
 
-class _Scale:
-    """Costs as bars of text, on one logarithmic scale."""
+def _rows(
+    blocks: list[_Block], ends: list[str], first: Column | None, layout: _Layout
+) -> Iterator[Text]:
+    """The lines of a table whose columns are laid out; ``first`` has lines of its own."""
+    indent, space = "  " if first else "", " " * layout.gap
+    if first:
+        yield Text(first.head, style="dim")
+    for at in range(-max(len(head) for head, _ in blocks), 0):
+        heads = (h[at] if -at <= len(h) else " " * len(cells[0]) for h, cells in blocks)
+        yield Text((indent + space.join(heads)).rstrip(), style="dim")
+    for row, end in enumerate(ends):
+        if first and (row == 0 or first.cells[row] != first.cells[row - 1]):
+            yield _cell(first.cells[row])
+        line = Text(indent) + Text(space).join(cells[row] for _, cells in blocks)
+        line.append(f"  {end}" if layout.beside else "")
+        line.rstrip()
+        yield line
+        if end and not layout.beside:
+            yield Text(f"{indent}  {end}")
 
-    def __init__(self, costs: list[float]) -> None:
-        positive = sorted(c for c in costs if c > 0) or [1.0]
-        self._low = math.log(positive[len(positive) // 20])  # a few near zero would flatten all
-        self._high = max(math.log(positive[-1]), self._low + 1e-9)
 
-    def strip(self, costs: tuple[tuple[float, ...], tuple[float, ...]], room: int) -> Text:
-        """The removed units, the cut, the kept ones."""
-        removed, kept = costs
+def _blocks(columns: list[Column], *, narrow: bool) -> Iterator[_Block]:
+    for counts, part in groupby(columns, key=lambda c: isinstance(c.cells[0], KeptRemoved)):
+        made = [(c.head, [_cell(cell) for cell in c.cells], c.is_number) for c in part]
+        if counts and narrow:
+            rows = zip(*(_block("", cells, right=True)[1] for _, cells, _ in made), strict=True)
+            cells = [Text(" ").join(row) for row in rows]
+            made = [(" ".join(head for head, _, _ in made), cells, False)]
+        for head, cells, right in made:
+            yield _block(head, cells, right=right, fold=narrow)
+
+
+def _block(head: str, cells: list[Text], *, right: bool = False, fold: bool = False) -> _Block:
+    """A column that is as wide as its widest cell or its heading, which may be folded."""
+    words = head.replace(" %", "\u00a0%").split(" ") if fold else [head]
+    width = max([*map(len, words), *map(len, cells)])
+    for cell in cells:
+        cell.align("right" if right else "left", width)
+    lines = textwrap.wrap(" ".join(words), width)
+    return [line.rjust(width) if right else line.ljust(width) for line in lines], cells
+
+
+def _cell(cell: Cell) -> Text:
+    return Text(text(cell), style=_STYLES.get(cell, "") if isinstance(cell, Mark) else "")
+
+
+def _strips(cells: tuple[Cell, ...], room: int) -> list[Text]:
+    """The removed units, the mark, the kept ones; every bar on one logarithmic scale."""
+    strips = [cell for cell in cells if isinstance(cell, Strip)]
+    positive = sorted(c for s in strips for c in (*s.removed, *s.kept) if c > 0) or [1.0]
+    low = math.log(positive[len(positive) // 20])  # a few near zero would flatten all
+    high = max(math.log(positive[-1]), low + 1e-9)
+
+    def bar(cost: float) -> str:
+        share = (math.log(cost) - low) / (high - low) if cost > 0 else 0.0
+        return _BARS[min(max(int(share * len(_BARS)), 0), len(_BARS) - 1)]
+
+    def bars(costs: tuple[float, ...], count: int) -> str:
+        return "".join(
+            bar(costs[int((i + 0.5) * len(costs) / count)]) for i in range(count) if costs
+        )
+
+    def strip(removed: tuple[float, ...], kept: tuple[float, ...]) -> Text:
         if not removed and not kept:
             return Text()
         first = round((room - 1) * len(removed) / (len(removed) + len(kept)))
         first = min(max(first, bool(removed)), room - 1 - bool(kept))
         return Text.assemble(
-            (self._bars(removed, first), _REMOVED),
-            "│",
-            (self._bars(kept, room - 1 - first), _KEPT),
+            (bars(removed, first), "red"), "│", (bars(kept, room - 1 - first), "blue")
         )
 
-    def _bars(self, costs: Sequence[float], count: int) -> str:
-        return "".join(
-            self._bar(costs[int((i + 0.5) * len(costs) / count)]) for i in range(count) if costs
-        )
-
-    def _bar(self, cost: float) -> str:
-        share = (math.log(cost) - self._low) / (self._high - self._low) if cost > 0 else 0.0
-        return _BARS[min(max(int(share * len(_BARS)), 0), len(_BARS) - 1)]
-
-
-# --- units ---------------------------------------------------------------------------------------
-
-
-def _units(title: str, units: tuple[Unit, ...], width: int) -> Iterator[RenderableType]:
-    """A line for each unit; its classes behind it where there is room, below it where not."""
-    heads = ["group", "unit", "", "effect, 95 %", "KL", "verdict"]
-    rows = [
-        [
-            u.group,
-            str(u.unit),
-            "kept" if u.kept else "removed",
-            effect_interval(u.true_class, u.low, u.high),
-            nats(u.kl),
-            u.verdict,
-        ]
-        for u in units
-    ]
-    head, *lines = _aligned([heads, *rows], right=(1, 3, 4))
-    classes = [_classes(u) for u in units]
-    used = sum(map(len, head)) + 2 * (len(head) - 1)
-    beside = used + 2 + max(map(len, classes)) <= width
-    own_line = used > width  # long names: the group on a line of its own
-    skip, indent = (1, "  ") if own_line else (0, "")
-    yield f"[bold]{title}[/]"
-    yield Text(indent + "  ".join(head[skip:]).rstrip(), style="dim")
-    before = ""
-    for u, cells, text in zip(units, lines, classes, strict=True):
-        if own_line and u.group != before:
-            yield escape(u.group)
-            before = u.group
-        styles = ("", "", "" if u.kept else _REMOVED, "", "", _COLOURS[u.verdict])
-        parts = [Text(c, style=s) for c, s in zip(cells, styles, strict=True)]
-        line = Text(indent).append_text(Text("  ").join(parts[skip:]))
-        if text and beside:
-            line.append("  " + text)
-        line.rstrip()
-        yield line
-        if text and not beside:
-            yield Text(f"{indent}  {text}")
-
-
-def _classes(unit: Unit) -> str:
-    told = []
-    for word, classes in (("serves", unit.serves), ("harms", unit.harms)):
-        if classes:
-            told.append(f"{word} {some(tuple(c.name for c in classes), 3)}")
-    return "; ".join(told)
-
-
-def _aligned(rows: list[list[str]], *, right: Sequence[int]) -> list[list[str]]:
-    """Cells padded to their column's width, some of them on the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        [
-            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
-            for i, cell in enumerate(row)
-        ]
-        for row in rows
-    ]
+    return [strip(s.removed, s.kept) for s in strips]

@@ -10,12 +10,12 @@ from typing import Any
 
 from cswap_deploy.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Transform:
-    """From a picture to the network's input; the words are those of ``records.model``."""
+    """A network's preprocessing; see :class:`cswap_deploy.runtime.preprocess.Preprocessing`."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -26,22 +26,24 @@ class Transform:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """One target's engine in the bundle."""
+    """One target's engine and what it needs to run."""
 
     target: str
     path: str
     """Relative to the bundle."""
     version: str
-    """Of the runtime it was built with."""
-    compute_capability: str
-    """Of the one GPU it runs on; empty where it is not bound to one."""
-    version_compatible: bool
-    stripped: bool
+    """Version of the runtime that built it."""
+    compute_capability: str = ""
+    """Compute capability of the GPU that it is bound to; empty where it is not bound to one."""
+    version_compatible: bool = False
+    """Runs with later versions of the runtime too."""
+    stripped: bool = False
+    """Takes its weights from the ONNX model."""
 
 
 @dataclass(frozen=True)
 class DeviceBundle:
-    """What running a bundle needs of its manifest."""
+    """The part of a manifest that running the bundle needs."""
 
     folder: Path
     model: str
@@ -84,28 +86,21 @@ class DeviceBundle:
             raise ValueError(f"schema_version {told['schema_version']}")
         model, steps = told["model"], told["model"]["preprocessing"]
         return cls(
-            folder=folder,
-            model=model["name"],
-            precision=told["onnx"]["precision"],
-            onnx_path=told["onnx"]["path"],
+            folder=folder, model=model["name"], precision=told["onnx"]["precision"],
+            onnx_path=told["onnx"]["path"], class_names=tuple(model["class_names"]),
             transform=Transform(
                 input_size=tuple(steps["input_size"]), mean=tuple(steps["mean"]),
                 std=tuple(steps["std"]), resize_shorter=steps["resize_shorter"],
                 interpolation=steps["interpolation"],
             ),
-            class_names=tuple(model["class_names"]),
             engines=tuple(_engine(result["engine"]) for result in told["targets"]),
             digests={ref["path"]: ref["sha256"] for ref in told["files"]},
         )  # fmt: skip
 
     def read(self, name: str) -> bytes:
-        """A file of the bundle, once its digest is the recorded one.
+        """A file of the bundle, named relative to it, if its digest is the recorded one.
 
-        What is returned is what was hashed: deserialising an engine runs native code, so not a
-        byte of it is read twice.
-
-        Args:
-            name: Relative to the bundle.
+        The bytes returned are the bytes that were hashed: deserialising an engine runs native code.
 
         Raises:
             ArtifactError: It is absent, not listed, outside the bundle, or altered.
@@ -113,30 +108,35 @@ class DeviceBundle:
         recorded = self.digests.get(name)
         if recorded is None or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArtifactError(f"{self.folder / name} is not listed in the manifest")
-        try:
-            content = (self.folder / name).read_bytes()
-        except OSError as err:
-            raise ArtifactError(
-                f"cannot read {self.folder / name}: {err.strerror or err}",
-                fix="copy the bundle again",
-            ) from err
-        found = hashlib.sha256(content).hexdigest()
-        if found != recorded:
-            raise ArtifactError(
-                f"{self.folder / name} is not the file that was built: sha256 {found[:12]}…, "
-                f"recorded {recorded[:12]}…",
-                fix="copy the bundle again, or build it again",
-            )
-        return content
+        fix, absent_fix = "copy the bundle again, or build it again", "copy the bundle again"
+        return read_verified(self.folder / name, recorded, fix=fix, absent_fix=absent_fix)
+
+
+def read_verified(path: Path, sha256: str, *, fix: str, absent_fix: str | None = None) -> bytes:
+    """A file's content, if its digest is the recorded one.
+
+    Raises:
+        ArtifactError: The file cannot be read (with ``absent_fix``), or differs (with ``fix``).
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as err:
+        raise ArtifactError(f"cannot read {path}: {err.strerror or err}", fix=absent_fix) from err
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ArtifactError(
+            f"{path} is not the file that was built: sha256 {found[:12]}…, recorded {sha256[:12]}…",
+            fix=fix,
+        )
+    return content
 
 
 def _engine(told: dict[str, Any]) -> EngineFile:
     options = told.get("options") or {}
     return EngineFile(
-        target=told["target"],
-        path=told["path"],
+        target=told["target"], path=told["path"],
         version=told["versions"].get(told["target"], ""),
         compute_capability=told.get("compute_capability", ""),
         version_compatible=bool(options.get("version_compatible", False)),
         stripped=bool(told.get("stripped", False)),
-    )
+    )  # fmt: skip

@@ -12,14 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
-
-if TYPE_CHECKING:
-    from cswap_deploy.runtime.classifier import Guess
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,9 +94,14 @@ def _run(options: argparse.Namespace) -> int:
         if options.save_input is not None:
             seen += pixels
         for (file, _), guesses in zip(readable, classifier.classify(pixels, top=options.top)):  # noqa: B905
-            results.append({"image": str(file), "top": [_plain(guess) for guess in guesses]})
+            top = [
+                {"class": g.index, "name": g.name, "probability": g.probability} for g in guesses
+            ]
+            results.append({"image": str(file), "top": top})
             if not options.json:
-                _show(results[-1])
+                print(file)
+                for guess in guesses:
+                    print(f"  {100 * guess.probability:6.2f} %  {guess.name}")
     if seen:
         try:
             np.save(options.save_input, normalise(np.stack(seen), classifier.bundle.transform))
@@ -113,36 +113,23 @@ def _run(options: argparse.Namespace) -> int:
     return UsageError.exit_code if failed else 0
 
 
-def _plain(guess: Guess) -> dict[str, Any]:
-    return {"class": guess.index, "name": guess.name, "probability": guess.probability}
-
-
-def _show(result: dict[str, Any]) -> None:
-    print(result["image"])
-    for guess in result["top"]:
-        print(f"  {100 * guess['probability']:6.2f} %  {guess['name']}")
-
-
 def _pictures(given: Sequence[Path]) -> list[Path]:
-    """Files as they are; of a folder what is a picture by its name, at any depth, sorted."""
+    """Files as they are; of a folder its pictures, at any depth, sorted."""
+    from cswap_deploy.runtime.preprocess import PICTURE_SUFFIXES, is_picture
+
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _is_picture(p))
+            inside = sorted(p for p in path.rglob("*") if is_picture(p))
             if not inside:
-                raise UsageError(f"{path} holds no pictures ({', '.join(sorted(PICTURES))})")
+                kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+                raise UsageError(f"{path} holds no pictures ({kinds})")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
             raise UsageError(f"{path} does not exist")
     return found
-
-
-def _is_picture(path: Path) -> bool:
-    """By its name; the hidden files that some systems put beside pictures are none."""
-    hidden = path.name.startswith(".")
-    return path.suffix.lower() in PICTURES and not hidden and path.is_file()
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What the device offers: cores, and a GPU that works."""
+"""The device's cores, and whether its GPU works."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cuda_problem() -> str:
 
 
 def compute_capability(device: int = 0) -> str:
-    """Of a GPU, for example ``8.9``; empty where there is none that works.
+    """A GPU's compute capability, for example ``8.9``; empty where no GPU works.
 
     Source:
         CUDA driver API: ``cuDeviceGetAttribute``, attributes 75 and 76.

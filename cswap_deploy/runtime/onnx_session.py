@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from cswap_deploy.errors import MissingDependencyError, StageError, missing
+from cswap_deploy.errors import MissingDependencyError, StageError, missing, own_words
 from cswap_deploy.runtime.host import cuda_problem, usable_cores
+from cswap_deploy.runtime.session import Floats, Session
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _HARMFUL = ["WeightBiasQuantization"]
@@ -19,18 +17,15 @@ overflows where a channel's weights are tiny (onnxruntime 1.31, EfficientNet-Lit
 the classes right with it, .99 without)."""
 
 
-class OnnxSession:
+class OnnxSession(Session):
     """One graph, ready to run."""
 
     def __init__(
         self, graph: Path | bytes, *, threads: int | None, device: Literal["cpu", "cuda"] = "cpu"
     ) -> None:
-        """Load and optimise.
+        """Load and optimise a file or a serialised model.
 
-        Args:
-            graph: A file, or a serialised model.
-            threads: Of one operator on the CPU; the cores this process may use unless said.
-            device: Where it is to run.
+        By default an operator on the CPU uses as many threads as the process has cores.
 
         Raises:
             MissingDependencyError: onnxruntime is absent, does not load, or has no provider for
@@ -46,35 +41,33 @@ class OnnxSession:
         # machine themselves: two threads, load 6 on 2 cores, ViT-Ti at 32 px: 10 ms against 2 ms.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = graph if isinstance(graph, bytes) else os.fspath(graph)
-        self.session: Any = ort.InferenceSession(
+        self._session: Any = ort.InferenceSession(
             source, options, providers=[wanted], disabled_optimizers=_HARMFUL
         )
-        self.provider: str = self.session.get_providers()[0]
+        self.on_gpu = device == "cuda"
+        self.provider = str(self._session.get_providers()[0])
         if self.provider != wanted:
             why = f"it fell back to {self.provider}: its CUDA or cuDNN libraries do not load"
             raise _no_provider(ort, wanted, why)
-        self._input: str = self.session.get_inputs()[0].name
+        self._input: str = self._session.get_inputs()[0].name
 
-    def run(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """(N, C, H, W) float32 -> logits (N, classes) float32.
+    def run(self, images: Floats) -> Floats:
+        """The first output of the graph."""
+        logits: Floats = self.outputs(images)[0]
+        return logits
+
+    def outputs(self, images: Floats) -> list[Any]:
+        """Every output of the graph, in its order.
 
         Raises:
             StageError: The runtime refused the batch; ``err.log`` has its words.
         """
-        logits: npt.NDArray[np.float32] = self.outputs(images)[0]
-        return logits
-
-    def outputs(self, images: npt.NDArray[np.float32]) -> list[Any]:
-        """Every output of the graph, in its order."""
         try:
-            return list(self.session.run(None, {self._input: images}))
+            return list(self._session.run(None, {self._input: images}))
         except refusals() as err:
-            words = tuple(line.strip() for line in str(err).splitlines())
-            raise StageError(
-                f"onnxruntime refused a batch of shape {images.shape}, {images.dtype}: "
-                + " ".join(words),
-                log=words,
-            ) from err
+            words = own_words(err)
+            what = f"onnxruntime refused a batch of shape {images.shape}, {images.dtype}: "
+            raise StageError(what + " ".join(words), log=words) from err
 
 
 def require_provider(device: Literal["cpu", "cuda"]) -> Any:

@@ -5,18 +5,22 @@ Pixels are identical to timm's evaluation transform (``crop_mode="center"``) bef
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import struct
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-if TYPE_CHECKING:
-    from cswap_deploy.records.model import Preprocessing as Recorded
-    from cswap_deploy.runtime.bundle import Transform
-
-    Preprocessing = Recorded | Transform
-
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+)
+UNREADABLE = (
+    OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, ValueError,
+    TypeError, IndexError,
+)  # fmt: skip
+"""What Pillow and its decoders raise on damaged files."""
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -25,17 +29,40 @@ _FILTERS = {
 _MODES = {1: "L", 3: "RGB"}
 
 
+class Preprocessing(Protocol):
+    """How a network wants its pictures; the values are explained at ``records.model``."""
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel, on the scale 0..1."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel, on the same scale."""
+
+    @property
+    def resize_shorter(self) -> int:
+        """Length of the shorter side before the crop (pixels)."""
+
+    @property
+    def interpolation(self) -> str:
+        """``nearest``, ``bilinear`` or ``bicubic``."""
+
+
+def is_picture(path: Path) -> bool:
+    """By its suffix; hidden files, which some systems put beside pictures, are none."""
+    known = path.suffix.lower() in PICTURE_SUFFIXES
+    return known and not path.name.startswith(".") and path.is_file()
+
+
 def resize_and_crop(image: Image.Image, pre: Preprocessing) -> NDArray[np.uint8]:
-    """Bring a picture to the network's size: resize the shorter side, crop the centre.
+    """Bring a picture to the network's size, (H, W, C): resize the shorter side, crop the centre.
 
     Greyscale, palette, CMYK and transparent pictures become RGB (or grey for one channel).
-
-    Args:
-        image: Any Pillow picture.
-        pre: The network's preprocessing; ``resize_shorter`` in pixels.
-
-    Returns:
-        (H, W, C) uint8.
 
     Raises:
         OSError: The picture does not decode.
@@ -57,15 +84,7 @@ def resize_and_crop(image: Image.Image, pre: Preprocessing) -> NDArray[np.uint8]
 
 
 def normalise(images: NDArray[np.uint8], pre: Preprocessing) -> NDArray[np.float32]:
-    """Divide by 255, subtract the mean, divide by the standard deviation.
-
-    Args:
-        images: (N, H, W, C) uint8, of the network's size.
-        pre: The network's preprocessing; mean and std on the scale 0..1.
-
-    Returns:
-        (N, C, H, W) float32, contiguous.
-    """
+    """(N, H, W, C) uint8 pixels / 255, less the mean, over the standard deviation: (N, C, H, W)."""
     planes = images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255.0)
     shape = (1, -1, 1, 1)
     mean = np.asarray(pre.mean, dtype=np.float32).reshape(shape)
@@ -74,14 +93,9 @@ def normalise(images: NDArray[np.uint8], pre: Preprocessing) -> NDArray[np.float
 
 
 def filled_up(images: NDArray[Any], smallest: int) -> NDArray[Any]:
-    """The batch as it is, or its last image repeated where an engine wants more of them.
+    """Repeat the last image until a batch, N > 0, is as large as an engine's smallest.
 
-    Args:
-        images: (N, ...), N of 1 or more.
-        smallest: What the engine's profile begins with.
-
-    Returns:
-        (max(N, smallest), ...); what the added images give is to be left out.
+    The caller drops the outputs of the added images.
     """
     lacking = smallest - len(images)
     return np.concatenate([images, np.repeat(images[-1:], lacking, 0)]) if lacking > 0 else images

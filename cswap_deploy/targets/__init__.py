@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
+import pkgutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from cswap_deploy.errors import ArtifactError, UsageError
-from cswap_deploy.progress import Progress
-from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
-from cswap_deploy.records.value import sha256_file
-
-Images = npt.NDArray[np.float32]
-
+from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.errors import BuildError, StageError, UsageError
+from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
+from cswap_deploy.runtime.bundle import read_verified
+from cswap_deploy.runtime.session import Floats, Session
 
 MOST_INT8_IMAGES = 300
-"""That a runtime with ``own_int8`` gets; NNCF's own default."""
+"""Calibration images that a runtime with ``own_int8`` gets; NNCF's own default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int8:
     """What a runtime with ``own_int8`` needs to quantise a float32 graph."""
 
-    images: Images
+    images: Floats
     """(N, C, H, W), normalised, for the ranges of activations."""
     keep_fp32: tuple[str, ...] = ()
-    """Modules, or patterns of ONNX nodes, that stay as they are."""
+    """Modules, or patterns of ONNX nodes, that stay in float32."""
 
 
-class Session(Protocol):
-    """An engine that is loaded and ready to run."""
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """An engine that is to be built."""
 
-    provider: str
-    """What really executes, asked of the runtime."""
-    threads: int
-
-    def run(self, images: Images) -> npt.NDArray[np.float32]:
-        """(N, C, H, W) float32 -> logits (N, classes) float32."""
-        ...
+    onnx: OnnxArtifact
+    """Simplified graph with a dynamic batch axis; its dtypes are the engine's."""
+    batch: BatchRange
+    """Smallest, tuned-for and largest batch (samples)."""
+    out_dir: Path
+    """Existing folder, owned by the caller."""
+    options: BuilderOptions = field(default_factory=BuilderOptions)
+    """For TensorRT's builders; other runtimes have none of these."""
+    int8: Int8 | None = None
+    """The engine is to be quantised. Only where the target has ``own_int8``."""
+    progress: Progress = field(default_factory=Silent)
+    """Told of the builder's steps."""
+    store: Path | None = None
+    """Root of the store, for what saves time in later builds; by default the user's."""
 
 
 class Target(Protocol):
-    """A runtime: makes engines, and loads them where this machine can run them."""
+    """A runtime: builds engines, and loads them where this machine can run them."""
 
     name: str
-    own_int8: bool
-    """Takes the float32 graph for int8 too, and calibrates and quantises by itself."""
+    own_int8: bool = False
+    """Takes the float32 graph for int8 too, and quantises it itself."""
 
-    def check(self, options: EngineOptions, *, int8: bool) -> None:
-        """Refuse what :meth:`build` would refuse whatever the graph, before any work.
-
-        Args:
-            options: For the builder.
-            int8: The runtime will be asked to quantise.
+    def check(self, options: BuilderOptions, *, int8: bool) -> None:
+        """Refuse what :meth:`build` would refuse for any graph; ``int8``: it is to quantise.
 
         Raises:
             UsageError: The runtime does not have one of the options.
@@ -64,67 +66,51 @@ class Target(Protocol):
         """
         ...
 
-    def here(self) -> dict[str, str]:
-        """What of this machine shapes an engine, or decides whether it runs; for cache keys."""
-        ...
-
-    def build(
-        self,
-        onnx: OnnxArtifact,
-        *,
-        batch: BatchRange,
-        out_dir: Path,
-        options: EngineOptions | None = None,
-        int8: Int8 | None = None,
-        progress: Progress | None = None,
-        store: Path | None = None,
-    ) -> EngineArtifact:
-        """Make the runtime's engine from a graph.
-
-        Args:
-            onnx: Simplified graph with a dynamic batch axis; its dtypes are the engine's.
-            batch: Smallest, tuned-for and largest batch (samples).
-            out_dir: Existing folder, owned by the caller.
-            options: For TensorRT's builders; other runtimes have none of these.
-            int8: The engine is to be quantised. Only where ``own_int8``.
-            progress: Told of the builder's steps.
-            store: Root of the store, for what saves time in later builds; the user's unless said.
-
-        Returns:
-            The engine, with ``runnable`` and, where false, the reason.
+    def fingerprint(self) -> dict[str, str]:
+        """For keys in the store: versions, and what of this machine shapes an engine.
 
         Raises:
+            MissingDependencyError: The runtime is absent or does not load.
+        """
+        ...
+
+    def build(self, request: BuildRequest) -> EngineArtifact:
+        """Build the runtime's engine from a graph.
+
+        Raises:
+            UsageError: The runtime does not have one of the options.
             MissingDependencyError: The runtime is absent or does not load.
             BuildError: The runtime refused the graph; ``err.log`` has its words.
         """
         ...
 
     def load(
-        self, engine: EngineArtifact, *, threads: int | None, onnx: Path | None = None
+        self, engine: EngineArtifact, *, threads: int | None = None, onnx: Path | None = None
     ) -> Session:
         """Load an engine.
 
         Args:
-            engine: What ``build`` returned.
-            threads: Of a CPU runtime; the cores that this process may use unless said.
+            engine: From :meth:`build`.
+            threads: Threads of a CPU runtime; by default the process's cores.
             onnx: The graph that it was built from, where a stripped engine finds its weights.
-
-        Returns:
-            A session.
 
         Raises:
             MissingDependencyError: The runtime or the device is not there.
-            ArtifactError: The file's digest is not the engine's, or the runtime cannot read it.
+            ArtifactError: A file is absent or altered, or the runtime cannot read it.
         """
         ...
 
-    def versions(self) -> dict[str, str]:
-        """Versions of what affects the engine, for cache keys.
+    def check_ops(self, onnx: Path) -> tuple[str, ...]:
+        """The parser's errors on a graph; empty where all is supported. Nothing is built.
 
         Raises:
+            UsageError: The runtime has no parser to ask.
             MissingDependencyError: The runtime is absent or does not load.
+            ArtifactError: The file cannot be read.
         """
-        ...
+        raise UsageError(
+            f"{self.name} has no parser to ask", fix="--target tensorrt-rtx, or --target tensorrt"
+        )
 
 
 TARGETS: dict[str, str] = {
@@ -144,24 +130,49 @@ def get_target(name: str) -> Target:
     """
     if name not in TARGETS:
         raise UsageError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
-    module, _, attribute = TARGETS[name].partition(":")
-    factory: Any = getattr(importlib.import_module(module), attribute)
-    return cast(Target, factory())
+    return cast(Target, pkgutil.resolve_name(TARGETS[name])())
 
 
-def check_digest(engine: EngineArtifact) -> None:
-    """Compare an engine's file with the digest that its build recorded.
+def check_operators(graph: Path, targets: list[str]) -> None:
+    """Ask the targets' parsers whether they support a graph; nothing is built.
+
+    Raises:
+        BuildError: One of them does not; the message has its words.
+        UsageError: A target is unknown, or has no parser to ask.
+    """
+    problems = [f"{name}: {line}" for name in targets for line in get_target(name).check_ops(graph)]
+    if problems:
+        raise BuildError(f"{graph} is not supported:\n  " + "\n  ".join(problems))
+
+
+def build_and_load(target: Target, request: BuildRequest, *, threads: int | None) -> Session:
+    """An engine that only this process needs."""
+    return target.load(target.build(request), threads=threads, onnx=request.onnx.path)
+
+
+def read_engine(path: Path, sha256: str) -> bytes:
+    """A file of an engine, if its digest is the one that the build recorded.
 
     Raises:
         ArtifactError: The file is absent or differs.
     """
-    try:
-        found = sha256_file(engine.path)
-    except OSError as err:
-        raise ArtifactError(f"cannot read {engine.path}: {err.strerror or err}") from err
-    if found != engine.sha256:
-        raise ArtifactError(
-            f"{engine.path} is not the file that was built: sha256 {found[:12]}…, "
-            f"recorded {engine.sha256[:12]}…",
-            fix="build the bundle again",
-        )
+    return read_verified(path, sha256, fix="build the bundle again")
+
+
+def try_batches(session: Session, request: BuildRequest, *, loads: str) -> None:
+    """Run a new engine once at its smallest and its largest batch, on zeros.
+
+    ``loads`` begins the error, for example ``onnxruntime 1.22 loads``.
+
+    Raises:
+        BuildError: It refused a batch; ``err.log`` has its words.
+    """
+    onnx = request.onnx
+    shape = tuple(int(size) for size in onnx.inputs[0].shape[1:])
+    for size in sorted({request.batch.min, request.batch.max}):
+        try:
+            session.run(np.zeros((size, *shape), dtype=np.float32))
+        except StageError as err:
+            raise BuildError(
+                f"{loads} {onnx.path.name} but does not run it at batch {size}: {err}", log=err.log
+            ) from err

@@ -1,4 +1,4 @@
-"""What a TensorRT builder is at, told to the screen, and its end by Ctrl-C."""
+"""A TensorRT builder's progress on the screen, and Ctrl-C during a build."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cswap_deploy.progress import Progress
 
 
 def make_monitor(trt: Any, progress: Progress) -> Any:
-    """A builder's progress, told to the screen; the outermost counted phase is the bar.
+    """Show a builder's progress; the outermost counted phase is the bar.
 
     Source:
         TensorRT Python API, ``IProgressMonitor``: a step that answers ``False`` cancels the build.
@@ -64,7 +64,7 @@ def noticing_ctrl_c(monitor: Any) -> Iterator[None]:
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # Ctrl-C is somebody else's
+        yield  # the caller handles Ctrl-C
         return
     signal.signal(signal.SIGINT, notice)
     try:

@@ -15,26 +15,34 @@ from typing import Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
-import numpy.typing as npt
 
-from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing
+from cswap_deploy.config import BuilderOptions
+from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing, own_words
 from cswap_deploy.export.names import is_meant
-from cswap_deploy.progress import Progress, Silent, captured
-from cswap_deploy.records.engine import BatchRange, EngineArtifact, EngineOptions, OnnxArtifact
+from cswap_deploy.progress import captured
+from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.targets import MOST_INT8_IMAGES, Images, Int8, check_digest
+from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.targets import (
+    MOST_INT8_IMAGES,
+    BuildRequest,
+    Int8,
+    Target,
+    read_engine,
+    try_batches,
+)
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 _DIGEST = ("cswap_deploy", "weights_sha256")
-"""Where the graph's file records the digest of the weights' file: the digest of the one that the
-artefact holds then covers both."""
+"""Where the graph's file records the digest of the weights' file, so that the graph's digest covers
+both."""
 _PRODUCT = "/WithoutBiases"
 _ARITHMETIC = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 """Layers of the compiled graph whose number format says what a network computes in."""
 
 
-class OpenVino:
+class OpenVino(Target):
     """OpenVINO's own format: a graph (``model.xml``) and its weights (``model.bin``).
 
     OpenVINO chooses kernels when it loads a graph, for the processor it is on, so the two files run
@@ -48,171 +56,90 @@ class OpenVino:
     name = "openvino"
     own_int8 = True
 
-    def check(self, options: EngineOptions, *, int8: bool) -> None:
-        """See :meth:`cswap_deploy.targets.Target.check`."""
+    def check(self, options: BuilderOptions, *, int8: bool) -> None:
+        """Refuse a missing package; there are no options."""
         import_openvino()
         if int8:
             with captured():
                 _import("nncf")
 
-    def here(self) -> dict[str, str]:
-        """Nothing: kernels are chosen where an engine is loaded."""
-        return {}
-
-    def build(
-        self,
-        onnx: OnnxArtifact,
-        *,
-        batch: BatchRange,
-        out_dir: Path,
-        options: EngineOptions | None = None,
-        int8: Int8 | None = None,
-        progress: Progress | None = None,
-        store: Path | None = None,
-    ) -> EngineArtifact:
-        """Convert the graph, quantise it if asked, and run what was written.
-
-        Args:
-            onnx: Graph with a dynamic batch axis; float32 where it is to be quantised.
-            batch: Smallest and largest batch (samples) that the engine accepts; both are run once,
-                on zeros. Equal ones give static shapes, which are faster.
-            out_dir: Existing folder; ``model.xml`` and ``model.bin`` are written there.
-            options: Not used.
-            int8: NNCF quantises, with the ranges that the first 300 images give.
-            progress: Told that it quantises.
-            store: Not used.
-
-        Returns:
-            The engine. ``size_bytes`` is of both files; the time is that of converting, quantising
-            and writing (seconds).
-
-        Raises:
-            MissingDependencyError: openvino, or nncf where it is needed, is absent or does not
-                load.
-            BuildError: OpenVINO or NNCF refused the graph; ``err.log`` has its words.
-
-        Source:
-            OpenVINO documentation, "OpenVINO IR format", "Dynamic Shapes", "Basic Quantization
-            Flow".
-        """
-        ov = import_openvino()
-        core = _core()
-        versions = {"openvino": _version(ov)}
-        start = time.perf_counter()
-        try:
-            model = core.read_model(onnx.path)
-            if int8 is not None:
-                progress = progress if progress is not None else Silent()
-                progress.begin("int8: quantising (NNCF)", 0)
-                model, versions["nncf"] = _quantise(model, int8, onnx.path.name)
-                progress.end()
-            shape = model.input(0).partial_shape
-            shape[0] = ov.Dimension(batch.min, batch.max)
-            model.reshape(shape)
-        except RuntimeError as err:
-            words = _words(err)
-            raise BuildError(
-                f"openvino {_version(ov)} refused {onnx.path.name}: {_gist(words)}", log=words
-            ) from err
-        path = out_dir / GRAPH
-        _write(ov, model, path)
-        seconds = time.perf_counter() - start
-        precision = onnx.precision if int8 is None else "int8"
-        note = f"openvino computes in float32 on the CPU: only the weights are {precision}"
-        engine = EngineArtifact(
-            target=self.name,
-            path=path,
-            sha256=sha256_file(path),
-            size_bytes=path.stat().st_size + path.with_suffix(".bin").stat().st_size,
-            build_seconds=seconds,
-            precision=precision,
-            runnable=True,
-            versions=versions,
-            device=f"CPU ({core.get_property('CPU', 'FULL_DEVICE_NAME').strip()})",
-            batch=batch,
-            extra_files=(WEIGHTS,),
-            notes=(note,) if precision in ("fp16", "bf16") else (),
-        )
-        self._try(engine, onnx, batch)
-        return engine
-
-    def load(
-        self, engine: EngineArtifact, *, threads: int | None = None, onnx: Path | None = None
-    ) -> OpenVinoSession:
-        """Compile the graph for this machine's CPU.
-
-        Args:
-            engine: What ``build`` returned.
-            threads: Of one call; the cores that this process may use unless said, and never more.
-            onnx: Not used: the weights are in ``model.bin``.
-
-        Returns:
-            A session.
-
-        Raises:
-            MissingDependencyError: openvino is absent or does not load.
-            ArtifactError: One of the two files is absent, altered, or refused by OpenVINO.
-        """
-        ov = import_openvino()
-        check_digest(engine)
-        graph = engine.path.read_bytes()
-        recorded = ElementTree.fromstring(graph).find("rt_info/" + "/".join(_DIGEST))
-        if recorded is None:
-            raise ArtifactError(f"{engine.path} does not say what weights it belongs to")
-        weights = engine.path.with_suffix(".bin")
-        check_digest(
-            engine.model_copy(update={"path": weights, "sha256": recorded.get("value", "")})
-        )
-        try:
-            return OpenVinoSession(ov, graph, weights.read_bytes(), threads=threads)
-        except RuntimeError as err:
-            words = _words(err)
-            raise ArtifactError(
-                f"openvino {_version(ov)} does not load {engine.path}: {_gist(words)}", log=words
-            ) from err
-
-    def versions(self) -> dict[str, str]:
-        """OpenVINO's version, and NNCF's where it is installed.
-
-        Raises:
-            MissingDependencyError: openvino is absent or does not load.
-        """
+    def fingerprint(self) -> dict[str, str]:
+        """The versions alone: kernels are chosen where an engine is loaded."""
         found = {"openvino": _version(import_openvino())}
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an int8 build says so
             found["nncf"] = importlib.metadata.version("nncf")
         return found
 
-    def _try(self, engine: EngineArtifact, onnx: OnnxArtifact, batch: BatchRange) -> None:
-        """Load what was written, and run it at the smallest and the largest batch."""
-        what = f"openvino {engine.versions['openvino']}"
-        shape = tuple(int(size) for size in onnx.inputs[0].shape[1:])
+    def build(self, request: BuildRequest) -> EngineArtifact:
+        """Convert the graph, quantise it if asked, and run what was written.
+
+        ``model.xml`` and ``model.bin`` are written; ``size_bytes`` is of both, the time that of
+        converting, quantising and writing (seconds). Equal smallest and largest batches give
+        static shapes, which are faster.
+
+        Source:
+            OpenVINO documentation, "OpenVINO IR format", "Dynamic Shapes", "Basic Quantization
+            Flow".
+        """
+        onnx, ov = request.onnx, import_openvino()
+        versions = {"openvino": _version(ov)}
+        start = time.perf_counter()
+        try:
+            model = _core().read_model(onnx.path)
+            if request.int8 is not None:
+                request.progress.begin("int8: quantising (NNCF)", 0)
+                model, versions["nncf"] = _quantise(model, request.int8, onnx.path.name)
+                request.progress.end()
+            shape = model.input(0).partial_shape
+            shape[0] = ov.Dimension(request.batch.min, request.batch.max)
+            model.reshape(shape)
+        except RuntimeError as err:
+            words = f"openvino {versions['openvino']} refused {onnx.path.name}: {_gist(err)}"
+            raise BuildError(words, log=own_words(err)) from err
+        path = request.out_dir / GRAPH
+        _write(ov, model, path)
+        seconds = time.perf_counter() - start
+        precision = onnx.precision if request.int8 is None else "int8"
+        note = f"openvino computes in float32 on the CPU: only the weights are {precision}"
+        engine = EngineArtifact(
+            target=self.name, path=path, sha256=sha256_file(path),
+            size_bytes=path.stat().st_size + path.with_suffix(".bin").stat().st_size,
+            build_seconds=seconds, precision=precision, runnable=True, versions=versions,
+            device=f"CPU ({_core().get_property('CPU', 'FULL_DEVICE_NAME').strip()})",
+            batch=request.batch, extra_files=(WEIGHTS,),
+            notes=(note,) if precision in ("fp16", "bf16") else (),
+        )  # fmt: skip
+        what = f"openvino {versions['openvino']}"
         try:
             session = self.load(engine)
         except ArtifactError as err:
-            raise BuildError(
-                f"{what} does not compile {onnx.path.name}: {err}", log=err.log
-            ) from err
-        for size in sorted({batch.min, batch.max}):
-            try:
-                session.run(np.zeros((size, *shape), dtype=np.float32))
-            except StageError as err:
-                raise BuildError(
-                    f"{what} compiles {onnx.path.name} but does not run it at batch {size}: {err}",
-                    log=err.log,
-                ) from err
+            words = f"{what} does not compile {onnx.path.name}: {err}"
+            raise BuildError(words, log=err.log) from err
+        try_batches(session, request, loads=f"{what} compiles")
+        return engine
+
+    def load(
+        self, engine: EngineArtifact, *, threads: int | None = None, onnx: Path | None = None
+    ) -> OpenVinoSession:
+        """Compile the graph for this machine's CPU; threads are at most the process's cores."""
+        ov = import_openvino()
+        graph = read_engine(engine.path, engine.sha256)
+        recorded = ElementTree.fromstring(graph).find("rt_info/" + "/".join(_DIGEST))
+        if recorded is None:
+            raise ArtifactError(f"{engine.path} does not say what weights it belongs to")
+        weights = read_engine(engine.path.with_suffix(".bin"), recorded.get("value", ""))
+        try:
+            return OpenVinoSession(ov, graph, weights, threads=threads)
+        except RuntimeError as err:
+            words = f"openvino {_version(ov)} does not load {engine.path}: {_gist(err)}"
+            raise ArtifactError(words, log=own_words(err)) from err
 
 
-class OpenVinoSession:
+class OpenVinoSession(Session):
     """A graph that is compiled for the CPU."""
 
     def __init__(self, ov: Any, graph: bytes, weights: bytes, *, threads: int | None) -> None:
-        """Compile.
-
-        Args:
-            ov: The package.
-            graph: Contents of ``model.xml``.
-            weights: Contents of ``model.bin``.
-            threads: Of one call; the cores that this process may use unless said.
+        """Compile the contents of ``model.xml`` and ``model.bin``.
 
         Raises:
             RuntimeError: OpenVINO refuses the graph.
@@ -235,33 +162,25 @@ class OpenVinoSession:
         )
         self._request = compiled.create_infer_request()
         self._version = _version(ov)
+        batch = compiled.input(0).partial_shape[0]
+        self.batch_min = int(batch.get_min_length())
+        self.batch_max = int(batch.get_max_length())
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self.provider = f"OpenVINO CPU {_computes_in(compiled)}"
 
-    def run(self, images: Images) -> npt.NDArray[np.float32]:
-        """(N, C, H, W) float32 -> logits (N, classes) float32.
-
-        Raises:
-            StageError: OpenVINO refused the batch; ``err.log`` has its words.
-        """
+    def run(self, images: Floats) -> Floats:
+        """One call, without a copy of the images."""
         try:
             found = self._request.infer([images], share_inputs=True)
         except RuntimeError as err:
-            words = _words(err)
-            raise StageError(
-                f"openvino {self._version} refused a batch of shape {images.shape}, "
-                f"{images.dtype}: {_gist(words)}",
-                log=words,
-            ) from err
-        return cast("npt.NDArray[np.float32]", found[0])
+            what = f"openvino {self._version} refused a batch of shape {images.shape}"
+            words = f"{what}, {images.dtype}: {_gist(err)}"
+            raise StageError(words, log=own_words(err)) from err
+        return cast("Floats", found[0])
 
 
 def import_openvino() -> Any:
-    """The package, with its telemetry off.
-
-    Raises:
-        MissingDependencyError: It is absent or does not load.
-    """
+    """The package, with its telemetry off; :class:`MissingDependencyError` without it."""
     return _import("openvino")
 
 
@@ -313,24 +232,16 @@ def _quantise(model: Any, int8: Int8, name: str) -> tuple[Any, str]:
         nncf = _import("nncf")
         refusals = (nncf.InternalError, nncf.UnsupportedModelError, nncf.ValidationError)
         try:
+            no_overflow = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
             quantised = nncf.quantize(
-                model,
-                nncf.Dataset(np.split(images, len(images))),
-                preset=nncf.QuantizationPreset.PERFORMANCE,
-                subset_size=len(images),
+                model, nncf.Dataset(np.split(images, len(images))), subset_size=len(images),
+                preset=nncf.QuantizationPreset.PERFORMANCE, advanced_parameters=no_overflow,
                 model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
                 ignored_scope=nncf.IgnoredScope(names=_kept(model, int8.keep_fp32)),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    overflow_fix=nncf.OverflowFix.ENABLE
-                ),
-            )
+            )  # fmt: skip
         except (RuntimeError, *refusals) as err:
-            words = _words(err)
-            raise BuildError(
-                f"nncf {nncf.__version__} does not quantise {name}: {_gist(words)}",
-                fix="--precision fp32",
-                log=words,
-            ) from err
+            words = f"nncf {nncf.__version__} does not quantise {name}: {_gist(err)}"
+            raise BuildError(words, fix="--precision fp32", log=own_words(err)) from err
     if "FakeQuantize" not in _operators(quantised):
         raise BuildError(
             f"nncf {nncf.__version__} found nothing to quantise in {name}", fix="--precision fp32"
@@ -388,12 +299,8 @@ def _version(ov: Any) -> str:
     return str(ov.__version__).partition("-")[0]
 
 
-def _words(err: BaseException) -> tuple[str, ...]:
-    lines = (line.strip() for line in str(err).splitlines())
-    return tuple(line for line in lines if line)
-
-
-def _gist(words: tuple[str, ...]) -> str:
-    """Without the places in OpenVINO's source where it was raised."""
+def _gist(err: BaseException) -> str:
+    """OpenVINO's words without the places in OpenVINO's source where it was raised."""
+    words = own_words(err)
     told = [line for line in words if not line.startswith(("Exception from ", "Check '"))]
     return " ".join(told or words)

@@ -17,5 +17,3 @@ class TensorRtRtx(TensorRt):
     """
 
     name = "tensorrt-rtx"
-    module = "tensorrt_rtx"
-    extra = "trt-rtx"

@@ -1,10 +1,9 @@
-"""What TensorRT measured about its kernels, kept from one build to the next."""
+"""TensorRT's timings of its kernels, kept from one build to the next."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from filelock import FileLock
@@ -17,14 +16,8 @@ from cswap_deploy.records.store import Store
 class TimingCache:
     """One file for each version of TensorRT and each compute capability, locked while in use.
 
-    Where it cannot be kept (a read-only home, a full disk) it costs time and no more.
-
-    It saves time and changes no key: builds are not deterministic with it either, so an engine is
-    shipped with its digest and never rebuilt to the same bytes.
-
-    Args:
-        name: Of the version and the capability.
-        store: Root of the store that it is kept in; the user's unless said.
+    Where it cannot be kept (a read-only home, a full disk) later builds take longer; nothing fails.
+    It is in no cache key: builds are not deterministic with or without it.
 
     Source:
         TensorRT documentation, "Timing Cache".
@@ -40,12 +33,7 @@ class TimingCache:
             self._lock.acquire()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.release()
 
     def read(self) -> bytes:

@@ -153,9 +153,9 @@ constexpr char kCopyAgain[] = "copy the bundle again, or build it again";
 
 const nlohmann::json &findEngine(const nlohmann::json &manifest) {
   const int schema = manifest.at("schema_version").get<int>();
-  if (schema != 1)
+  if (schema != 2)
     throw Failure(kArtifact, "manifest.json is of schema version " + std::to_string(schema) +
-                                 ", this program reads 1");
+                                 ", this program reads 2");
   std::string others;
   for (const auto &target : manifest.at("targets")) {
     const auto &engine = target.at("engine");

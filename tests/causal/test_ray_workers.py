@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import input_moments
+from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.memory import Budget
-from cswap_deploy.causal.ray_workers import Pool, Recipe, _shares, pool_of
-from cswap_deploy.causal.scoring import Local
+from cswap_deploy.causal.ray_workers import Recipe, WorkerPool, pool_of, shares
+from cswap_deploy.config import ModelConfig, PruneConfig
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.models.load import load_model, wrap_module
-from cswap_deploy.pruning.candidates import consumers
-from cswap_deploy.pruning.plan import Prepared, prepare
+from cswap_deploy.network.units import consumers
+from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.records.bundle import read_plan
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
@@ -31,16 +31,16 @@ BUDGET = Budget(1 << 28, 1 << 22)
 @pytest.fixture(scope="module")
 def prepared() -> tuple[Recipe, Prepared, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    loaded = load_model("demo-resnet")
+    loaded = load_model(ModelConfig(model="demo-resnet"))
     size = loaded.spec.preprocessing.input_size
     images = torch.randn(72, *size).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(72) % 10
-    net = prepare(loaded.module, images=images, ratio=0.4, ratio_of="params", round_to="auto")
+    net = prepare(loaded.module, images, PruneConfig())
     return Recipe(loaded.spec, net.biased, net.example.numpy()), net, images, labels
 
 
 @pytest.fixture(scope="module")
-def pool(prepared) -> Iterator[Pool]:
+def pool(prepared) -> Iterator[WorkerPool]:
     with pool_of("2", prepared[0], memory_budget=BUDGET.total) as found:
         yield found
 
@@ -59,13 +59,12 @@ def _both(prepared, pool):
     moments = input_moments(
         net.graph, consumers(net.groups), images, intervention="predicted", chunk=64
     )
-    return (
-        scorer(net.graph, images, labels, moments, Budget(BUDGET.total, BUDGET.variant_bytes))
-        for scorer in (Local, pool.scorer)
-    )
+    budget = Budget(BUDGET.total, BUDGET.variant_bytes)
+    experiment = Experiment(net.graph, images, labels, moments, budget)
+    return LocalMeasurement(experiment), pool.measurement(experiment)
 
 
-def _wanted(net: Prepared, step: int = 16):
+def _wanted(net: Prepared, step: int = 64):
     return {g: list(range(0, g.units, step)) for g in net.groups}
 
 
@@ -77,24 +76,24 @@ def _assert_same_bits(here, there) -> None:
         np.testing.assert_array_equal(a.true_class, b.true_class)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_two_workers_give_the_bits_of_one_process(prepared, pool, one_thread, half) -> None:
+def test_two_workers_give_the_bits_of_one_process(prepared, pool, one_thread) -> None:
     local, remote = _both(prepared, pool)
     wanted = _wanted(prepared[1])
-    ticks: list[int] = []
-    there = remote.effects(wanted, half=half, tick=ticks.append)
-    _assert_same_bits(local.effects(wanted, half=half), there)
-    assert sum(ticks) == 72 * sum(map(len, wanted.values()))
+    for bfloat16 in (False, True):
+        ticks: list[int] = []
+        there = remote.effects(wanted, bfloat16=bfloat16, tick=ticks.append)
+        _assert_same_bits(local.effects(wanted, bfloat16=bfloat16), there)
+        assert sum(ticks) == 72 * sum(map(len, wanted.values()))
     rows = torch.tensor([3, 70, 11])
     _assert_same_bits(local.effects(wanted, rows), remote.effects(wanted, rows))
 
 
 def test_later_rounds_see_the_weights_as_they_are_then(prepared, pool, one_thread) -> None:
     net = prepared[1]
-    wanted = _wanted(net, 64)
+    wanted = _wanted(net)
     layer = net.module.get_submodule(net.groups[0].consumers[0].layer)
     before = layer.weight.detach().clone()
-    first = list(_both(prepared, pool))[1].effects(wanted)
+    first = _both(prepared, pool)[1].effects(wanted)
     with torch.no_grad():
         layer.weight.mul_(1.5)
     try:
@@ -109,22 +108,17 @@ def test_later_rounds_see_the_weights_as_they_are_then(prepared, pool, one_threa
 
 def test_a_worker_that_is_killed_costs_nothing_but_its_piece(prepared, pool, one_thread) -> None:
     local, remote = _both(prepared, pool)
-    wanted = _wanted(prepared[1], 4)
-    victim = pool.ray.get(pool.workers[0].pid.remote())
+    wanted = _wanted(prepared[1], 32)
+    victim = pool.ray.get(pool.workers[0].__ray_call__.remote(lambda _: os.getpid()))
     lost = pool.lost
-    done = threading.Event()
-
-    def kill() -> None:
-        while not done.is_set() and not ticks:
-            time.sleep(0.01)
-        os.kill(victim, signal.SIGKILL)
-
     ticks: list[int] = []
-    killer = threading.Thread(target=kill)
-    killer.start()
-    there = remote.effects(wanted, tick=ticks.append)
-    done.set()
-    killer.join()
+
+    def tick(count: int) -> None:
+        if not ticks:  # the first piece has come back, the others have not
+            os.kill(victim, signal.SIGKILL)
+        ticks.append(count)
+
+    there = remote.effects(wanted, tick=tick)
     assert pool.lost == lost + 1
     assert len(pool.workers) == 2
     _assert_same_bits(local.effects(wanted), there)
@@ -140,7 +134,7 @@ def test_an_error_of_the_network_comes_back_with_its_words(prepared, pool) -> No
     try:
         _, remote = _both(prepared, pool)
         with pytest.raises(StageError, match=r"first to go wrong is .* \(NaN\)") as caught:
-            remote.effects(_wanted(net, 64))
+            remote.effects(_wanted(net))
         assert "--mean" in caught.value.fix
     finally:
         with torch.no_grad():
@@ -150,16 +144,16 @@ def test_an_error_of_the_network_comes_back_with_its_words(prepared, pool) -> No
 def test_shares_are_even_and_whole_groups(prepared) -> None:
     asked = list(_wanted(prepared[1]).items())
     for most in (1, 2, 5, 100):
-        shares = list(_shares(asked, most))
-        assert [entry for share in shares for entry in share] == asked
-        assert len(shares) <= max(most, 1)
+        found = list(shares(asked, most))
+        assert [entry for share in found for entry in share] == asked
+        assert len(found) <= max(most, 1)
 
 
 def test_a_network_that_was_passed_as_an_object_is_refused() -> None:
     loaded = wrap_module(
-        load_model("demo-resnet").module, name="mine", input_size=(1, 28, 28), mean=(0.5,),
-        std=(0.5,),
-    )  # fmt: skip
+        load_model(ModelConfig(model="demo-resnet")).module,
+        ModelConfig(model="mine", input_size=(1, 28, 28), mean=(0.5,), std=(0.5,)),
+    )
     recipe = Recipe(loaded.spec, (), np.zeros((2, 1, 28, 28), np.float32))
     with (
         pytest.raises(UsageError, match="built from its name"),
@@ -170,12 +164,14 @@ def test_a_network_that_was_passed_as_an_object_is_refused() -> None:
 
 def test_prune_with_workers_gives_the_same_plan(tmp_path, command) -> None:
     """The whole command; what is measured elsewhere decides alike."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text('[prune]\nselect = "unit"\n')  # no trials: workers have no part in them
     plans = []
     for name, more in (("one", []), ("two", ["--workers", "2"])):
         ran = command(
             "prune", "demo-resnet", "--ratio", "0.3", "--scoring-samples", "8", "--rounds", "1",
-            "--calibration-samples", "16", "--measuring", "adaptive", "-o", tmp_path / name,
-            "--store", tmp_path / f"store-{name}", *more,
+            "--calibration-samples", "16", "--measuring", "adaptive", "--config", settings,
+            "-o", tmp_path / name, "--store", tmp_path / f"store-{name}", *more,
         )  # fmt: skip
         assert ran.code == 0, ran.err
         plans.append(read_plan(tmp_path / name))

@@ -11,7 +11,7 @@ from small_networks import measure_group
 from torch import Tensor, nn
 
 from cswap_deploy.causal.effects import Effects
-from cswap_deploy.causal.significance import class_samples, false_discovery, judge
+from cswap_deploy.causal.significance import class_samples, false_discovery, find_verdicts
 from cswap_deploy.network.graph import trace
 from cswap_deploy.network.groups import find_groups
 
@@ -33,13 +33,13 @@ def test_p_value_of_a_signed_rank_test_by_hand() -> None:
     1 alone), and two a positive one: p = 4 / 64 = .0625. The normal approximation says .0464.
     """
     effects = np.array([[0.3, -0.1, 0.2, 0.6, 0.5, 0.4]])
-    found = judge(effects, np.zeros(6, int), alpha=0.0625, min_effect=0.0)
+    found = find_verdicts(effects, np.zeros(6, int), alpha=0.0625, min_effect=0.0)
     # One class: its images are all images, and the two equal tests correct each other to the same.
     assert found.p_values.tolist() == [[0.0625, 0.0625]]
     assert found.verdicts == ("detrimental",)
-    found = judge(effects, np.zeros(6, int), alpha=0.05, min_effect=0.0)
+    found = find_verdicts(effects, np.zeros(6, int), alpha=0.05, min_effect=0.0)
     assert found.verdicts == ("neutral",)
-    found = judge(-effects, np.zeros(6, int), alpha=0.0625, min_effect=0.0)
+    found = find_verdicts(-effects, np.zeros(6, int), alpha=0.0625, min_effect=0.0)
     assert found.p_values.tolist() == [[0.0625, 0.0625]]
     assert found.verdicts == ("critical",)
 
@@ -48,7 +48,7 @@ def test_p_value_of_a_signed_rank_test_by_hand() -> None:
 def test_small_samples_that_agree_have_the_exact_p_value(images: int) -> None:
     """All of one sign: two of 2^n ways."""
     effects = 0.1 + 0.01 * np.arange(images)[None]
-    found = judge(effects, np.zeros(images, int), alpha=0.05, min_effect=0.0)
+    found = find_verdicts(effects, np.zeros(images, int), alpha=0.05, min_effect=0.0)
     assert found.p_values[0, 0] == 2.0 ** (1 - images)
 
 
@@ -61,14 +61,16 @@ def test_three_images_that_agree_are_no_evidence_and_twelve_are_much() -> None:
 
     for images, truth in ((3, 0.25), (12, 2 / 4096)):
         effects = 0.1 + 0.01 * np.arange(images)[None]
-        found = judge(effects, np.zeros(images, int), alpha=0.05, min_effect=0.0)
+        found = find_verdicts(effects, np.zeros(images, int), alpha=0.05, min_effect=0.0)
         assert found.p_values[0, 0] == pytest.approx(truth, rel=1e-12)
         assert (normal(images) < truth) is (images == 3)
 
 
 def test_image_that_does_not_react_is_left_out() -> None:
     """Effects 0 .1 .2 .3: three images that agree, 2 / 2^3."""
-    found = judge(np.array([[0.1, 0.0, 0.3, 0.2]]), np.zeros(4, int), alpha=0.05, min_effect=0.0)
+    found = find_verdicts(
+        np.array([[0.1, 0.0, 0.3, 0.2]]), np.zeros(4, int), alpha=0.05, min_effect=0.0
+    )
     assert found.p_values[0, 0] == 0.25
 
 
@@ -79,7 +81,7 @@ def test_p_values_are_scipys_one_unit_at_a_time() -> None:
     for unit in range(40):
         effects[unit, rng.permutation(30)[: unit % 29]] = 0.0
     labels = np.repeat([0, 1], [12, 18])
-    found = judge(effects, labels, alpha=0.05, min_effect=0.0)
+    found = find_verdicts(effects, labels, alpha=0.05, min_effect=0.0)
     alone = np.ones((40, 3))
     for unit, row in enumerate(effects):
         for column, rows in enumerate((labels == 0, labels == 1, labels >= 0)):
@@ -93,7 +95,7 @@ def test_large_samples_use_the_normal_approximation() -> None:
     rng = np.random.default_rng(0)
     effects = rng.standard_normal((5, 80)) + 0.1
     effects[4, 20:] = 0.0  # sixty react in the others, twenty here: exact again
-    found = judge(effects, np.zeros(80, int), alpha=0.05, min_effect=0.0)
+    found = find_verdicts(effects, np.zeros(80, int), alpha=0.05, min_effect=0.0)
     alone = [scipy_p(row, "asymptotic") for row in effects[:4]]
     alone.append(scipy_p(effects[4, :20], "exact"))
     corrected = false_discovery(np.repeat(alone, 2).reshape(5, 2))
@@ -103,14 +105,14 @@ def test_large_samples_use_the_normal_approximation() -> None:
 def test_one_extreme_image_does_not_decide() -> None:
     """The mean is far below zero, but five of six images gain: nothing is certain."""
     effects = np.array([[-50.0, 0.1, 0.2, 0.3, 0.4, 0.5]])
-    found = judge(effects, np.zeros(6, int), alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, np.zeros(6, int), alpha=0.05, min_effect=0.01)
     assert found.mean[0] < -8
     assert found.verdicts == ("neutral",)
 
 
 def test_interval_of_the_mean_by_hand() -> None:
     """t(0.975, 2) = 4.302653; half width 4.302653 / sqrt(3)."""
-    found = judge(np.array([[1.0, 2.0, 3.0]]), np.zeros(3, int), alpha=0.05, min_effect=0.0)
+    found = find_verdicts(np.array([[1.0, 2.0, 3.0]]), np.zeros(3, int), alpha=0.05, min_effect=0.0)
     half = 4.302652729911275 / math.sqrt(3)
     assert found.mean[0] == 2.0
     assert found.low[0] == pytest.approx(2 - half, abs=1e-9)
@@ -136,10 +138,10 @@ def test_all_units_and_classes_are_corrected_together() -> None:
     """A p of 2 / 2^6 = .03 counts at 5 % alone; among nine units that show nothing it does not."""
     labels = np.zeros(6, int)
     one = np.array([0.3, 0.1, 0.2, 0.6, 0.5, 0.4])
-    alone = judge(one[None], labels, alpha=0.05, min_effect=0.0)
+    alone = find_verdicts(one[None], labels, alpha=0.05, min_effect=0.0)
     assert alone.verdicts == ("detrimental",)
     nothing = np.array([0.1, -0.2, 0.3, 0.4, -0.5, -0.6]) * np.arange(1, 10)[:, None]
-    among = judge(np.vstack([one, nothing]), labels, alpha=0.05, min_effect=0.0)
+    among = find_verdicts(np.vstack([one, nothing]), labels, alpha=0.05, min_effect=0.0)
     assert among.p_values.shape == (10, 2)
     assert among.p_values[0, 0] == pytest.approx(10 * alone.p_values[0, 0], abs=1e-9)
     assert among.verdicts == ("neutral",) * 10
@@ -151,7 +153,7 @@ def test_all_images_together_are_one_more_sample() -> None:
     p = 2 / 2^3 in each class and 2 / 2^12 over all, times five tests.
     """
     effects = 0.2 + 0.01 * np.arange(12)[None]
-    found = judge(effects, np.repeat(np.arange(4), 3), alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, np.repeat(np.arange(4), 3), alpha=0.05, min_effect=0.01)
     assert found.p_values[0].tolist() == [0.25, 0.25, 0.25, 0.25, 5 * 2.0**-11]
     assert found.verdicts == ("detrimental",)
     assert found.harms == ((),), "no single class is sure"
@@ -178,25 +180,25 @@ def _sample(mean: float) -> np.ndarray:
 def test_verdicts(first: float, second: float, verdict: str) -> None:
     effects = np.concatenate([_sample(first), _sample(second)])[None]
     labels = np.repeat([3, 7], 12)
-    found = judge(effects, labels, alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, labels, alpha=0.05, min_effect=0.01)
     assert found.verdicts == (verdict,)
 
 
 def test_smallest_effect_that_counts_is_a_setting() -> None:
     effects, labels = _sample(0.005)[None], np.zeros(12, int)
-    assert judge(effects, labels, alpha=0.05, min_effect=0.01).verdicts == ("neutral",)
-    assert judge(effects, labels, alpha=0.05, min_effect=0.004).verdicts == ("detrimental",)
+    assert find_verdicts(effects, labels, alpha=0.05, min_effect=0.01).verdicts == ("neutral",)
+    assert find_verdicts(effects, labels, alpha=0.05, min_effect=0.004).verdicts == ("detrimental",)
 
 
 def test_effect_without_spread_is_certain_and_zero_is_not() -> None:
     effects = np.array([[-0.5] * 12, [0.0] * 12])
-    found = judge(effects, np.zeros(12, int), alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, np.zeros(12, int), alpha=0.05, min_effect=0.01)
     assert found.verdicts == ("critical", "neutral")
     assert found.p_values[1].tolist() == [1.0, 1.0]
 
 
 def test_single_image_is_no_evidence() -> None:
-    found = judge(np.array([[-0.9]]), np.zeros(1, int), alpha=0.05, min_effect=0.01)
+    found = find_verdicts(np.array([[-0.9]]), np.zeros(1, int), alpha=0.05, min_effect=0.01)
     assert found.verdicts == ("neutral",)
     assert (found.low[0], found.high[0]) == (-0.9, -0.9)
 
@@ -204,7 +206,7 @@ def test_single_image_is_no_evidence() -> None:
 def test_opposite_classes_do_not_cancel() -> None:
     """The mean over all images is zero; tested per class, the unit is critical."""
     effects = np.concatenate([_sample(-0.3), _sample(0.3)])[None]
-    found = judge(effects, np.repeat([0, 1], 12), alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, np.repeat([0, 1], 12), alpha=0.05, min_effect=0.01)
     assert found.mean[0] == pytest.approx(0.0, abs=1e-12)
     assert found.verdicts == ("critical",)
 
@@ -235,11 +237,11 @@ def test_served_and_harmed_classes_strongest_first() -> None:
         ]
     )
     labels = np.repeat([3, 4, 5, 9], 12)
-    found = judge(effects, labels, alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, labels, alpha=0.05, min_effect=0.01)
     assert found.serves == ((9, 3), ())
     assert found.harms == ((4,), ())
     assert found.verdicts == ("critical", "neutral")
-    found = judge(effects, labels, alpha=0.05, min_effect=0.005)
+    found = find_verdicts(effects, labels, alpha=0.05, min_effect=0.005)
     assert found.serves == ((9, 3), (5,))
 
 
@@ -247,10 +249,10 @@ def test_classes_that_were_tested_together_are_not_named() -> None:
     """Twelve images of class 0, and one of each of twelve others: only class 0 has a name."""
     labels = np.concatenate([np.zeros(12, int), np.arange(1, 13)])
     effects = np.concatenate([_sample(0.0), _sample(-0.3)])[None]
-    found = judge(effects, labels, alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects, labels, alpha=0.05, min_effect=0.01)
     assert found.verdicts == ("critical",)
     assert found.serves == ((),)
-    found = judge(effects[:, ::-1], labels, alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects[:, ::-1], labels, alpha=0.05, min_effect=0.01)
     assert found.serves == ((0,),)
 
 
@@ -317,7 +319,7 @@ def test_planted_effects_by_hand(planted: tuple[Effects, np.ndarray]) -> None:
 
 def test_planted_units_get_their_verdicts(planted: tuple[Effects, np.ndarray]) -> None:
     effects, labels = planted
-    found = judge(effects.true_class, labels, alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects.true_class, labels, alpha=0.05, min_effect=0.01)
     assert found.verdicts == ("critical", "neutral", "detrimental", "neutral")
 
 
@@ -325,14 +327,14 @@ def test_planted_units_serve_and_harm_the_classes_they_were_made_for(
     planted: tuple[Effects, np.ndarray],
 ) -> None:
     effects, labels = planted
-    found = judge(effects.true_class, labels, alpha=0.05, min_effect=0.01)
+    found = find_verdicts(effects.true_class, labels, alpha=0.05, min_effect=0.01)
     assert found.serves == ((1,), (), (), ())
     assert found.harms == ((), (), (0,), ())
 
 
 def test_tiny_effect_is_certain_but_too_small(planted: tuple[Effects, np.ndarray]) -> None:
     effects, labels = planted
-    found = judge(effects.true_class, labels, alpha=0.05, min_effect=0.0)
+    found = find_verdicts(effects.true_class, labels, alpha=0.05, min_effect=0.0)
     assert found.p_values[TINY].min() < 0.01
     assert found.verdicts[USELESS] == "neutral"
     assert found.verdicts[TINY] == "critical"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,31 +12,35 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import small_models
 
-from cswap_deploy.cli import app
-from cswap_deploy.help_sections import SECTIONS
+from cswap_deploy.cli.commands import command_line
+from cswap_deploy.config import sections
 from cswap_deploy.records.bundle import verify_bundle
+from cswap_deploy.settings import flag_of
 
 if TYPE_CHECKING:
     from conftest import Made, Ran
 
 Command = Callable[..., "Ran"]
 HERE = Path(__file__).parents[1]
+OFF = {"--no-pretrained", "--no-refit", "--fresh"}
 HEAVY = (
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime", "tensorrt",
-    "tensorrt_rtx", "matplotlib", "scipy", "datasets", "torch_pruning", "safetensors",
+    "tensorrt_rtx", "matplotlib", "scipy", "datasets", "torch_pruning", "safetensors", "pydantic",
+    "cswap_deploy.config",
 )  # fmt: skip
 
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys; sys.argv = ['cswap-deploy', '--help']\n"
-        "from cswap_deploy.cli import main\n"
+        "from cswap_deploy.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as stop: assert stop.code == 0, stop.code\n"
         "print(*sorted(sys.modules), file=sys.stderr)"
@@ -52,7 +57,10 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_says_what_it_does(command: Command) -> None:
-    names = [c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands]
+    names = [
+        c.name or (c.callback.__name__ if c.callback else "")
+        for c in command_line().registered_commands
+    ]
     assert len(names) == 10
     for name in names:
         done = command(name, "--help")
@@ -61,21 +69,55 @@ def test_every_command_says_what_it_does(command: Command) -> None:
         assert done.err == ""
 
 
+def shown_flags(text: str) -> set[str]:
+    """Long flags that a help text lists."""
+    return set(re.findall(r"(?<![\w`-])--[a-z][a-z0-9-]+", text))
+
+
 @pytest.mark.parametrize("name", ["build", "prune", "export", "engine", "validate"])
-def test_commands_that_build_take_the_same_flags(command: Command, name: str) -> None:
+def test_a_command_has_the_flags_of_its_sections(command: Command, name: str) -> None:
+    own = {"--help", "--json", "--quiet"}
+    later = name in ("export", "engine", "validate")
+    own |= set() if later else {"--config", "--dry-run"}
+    own |= {"--check-ops"} if name == "engine" else set()
+    wanted = {
+        f"--{field.replace('_', '-')}"
+        for section, kind in sections().items()
+        for field in kind.model_fields
+        if not (later and section in ("model", "prune"))
+        if field != "model" and not flag_of(kind, field).expert
+    }
     text = command(name, "--help").out
-    for flags in ("-o, --output DIR", "--resume / --fresh", "--json", "-q, --quiet", "--store DIR"):
-        assert f"  {flags} " in text, f"{name} has no {flags}"
-    assert ("--check-ops" in text) == (name == "engine")
-    (callback,) = (c.callback for c in app.registered_commands if c.name == name)
-    for parameter in signature(callback).parameters:  # type: ignore[arg-type]
-        sections = [title for title, names in SECTIONS.items() if parameter in names]
-        assert len(sections) == 1, f"{parameter} is in {sections}"
+    missing = {flag for flag in wanted | own if flag not in text}
+    assert not missing
+    assert shown_flags(text) - wanted - own <= {
+        "--no-pretrained",
+        "--no-refit",
+        "--fresh",
+        "--batch",
+    }
 
 
-def test_version(command: Command) -> None:
-    done = command("--version")
-    assert (done.code, done.out) == (0, version("cswap-deploy") + "\n")
+def test_help_fits_on_two_screens_with_the_common_flags_first(command: Command) -> None:
+    text = command("build", "--help").out
+    assert len(text.splitlines()) <= 110
+    first = text[text.index("─ Options ") : text.index("─ Network and images ")]
+    assert {"--data", "--ratio", "--target", "--precision", "--output"} <= shown_flags(first)
+    assert len(shown_flags(first)) <= 12
+
+
+def test_a_setting_for_experts_says_where_it_goes(command: Command, tmp_path: Path) -> None:
+    done = command("build", "demo-resnet", "--error-rate", "0.1")
+    assert done.code == 2
+    assert "--error-rate is no flag" in done.err
+    assert "write `error-rate = ...` into FILE.toml, and pass --config FILE.toml" in done.err
+
+
+def test_the_installed_script_tells_the_version() -> None:
+    script = shutil.which("cswap-deploy", path=str(Path(sys.executable).parent))
+    assert script is not None, "the package is installed, with its command"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == version("cswap-deploy") + "\n"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +125,7 @@ def test_version(command: Command) -> None:
     [
         (("bulid",), "No such command 'bulid'"),
         (("build", "demo-resnet", "--raito", "0.4"), "No such option: --raito"),
-        (("build", "demo-resnet", "--ratio", "much"), "Invalid value for '--ratio'"),
+        (("build", "demo-resnet", "--ratio", "much"), "--ratio: Input should be a valid number"),
         (("check", "somewhere"), "Missing option '--budget'"),
     ],
 )
@@ -103,7 +145,8 @@ def test_json_is_all_that_stdout_carries(made: Made) -> None:
     told = made.ran.json()  # the whole of stdout parses as one object
     assert told["bundle"] == str(made.bundle)
     assert set(told["stages"].values()) == {"run"}
-    assert told["ratio_effective"]["params"] == pytest.approx(0.4, abs=0.07)
+    dense, pruned = told["dense"]["params"], told["pruned"]["params"]
+    assert told["ratio_effective"]["params"] == pytest.approx(1 - pruned / dense, abs=1e-9)
     assert told["targets"][0]["target"] == "onnxruntime"
     for words in ("measuring effects, round 1/2", "exporting the pruned network", "% removed)"):
         assert words in made.ran.err
@@ -111,27 +154,26 @@ def test_json_is_all_that_stdout_carries(made: Made) -> None:
 
 
 def test_without_json_stdout_is_the_path_alone(
-    process: Command, made: Made, store: Path, tmp_path: Path
+    command: Command, made: Made, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = process("build", *made.flags, "-o", "here", "--store", store, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    line = ("build", *made.flags, "-o", "here", "--store", store)
+    done = command(*line)
     assert (done.code, done.out) == (0, "here\n")
     assert "(reused)" in done.err
     assert "here/report.html" in done.err
     verify_bundle(tmp_path / "here")
+    done = command(*line, "--quiet")
+    assert (done.code, done.out, done.err) == (0, "here\n", "")
 
 
 def test_quiet_leaves_stderr_empty(
     process: Command, made: Made, store: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "quiet"
-    done = process(
-        "prune", *made.flags, "--ratio", "0.3", "-o", output, "--store", store, "-q", "--json"
-    )
+    line = ("prune", *made.flags, "--ratio", "0.3", "-o", tmp_path / "quiet", "--store", store)
+    done = process(*line, "-q", "--json")
     assert (done.code, done.err) == (0, "")
     assert done.json()["ratio_requested"] == 0.3
-    done = process("build", *made.flags, "-o", output, "--store", store, "--quiet")
-    assert (done.code, done.err) == (0, "")
-    verify_bundle(output)
 
 
 def test_a_failure_with_json_is_one_object_too(command: Command, tmp_path: Path) -> None:
@@ -294,36 +336,7 @@ def test_models(command: Command) -> None:
     assert "fix: try a wider pattern" in done.err
 
 
-def test_doctor(command: Command) -> None:
-    findings = command("doctor", "--json").json()["findings"]
-    assert {f["state"] for f in findings} <= {"ok", "warn", "missing", "broken"}
-    torch = next(f for f in findings if f["name"] == "torch")
-    assert torch["state"] == "ok"
-    assert version("torch").partition("+")[0] in torch["detail"]
-
-
 # --- interruption --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def slow(
-    flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[tuple[str, ...], Path]:
-    """A pruning that measures for seconds in each of three rounds, and what it gives."""
-    import numpy as np
-    import small_models
-
-    folder = tmp_path_factory.mktemp("slow")
-    images, labels = small_models.pictures(2500, seed=0)
-    np.savez(folder / "many.npz", images=images, labels=labels)
-    line = (
-        *flags, "--data", str(folder / "many.npz"), "--calibration-samples", "2500", "--rounds",
-        "3", "--scoring-samples", "2500",
-    )  # fmt: skip
-    with start("prune", *line, "-o", folder / "whole", "--store", folder / "store") as running:
-        _, err = running.communicate(timeout=300)
-    assert running.returncode == 0, err
-    return line, folder / "whole"
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -347,31 +360,42 @@ def strike(running: subprocess.Popen[str], blow: signal.Signals) -> tuple[str, s
     return out, before + err
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL], ids=lambda blow: blow.name)
 def test_an_interrupted_build_goes_on_after_its_last_round(
-    command: Command, slow: tuple[tuple[str, ...], Path], tmp_path: Path, blow: signal.Signals
+    command: Command, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
-    output, store = tmp_path / "out", tmp_path / "store"
-    line, whole = slow
-    line = (*line, "-o", str(output), "--store", str(store))
-    with start("prune", *line) as running:
-        out, err = strike(running, blow)
-    assert out == ""
-    assert "solving" not in err.partition("round 2/3")[2], "it was struck while it measured"
-    if blow == signal.SIGINT:
-        assert running.returncode == 130, err
-        assert err.rstrip().endswith(
-            "error: interrupted; finished stages are kept, the same command goes on from there"
-        )
-        assert "Traceback" not in err
-    else:
-        assert running.returncode == -signal.SIGKILL
-    assert not output.exists()
-    assert not list(tmp_path.glob(".out*"))
-    entries = [p for p in store.iterdir() if not p.name.startswith(".")]
-    assert len(entries) == 1, "the first round"
+    """It measures for a while in each of three rounds, and is struck twice in the second."""
+    images, labels = small_models.pictures(1500, seed=0)
+    np.savez(tmp_path / "many.npz", images=images, labels=labels)
+    (tmp_path / "quick.toml").write_text('select = "unit"\nrefit-producers = false\n')
+    line: tuple[object, ...] = (
+        "prune", *flags, "--data", tmp_path / "many.npz", "--calibration-samples", 1500,
+        "--rounds", 3, "--scoring-samples", 1500, "--config", tmp_path / "quick.toml",
+    )  # fmt: skip
+    whole = tmp_path / "whole"
+    undisturbed = command(*line, "-o", whole, "--store", tmp_path / "other")
+    assert undisturbed.code == 0, undisturbed.err
 
-    again = command("prune", *line)
+    output, store = tmp_path / "out", tmp_path / "store"
+    line = (*line, "-o", output, "--store", store)
+    for blow, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        with start(*line) as running:
+            out, err = strike(running, blow)
+        assert out == ""
+        assert "refitting" not in err.partition("round 2/3")[2], "it was struck while it measured"
+        assert running.returncode == code, err
+        if blow == signal.SIGINT:
+            assert err.rstrip().endswith(
+                "error: interrupted; finished stages are kept, the same command goes on from there"
+            )
+            assert "Traceback" not in err
+        else:
+            assert "going on after round 1 of an interrupted run" in err
+        assert not output.exists()
+        assert not list(tmp_path.glob(".out*"))
+        entries = [p for p in store.iterdir() if not p.name.startswith(".")]
+        assert len(entries) == 1, "the first round"
+
+    again = command(*line)
     assert again.code == 0, again.err
     assert "going on after round 1 of an interrupted run" in again.err
     assert "round 1/3" not in again.err

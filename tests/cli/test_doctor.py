@@ -1,63 +1,52 @@
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from cswap_deploy.cli import doctor
-from cswap_deploy.cli.doctor import Finding, examine
+from cswap_deploy.cli.commands import command_line
+from cswap_deploy.cli.doctor import CHECKS, Check, Finding, Seen, look, package
 
 
 @pytest.fixture(scope="module")
 def findings() -> dict[str, Finding]:
-    return {finding.name: finding for finding in examine()}
+    """What the command says."""
+    with redirect_stdout(io.StringIO()) as out:
+        command_line("doctor")(["doctor", "--json"], standalone_mode=False)
+    return {row["name"]: Finding(**row) for row in json.loads(out.getvalue())["findings"]}
 
 
-def plant(folder: Path, name: str, code: str, version: str = "") -> None:
+def plant(folder: Path, name: str, code: str, release: str = "") -> None:
     """A package that pip would call installed, with this code."""
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(code)
-    if version:
-        register(folder, name, version)
+    if release:
+        register(folder, name, release)
 
 
-def register(folder: Path, distribution: str, version: str) -> None:
-    info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+def register(folder: Path, distribution: str, release: str) -> None:
+    info = folder / f"{distribution.replace('-', '_')}-{release}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Name: {distribution}\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Name: {distribution}\nVersion: {release}\n")
 
 
 def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
-    assert set(findings) >= {
-        "python",
-        "torch",
-        "torchvision",
-        "timm",
-        "torch-pruning",
-        "onnx",
-        "onnxscript",
-        "onnxsim",
-        "onnxruntime",
-        "tensorrt",
-        "tensorrt-rtx",
-        "GPU",
-        "pycuda",
-        "nvidia-ml-py",
-        "openvino",
-        "nncf",
-        "nvidia-modelopt",
-        "datasets",
-        "demo networks",
-        "store",
-        "CSWAP_DATA",
-    }
+    assert list(findings) == [
+        "python", "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxscript", "onnxsim",
+        "onnxruntime", "GPU", "tensorrt-rtx", "tensorrt", "pycuda", "nvidia-ml-py", "openvino",
+        "nncf", "nvidia-modelopt", "datasets", "demo networks", "store", "CSWAP_DATA",
+    ]  # fmt: skip
 
 
 def test_what_the_tests_themselves_need_is_well(findings: dict[str, Finding]) -> None:
     for name in ("python", "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxsim"):
         assert findings[name].state in ("ok", "warn"), findings[name]
     assert "build" in findings["torch"].detail
+    assert version("torch").partition("+")[0] in findings["torch"].detail
 
 
 def test_what_is_not_well_says_why(findings: dict[str, Finding]) -> None:
@@ -78,31 +67,32 @@ def test_rtx_builder_is_really_made(findings: dict[str, Finding]) -> None:
     assert "builds engines" in findings["tensorrt-rtx"].detail
 
 
-def test_absent_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    finding = doctor._tensorrt("tensorrt", "tensorrt_not_there", "trt")
-    assert finding == Finding(
-        "tensorrt",
-        "missing",
-        "not installed (optional)",
-        "pip install 'cswap-deploy[trt]'",
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder where packages are found first."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_absent_package(planted: Path) -> None:
+    plant(planted, "tensorrt", "raise ModuleNotFoundError(\"No module named 'tensorrt'\")")
+    assert look("tensorrt") == Finding(
+        "tensorrt", "missing", "not installed (optional)", "pip install 'cswap-deploy[trt]'"
     )
 
 
-def test_bindings_without_their_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plant(tmp_path, "tensorrt", "import ctypes; ctypes.CDLL('libnvonnxparser-gone.so.11')", "99.1")
-    monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._tensorrt("tensorrt", "tensorrt", "trt")
+def test_bindings_without_their_libraries(planted: Path) -> None:
+    plant(planted, "tensorrt", "import ctypes; ctypes.CDLL('libnvonnxparser-gone.so.11')", "99.1")
+    finding = look("tensorrt")
     assert finding.state == "broken"
     assert finding.detail == (
         "99.1 is installed but does not load: OSError: libnvonnxparser-gone.so.11: "
         "cannot open shared object file: No such file or directory"
     )
-    assert finding.fix
+    assert finding.fix.startswith("install the libraries too")
 
 
-def test_a_package_that_loads_but_makes_no_builder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_package_that_loads_but_makes_no_builder(planted: Path) -> None:
     code = """
 __version__ = "99.1"
 class Logger:
@@ -110,9 +100,8 @@ class Logger:
     def __init__(self, level): pass
 def Builder(logger): raise TypeError("factory function returned nullptr")
 """
-    plant(tmp_path, "tensorrt", code)
-    monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._tensorrt("tensorrt", "tensorrt", "trt")
+    plant(planted, "tensorrt", code)
+    finding = look("tensorrt")
     assert finding.state == "broken"
     assert "99.1 loads but makes no builder: TypeError: factory function" in finding.detail
 
@@ -120,56 +109,59 @@ def Builder(logger): raise TypeError("factory function returned nullptr")
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died of signal 11"),
-        ("raise SystemExit(3)", "ended with 3"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            "the process died of signal 11",
+        ),
+        ("raise SystemExit(3)", "the process ended with 3"),
         ("raise KeyError('odd')", "KeyError: 'odd'"),
     ],
 )
-def test_a_crash_on_import_is_a_finding(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, words: str
-) -> None:
-    plant(tmp_path, "pycuda", code, "2026.1")
-    monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._pycuda()
-    assert finding.state == "broken"
-    assert words in finding.detail
-    assert "2026.1" in finding.detail
+def test_a_crash_on_import_is_a_finding(planted: Path, code: str, words: str) -> None:
+    plant(planted, "pycuda", code, "2026.1")
+    assert look("pycuda") == Finding("pycuda", "broken", f"2026.1: {words}")
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "finding"),
+    [
+        (
+            "planted_broken", "import a_dependency_that_is_gone",
+            ("broken", "1.2: ModuleNotFoundError: No module named 'a_dependency_that_is_gone'",
+             "pip install planted_broken"),
+        ),
+        (
+            "planted_odd", "raise RuntimeError('two\\nlines')",
+            ("broken", "1.2: RuntimeError: two lines",
+             "pip install --force-reinstall planted_odd"),
+        ),
+        ("planted_gone", None, ("missing", "not installed", "pip install planted_gone")),
+    ],
+)  # fmt: skip
 def test_a_broken_dependency_is_not_called_absent(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, planted: Path, name: str, code: str | None, finding: Seen
 ) -> None:
-    plant(tmp_path, "planted_broken", "import a_dependency_that_is_gone", "1.2")
-    plant(tmp_path, "planted_odd", "raise RuntimeError('two\\nlines')", "3.4")
-    monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._package("planted_broken", "planted_broken")
-    assert (finding.state, finding.detail) == (
-        "broken",
-        "1.2: ModuleNotFoundError: No module named 'a_dependency_that_is_gone'",
-    )
-    finding = doctor._package("planted_odd", "planted_odd")
-    assert (finding.state, finding.detail) == ("broken", "3.4: RuntimeError: two lines")
-    assert finding.fix == "pip install --force-reinstall planted_odd"
-    finding = doctor._package("planted-gone", "planted_gone")
-    assert (finding.state, finding.fix) == ("missing", "pip install planted-gone")
+    if code is not None:
+        plant(planted, name, code, "1.2")
+    monkeypatch.setitem(CHECKS, name, package(name))
+    assert look(name) == Finding(name, *finding)
 
 
 def test_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     python = tmp_path / "python"
     monkeypatch.setenv("CSWAP_MODELOPT", str(python))
-    finding = doctor._modelopt()
+    finding = look("nvidia-modelopt")
     assert (finding.state, finding.fix[:21]) == ("broken", "python -m venv modelo")
     assert f"CSWAP_MODELOPT names {python}, which does not run" in finding.detail
     python.write_text("#!/bin/sh\necho 0.47.0\n")
     python.chmod(0o755)
-    assert doctor._modelopt() == Finding("nvidia-modelopt", "ok", f"0.47.0, {python}")
+    assert look("nvidia-modelopt") == Finding("nvidia-modelopt", "ok", f"0.47.0, {python}")
 
 
-def test_two_builds_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    register(tmp_path, "onnxruntime", "99.1")
-    register(tmp_path, "onnxruntime-gpu", "99.2")
-    monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._onnxruntime()
+def test_two_builds_of_onnxruntime(planted: Path) -> None:
+    register(planted, "onnxruntime", "99.1")
+    register(planted, "onnxruntime-gpu", "99.2")
+    finding = look("onnxruntime")
     assert finding.state == "broken"
     assert finding.detail == (
         "onnxruntime 99.1 and onnxruntime-gpu 99.2 are both installed and overwrite each other's "
@@ -178,9 +170,7 @@ def test_two_builds_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert finding.fix.startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
 
 
-def test_gpu_build_that_falls_back_to_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_gpu_build_that_falls_back_to_the_cpu(planted: Path) -> None:
     """A planted runtime that lists the CUDA provider and then runs on the CPU, as it does."""
     code = """
 __version__ = "99.2"
@@ -190,22 +180,20 @@ class InferenceSession:
     def get_providers(self): return ["CPUExecutionProvider"]
 """
     pytest.importorskip("onnx")
-    plant(tmp_path, "onnxruntime", code)
-    monkeypatch.syspath_prepend(tmp_path)
-    finding = doctor._onnxruntime()
+    plant(planted, "onnxruntime", code)
+    finding = look("onnxruntime")
     assert finding.state == "warn", finding
     assert "asked for CUDA it runs on CPUExecutionProvider" in finding.detail
 
 
 def test_store_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CSWAP_STORE", str(tmp_path / "new" / "store"))
-    finding = doctor._store()
-    assert (finding.state, finding.detail) == ("ok", str(tmp_path / "new" / "store"))
+    assert look("store") == Finding("store", "ok", str(tmp_path / "new" / "store"))
     assert list(tmp_path.iterdir()) == [], "looking leaves nothing behind"
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("CSWAP_STORE", str(blocked / "store"))
-    finding = doctor._store()
+    finding = look("store")
     assert finding.state == "broken"
     assert "is not writable: Not a directory" in finding.detail
     assert finding.fix == "pass --store FOLDER, or set CSWAP_STORE"
@@ -213,25 +201,18 @@ def test_store_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CSWAP_DATA", raising=False)
-    assert doctor._data().state == "ok"
+    assert look("CSWAP_DATA").state == "ok"
     monkeypatch.setenv("CSWAP_DATA", str(tmp_path / "gone"))
-    finding = doctor._data()
+    finding = look("CSWAP_DATA")
     assert (finding.state, finding.detail) == ("missing", f"{tmp_path / 'gone'} is no folder")
     (tmp_path / "cifar10").mkdir()
     monkeypatch.setenv("CSWAP_DATA", str(tmp_path))
-    assert doctor._data().detail == f"{tmp_path}: cifar10"
+    assert look("CSWAP_DATA").detail == f"{tmp_path}: cifar10"
 
 
-def test_an_unforeseen_failure_is_a_finding() -> None:
-    def check() -> Finding:
+def test_an_unforeseen_failure_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> Seen:
         raise ZeroDivisionError("planted")
 
-    assert doctor._safely("thing", check) == Finding(
-        "thing", "broken", "ZeroDivisionError: planted"
-    )
-
-
-def test_findings_are_plain_data(findings: dict[str, Finding]) -> None:
-    from dataclasses import asdict
-
-    assert json.loads(json.dumps([asdict(finding) for finding in findings.values()]))
+    monkeypatch.setitem(CHECKS, "thing", Check(check))
+    assert look("thing") == Finding("thing", "broken", "ZeroDivisionError: planted")

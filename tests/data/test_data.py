@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from cswap_deploy.data import Samples, load_samples, normalised, normalised_batches
-from cswap_deploy.data.labels import imagenet_classes, map_class_label
+from cswap_deploy.config import DataConfig
+from cswap_deploy.data import Samples, calibration_set, load_samples, normalised_batches
+from cswap_deploy.data.labels import Classes, imagenet_classes
 from cswap_deploy.errors import UsageError
-from cswap_deploy.models import demos as zoo
+from cswap_deploy.models import demos
+from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.model import ModelSpec, Preprocessing
 
 RNG = np.random.default_rng(0)
@@ -41,16 +45,18 @@ def spec(
     )
 
 
-def draw(data: Path | str | None, model: ModelSpec, n: int = 4, **given: object) -> Samples:
-    settings = {
-        "data": None if data is None else str(data),
-        "validation_data": None,
-        "model": model,
-        "calibration_samples": n,
-        "validation_samples": n,
-        **given,
-    }
-    return load_samples(**settings)  # type: ignore[arg-type]
+def draw(
+    data: Path | str | None,
+    model: ModelSpec,
+    n: int = 4,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **given: Any,
+) -> Samples:
+    settings = {"calibration_samples": n, "validation_samples": n, **given}
+    config = DataConfig(data=None if data is None else str(data), **settings)
+    return load_samples(config, model=model, seed=seed, progress=progress or Silent())
 
 
 def picture(size: int = 20) -> Image.Image:
@@ -78,10 +84,10 @@ def npz(path: Path, count: int = 40, classes: int = 4, **arrays: np.ndarray) -> 
 def demo() -> ModelSpec:
     return spec(
         classes=10,
-        size=zoo.INPUT_SIZE,
+        size=demos.INPUT_SIZE,
         source="demo",
         space="fashion-mnist",
-        names=zoo.CLASS_NAMES,
+        names=demos.CLASS_NAMES,
     )
 
 
@@ -116,9 +122,11 @@ def test_batches_are_the_whole(tmp_path: Path) -> None:
     got = draw(npz(tmp_path / "a.npz"), model, 10).validation
     parts = list(normalised_batches(got, model.preprocessing, batch=4))
     assert [len(y) for _, y in parts] == [4, 4, 2]
-    whole = normalised(got, model.preprocessing)
-    np.testing.assert_array_equal(np.concatenate([x for x, _ in parts]), whole)
-    assert whole.shape == (10, 3, 16, 16)
+    whole = calibration_set(got, model.preprocessing)
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in parts]), whole.images)
+    np.testing.assert_array_equal(np.concatenate([y for _, y in parts]), whole.labels)
+    assert whole.images.shape == (10, 3, 16, 16)
+    assert whole.images.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- folders and names ---------------------------------------------------------------------------
@@ -155,12 +163,12 @@ def test_class_label_order_is_taken_only_where_the_names_agree() -> None:
     model = spec(classes=1000, space="imagenet-1k")
     names = [names for _, names in imagenet_classes()]
     names[134], names[3] = "crane bird", "tiger shark of the data set"  # spelled in its own way
-    got = map_class_label(names, model=model, class_map=None, where="it")
+    got = Classes(model).map_ordered(names, where="it")
     assert (got.indices["crane bird"], got.indices[names[999]]) == (134, 999)
     assert "agrees with the model's on" in got.words
     with pytest.raises(UsageError, match="2 of 1000 class names in it are no classes of net"):
-        map_class_label(names[::-1], model=model, class_map=None, where="it")
-    got = map_class_label(["bag", "sandal"], model=demo(), class_map=None, where="it")
+        Classes(model).map_ordered(names[::-1], where="it")
+    got = Classes(demo()).map_ordered(["bag", "sandal"], where="it")
     assert got.indices == {"bag": 8, "sandal": 5}
 
 
@@ -256,20 +264,21 @@ def spoil(file: Path, kind: str) -> None:
         file.write_bytes(whole[: len(whole) * 2 // 3])
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated"])
-def test_unreadable_image_is_named_and_replaced(tmp_path: Path, kind: str) -> None:
-    root = tmp_path
-    for label in "01":
-        (root / label).mkdir()
-        for i in range(60):
-            picture(64).save(root / label / f"{i}.jpg")
-    spoil(root / "1" / "7.jpg", kind)
+def test_unreadable_image_is_named_and_replaced(tmp_path: Path) -> None:
+    root = folder(tmp_path, ["0", "1"], each=60)
+    bad = root / "1" / "7.jpg"
+    (root / "1" / "7.png").rename(bad)
+    picture(64).save(bad)
+    whole = bad.read_bytes()
+    for kind in ("text", "empty", "truncated"):
+        bad.write_bytes(whole)
+        spoil(bad, kind)
+        got = draw(root, spec(), 60)
+        named = got.calibration.spec.unreadable + got.validation.spec.unreadable
+        assert len(named) == 1
+        assert named[0].startswith("1/7.jpg: ")
+        assert got.calibration.spec.count + got.validation.spec.count == 119
     got = draw(root, spec(), 59)  # 118 of 120: the bad one is met, or is among the two left
-    got_all = draw(root, spec(), 60)
-    named = got_all.calibration.spec.unreadable + got_all.validation.spec.unreadable
-    assert len(named) == 1
-    assert named[0].startswith("1/7.jpg: ")
-    assert got_all.calibration.spec.count + got_all.validation.spec.count == 119
     assert got.calibration.spec.count == got.validation.spec.count == 59
 
 
@@ -404,11 +413,33 @@ def test_calibration_needs_two_classes(tmp_path: Path) -> None:
         draw(tmp_path / "c.npz", spec(), validation_data=str(tmp_path / "b.npz"))
 
 
+class Told(Silent):
+    """Remembers every phase: what, total, steps done."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int, int]] = []
+        self.now = ("", 0, 0)
+
+    def begin(self, what: str, total: int) -> None:
+        self.now = (what, total, 0)
+
+    def advance(self, steps: int) -> None:
+        what, total, done = self.now
+        self.now = (what, total, done + steps)
+
+    def end(self) -> None:
+        self.phases.append(self.now)
+
+
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
-    seen: list[tuple[int, int, str]] = []
-    draw(npz(tmp_path / "a.npz"), spec(), 8, progress=lambda *a: seen.append(a))
-    assert (8, 8, "calibration images") in seen
-    assert (8, 8, "validation images") in seen
+    root = folder(tmp_path, ["0", "1"], each=60)
+    spoil(root / "1" / "7.png", "text")  # replaced, so the total holds
+    told = Told()
+    draw(root, spec(), 50, progress=told)
+    assert told.phases == [
+        ("decoding calibration images", 50, 50),
+        ("decoding validation images", 50, 50),
+    ]
 
 
 # --- real photos ---------------------------------------------------------------------------------
@@ -419,7 +450,7 @@ def test_real_photos_are_labelled_by_their_class_index() -> None:
     root = Path(os.environ.get("CSWAP_DATA", "data")) / "imagenet-sample"
     if not root.is_dir():
         pytest.skip(f"{root} is absent (CSWAP_DATA)")
-    got = draw(root, spec(classes=1000, size=(3, 64, 64), space="imagenet-1k"), 60)
+    got = draw(root, spec(classes=1000, size=(3, 64, 64), space="imagenet-1k"), 12)
     assert len(got.calibration.spec.class_indices) == 600
     for synset, index in got.calibration.spec.class_indices.items():
         assert (root / synset / f"{index:04d}.jpg").is_file()  # the stem is the class index

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cswap_deploy.data.sampling import balanced_shares, split_counts, split_shares
+from cswap_deploy.data.sampling import balanced_order, balanced_shares, split_counts, split_shares
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).map(
     lambda v: np.array(v, dtype=np.int64)
@@ -21,6 +21,7 @@ def test_shares_by_hand() -> None:
     assert balanced_shares(available, 0, [0, 1, 2]).tolist() == [0, 0, 0]
 
 
+@settings(max_examples=50)
 @given(COUNTS, st.integers(0, 200))
 def test_shares_are_as_even_as_they_can_be(available: np.ndarray, count: int) -> None:
     shares = balanced_shares(available, count, list(range(len(available))))
@@ -31,6 +32,7 @@ def test_shares_are_as_even_as_they_can_be(available: np.ndarray, count: int) ->
         assert shares.max() - open_classes.min() <= 1
 
 
+@settings(max_examples=50)
 @given(COUNTS, st.integers(1, 100), st.integers(1, 100))
 def test_split_is_disjoint_and_validation_sees_every_class(
     available: np.ndarray, calibration: int, validation: int
@@ -50,3 +52,12 @@ def test_split_counts() -> None:
     assert split_counts(2000, calibration=512, validation=2000) == (512, 1488)
     assert split_counts(600, calibration=512, validation=2000) == (300, 300)
     assert split_counts(1000, calibration=900, validation=200) == (800, 200)
+
+
+def test_every_prefix_of_the_order_is_balanced() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [10, 10, 10]))
+    order = balanced_order(labels)
+    assert sorted(order.tolist()) == list(range(30))
+    for n in range(3, 31):
+        counts = np.bincount(labels[order[:n]], minlength=3)
+        assert counts.max() - counts.min() <= 1

@@ -197,12 +197,12 @@ def test_the_farm_is_built_from_a_file_that_is_there(farm: dict[str, Any]) -> No
 def test_the_farm_builds_with_arguments_that_the_command_takes(farm: dict[str, Any]) -> None:
     from typer.main import get_command
 
-    from cswap_deploy.cli import app
+    from cswap_deploy.cli.commands import command_line
 
     name, *arguments = farm["services"]["build"]["command"]
-    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = get_command(command_line()).commands[name]  # type: ignore[attr-defined]
     read = command.make_context(name, arguments).params
-    assert (read["model"], read["ratio"]) == ("demo-resnet", 0.4)
+    assert (read["model"], read["ratio"]) == ("demo-resnet", "0.4")
     assert str(read["output"]).startswith("/bundles/")
     port = read["workers"].removeprefix("ray://head:")
     assert f"--ray-client-server-port={port}" in farm["services"]["head"]["command"]

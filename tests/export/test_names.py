@@ -1,50 +1,32 @@
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from torch import nn
+from timm_graphs import Exported
 
-from cswap_deploy.export.names import is_meant, module_of, name_nodes, node_names
-from cswap_deploy.export.onnx import export_onnx
-from cswap_deploy.export.simplify import simplify_onnx
-from cswap_deploy.models.torchvision_shim import import_timm
-
-pytest.importorskip("onnxsim")
+from cswap_deploy.export.names import is_meant, module_of, name_nodes
 
 
-def exported(network: nn.Module, size: tuple[int, int, int], folder: Path) -> list[str]:
-    graph = export_onnx(network, input_size=size, path=folder / "exported.onnx")
-    simple = simplify_onnx(graph, path=folder / "simple.onnx")
-    return list(node_names(simple.path))
-
-
-def test_a_folded_norm_leaves_the_convolutions_name(tmp_path: Path) -> None:
-    network = nn.Sequential()
-    network.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    network.pool = nn.AdaptiveAvgPool2d(1)
-    network.flat = nn.Flatten()
-    network.head = nn.Linear(4, 2)
-    names = exported(network, (3, 8, 8), tmp_path)
-    assert "stem.0/Conv" in names
-    assert "stem.2/Relu" in names
-    assert "head/Gemm" in names
+def test_a_folded_norm_leaves_the_convolutions_name(exported: Callable[[str], Exported]) -> None:
+    names = exported("test_efficientnet").names()
+    assert "conv_stem/Conv" in names
+    assert "blocks.0.0.conv/Conv" in names
+    assert "classifier/Gemm" in names
     assert len(set(names)) == len(names)
 
 
-def test_a_vits_nodes_carry_their_modules(tmp_path: Path) -> None:
+def test_a_vits_nodes_carry_their_modules(exported: Callable[[str], Exported]) -> None:
     """Of onnxsim's fused nodes too, which it names anew."""
-    vit = import_timm().create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, pretrained=False
-    )
-    names = exported(vit, (3, 32, 32), tmp_path)
+    vit = exported("vit_tiny_patch16_224")
+    names = vit.names()
     for wanted in (
         "patch_embed.proj/Conv", "blocks.0.norm1/LayerNormalization", "blocks.1.attn/Softmax",
         "blocks.1.attn.qkv/MatMul", "blocks.1.mlp.fc2/MatMul", "blocks.0/Add", "head/Gemm",
     ):  # fmt: skip
         assert wanted in names
-    modules = {name for name, _ in vit.named_modules()}
+    modules = {name for name, _ in vit.module.named_modules()}
     assert {module_of(name) for name in names} <= modules
 
 

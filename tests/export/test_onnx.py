@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from timm_graphs import Exported, randomise_norms
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, ExportError
 from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx, export_onnx
 from cswap_deploy.measure.parity import Run, parity
-from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.value import sha256_file
 
@@ -64,21 +65,14 @@ def onnx_run(path: Path) -> Run:
     return lambda images: session.run(None, {"input": images})[0]
 
 
-def randomise_norms(module: nn.Module) -> None:
-    """Fresh BatchNorms are the identity, and folding them wrongly would not show."""
-    generator = torch.Generator().manual_seed(1)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            for tensor in (layer.weight.data, layer.running_var):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            for tensor in (layer.bias.data, layer.running_mean):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-
-
-def test_tiny_cnn_has_the_promised_interface_and_the_same_outputs(tmp_path: Path) -> None:
+def test_tiny_cnn_has_the_promised_interface_and_the_same_outputs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     module = TinyCnn()
     randomise_norms(module)
     artifact = export_onnx(module, input_size=(3, 16, 16), path=tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == logging.NOTSET
     assert artifact.opset == 18
     assert artifact.precision == "fp32"
     assert artifact.inputs == (
@@ -91,63 +85,32 @@ def test_tiny_cnn_has_the_promised_interface_and_the_same_outputs(tmp_path: Path
     assert list(tmp_path.iterdir()) == [artifact.path], "weights stay inside the file"
     images = np.random.default_rng(0).normal(size=(9, 3, 16, 16)).astype(np.float32)
     result = parity(
-        torch_run(module),
-        onnx_run(artifact.path),
-        images,
-        reference_name="torch",
-        candidate_name="onnx",
-        tolerance=1e-5,
-    )
+        torch_run(module), onnx_run(artifact.path), images, reference_name="torch",
+        candidate_name="onnx", tolerance=1e-5,
+    )  # fmt: skip
     assert result.ok, result
-
-
-def test_same_network_gives_the_same_bytes_and_no_paths(tmp_path: Path) -> None:
-    module = TinyCnn()
-    first = export_onnx(module, input_size=(3, 8, 8), path=tmp_path / "a.onnx")
-    second = export_onnx(module, input_size=(3, 8, 8), path=tmp_path / "b.onnx")
-    assert first.sha256 == second.sha256
-    assert b"site-packages" not in first.path.read_bytes()
-    assert b"stack_trace" not in first.path.read_bytes()
-
-
-def test_export_prints_nothing_and_restores_logging(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    export_onnx(TinyCnn(), input_size=(3, 8, 8), path=tmp_path / "a.onnx")
-    with pytest.raises(ExportError):
-        export_onnx(Branches(), input_size=(3, 2, 2), path=tmp_path / "b.onnx")
-    assert capfd.readouterr() == ("", "")
-    assert logging.root.manager.disable == logging.NOTSET
+    again = export_onnx(module, input_size=(3, 16, 16), path=tmp_path / "again.onnx")
+    assert again.sha256 == artifact.sha256
+    assert b"site-packages" not in artifact.path.read_bytes()
+    assert b"stack_trace" not in artifact.path.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("test_efficientnet", {}), ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2})],
+    ("name", "opset"), [("test_efficientnet", 18), ("vit_tiny_patch16_224", 22)]
 )
 def test_timm_networks_keep_their_outputs_and_fold_their_norms(
-    tmp_path: Path, name: str, arguments: dict[str, int]
+    exported: Callable[[str], Exported], name: str, opset: int
 ) -> None:
-    module = import_timm().create_model(name, num_classes=10, **arguments).eval()
-    randomise_norms(module)
-    artifact = export_onnx(module, input_size=(3, 32, 32), path=tmp_path / "model.onnx")
+    module, artifact = exported(name).module, exported(name).graph
+    assert artifact.opset == opset
     graph = onnx.load(artifact.path).graph
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
     images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
     result = parity(
-        torch_run(module),
-        onnx_run(artifact.path),
-        images,
-        reference_name="torch",
-        candidate_name="onnx",
-        tolerance=1e-4,
-        batches=(1, 3),
-    )
+        torch_run(module), onnx_run(artifact.path), images, reference_name="torch",
+        candidate_name="onnx", tolerance=1e-4, batches=(1, 3),
+    )  # fmt: skip
     assert result.ok, result
-
-
-def test_higher_opset_is_read_back(tmp_path: Path) -> None:
-    artifact = export_onnx(TinyCnn(), input_size=(3, 8, 8), path=tmp_path / "a.onnx", opset=20)
-    assert artifact.opset == 20
 
 
 def test_opset_that_is_not_honoured_is_an_error(tmp_path: Path) -> None:
@@ -158,7 +121,7 @@ def test_opset_that_is_not_honoured_is_an_error(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_errors_carry_torchs_words(tmp_path: Path) -> None:
+def test_errors_carry_torchs_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ExportError) as caught:
         export_onnx(NoOnnxOperator(), input_size=(3, 2, 2), path=tmp_path / "a.onnx")
     text = str(caught.value)
@@ -172,6 +135,8 @@ def test_errors_carry_torchs_words(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="Could not guard on data-dependent expression"):
         export_onnx(Branches(), input_size=(3, 2, 2), path=tmp_path / "b.onnx")
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_fixed_batch_and_second_output_are_refused(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_the_documented_file_is_read_and_met(tmp_path: Path) -> None:
     budgets = read_budgets(written(tmp_path, EXAMPLE))
     assert budgets.latency["onnxruntime"].p50_ms == 5.0
-    verdicts = check_budgets(made_up_manifest(), budgets)
-    assert [verdict.name for verdict in verdicts] == [
+    results = check_budgets(made_up_manifest(), budgets)
+    assert [result.name for result in results] == [
         "accuracy_drop_max",
         "top1_min",
         "parity_max",
@@ -63,8 +63,8 @@ def test_the_documented_file_is_read_and_met(tmp_path: Path) -> None:
         "latency.onnxruntime.speedup_min",
         "engine.tensorrt-rtx.size_max_mib",
     ]
-    assert all(verdict.ok for verdict in verdicts)
-    require(verdicts)
+    assert all(result.ok for result in results)
+    require(results)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
         read_budgets(written(tmp_path, "size_max_mib ="))
 
 
-# --- judging -------------------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------
 
 
 def only(budgets: Budgets, manifest: Manifest | None = None) -> tuple[bool, str]:
-    (verdict,) = check_budgets(manifest or made_up_manifest(), budgets)
-    return verdict.ok, verdict.text
+    (result,) = check_budgets(manifest or made_up_manifest(), budgets)
+    return result.ok, result.text
 
 
 def test_a_limit_holds_up_to_its_value() -> None:

@@ -5,19 +5,15 @@ A kernel may be twice as far from float64 as torch is in the same dtype, and one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cswap_deploy.causal.fanout import (
-    Activation,
-    Epilogue,
-    Window,
-    lay_out,
-    masked_fanout_reference,
-)
+from cswap_deploy.causal.fanout import Activation, Epilogue, Fanout, masked_fanout_reference
 from cswap_deploy.causal.fanout_library import Library, Problem
+from cswap_deploy.network.unfolding import Window
 
 Layout = str
 LAYOUTS = ("nchw", "channels_last", "tokens")
@@ -32,75 +28,44 @@ ACTIVATIONS = (
     Activation("hardswish"),
 )
 WINDOWS = (
-    ((1, 1), Window()),
-    ((1, 1), Window(stride=(2, 2))),
-    ((1, 1), Window(padding=(1, 2))),
-    ((3, 3), Window()),
-    ((3, 3), Window(padding=(1, 1))),
-    ((3, 3), Window(stride=(2, 2), padding=(1, 1))),
-    ((3, 3), Window(padding=(2, 2), dilation=(2, 2))),
-    ((5, 5), Window(padding=(2, 2))),
-    ((5, 3), Window(stride=(1, 2), padding=(2, 0), dilation=(1, 2))),
+    Window(),
+    Window(stride=(2, 2)),
+    Window(padding=(1, 2)),
+    Window((3, 3)),
+    Window((3, 3), padding=(1, 1)),
+    Window((3, 3), stride=(2, 2), padding=(1, 1)),
+    Window((3, 3), padding=(2, 2), dilation=(2, 2)),
+    Window((5, 5), padding=(2, 2)),
+    Window((5, 3), stride=(1, 2), padding=(2, 0), dilation=(1, 2)),
 )
 FLANK = 64
 """Elements in front of and behind a tensor that must be neither read nor written."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    z: Tensor
-    r: Tensor
-    weight: Tensor
-    constant: Tensor | None = None
-    window: Window = field(default_factory=Window)
-    epilogue: Epilogue = field(default_factory=Epilogue)
+def changed(case: Fanout, change: Callable[[Tensor], Tensor]) -> Fanout:
+    """The same with every tensor changed."""
 
-    def reference(self, dtype: torch.dtype | None = None) -> Tensor:
-        def cast(t: Tensor | None) -> Tensor | None:
-            return t if t is None or dtype is None else t.to(dtype)
+    def one(t: Tensor | None) -> Tensor | None:
+        return None if t is None else change(t)
 
-        e = self.epilogue
-        return masked_fanout_reference(
-            cast(self.z), cast(self.r), cast(self.weight), constant=cast(self.constant),
-            window=self.window,
-            epilogue=Epilogue(cast(e.scale), cast(e.shift), cast(e.other), e.activation),
-        )  # fmt: skip
+    e = case.epilogue
+    return Fanout(
+        change(case.z), change(case.r), change(case.weight), one(case.constant), case.window,
+        Epilogue(one(e.scale), one(e.shift), one(e.other), e.activation),
+    )  # fmt: skip
 
-    def magnitude(self) -> Tensor:
-        """Float64: what the terms of each output add up to without their signs."""
 
-        def size(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.double().abs()
-
-        e = self.epilogue
-        return masked_fanout_reference(
-            self.z.double().abs(), -self.r.double().abs(), self.weight.double().abs(),
-            constant=size(self.constant), window=self.window,
-            epilogue=Epilogue(size(e.scale), size(e.shift), size(e.other)),
-        )  # fmt: skip
-
-    def problem(self) -> Problem:
-        return lay_out(
-            self.z, self.r, self.weight, constant=self.constant, window=self.window,
-            epilogue=self.epilogue,
-        )  # fmt: skip
-
-    def to(self, device: str) -> Case:
-        e = self.epilogue
-        z, r, weight, constant, scale, shift, other = (
-            t if t is None else t.to(device)
-            for t in (self.z, self.r, self.weight, self.constant, e.scale, e.shift, e.other)
-        )
-        return Case(
-            z, r, weight, constant, self.window, Epilogue(scale, shift, other, e.activation)
-        )
+def magnitude(case: Fanout) -> Tensor:
+    """Float64: what the terms of each output add up to without their signs."""
+    case = changed(case, lambda t: t.double().abs())
+    epilogue = replace(case.epilogue, activation=Activation())
+    return masked_fanout_reference(replace(case, r=-case.r, epilogue=epilogue))
 
 
 def make_case(
     layout: Layout,
     dtype: torch.dtype,
     *,
-    kernel: tuple[int, int] = (1, 1),
     window: Window | None = None,
     variants: int = 3,
     images: int = 2,
@@ -114,7 +79,7 @@ def make_case(
     shared_input: bool = False,
     flank: int = FLANK,
     seed: int = 0,
-) -> Case:
+) -> Fanout:
     """Random tensors, each inside a buffer of NaNs: what is read beyond them shows in the result.
 
     With ``shared_input`` r is a view into the consumer's input, (N, V * B, ...), as in the package.
@@ -129,10 +94,8 @@ def make_case(
         z_shape, positions = (images, size[0], channels), (size[0],)
         weight = draw(variants, channels, inputs)
     else:
-        settings = zip(size, kernel, window.stride, window.padding, window.dilation, strict=True)
-        out_size = ((h + 2 * p - d * (k - 1) - 1) // s + 1 for h, k, s, p, d in settings)
-        z_shape, positions = (images, channels, *out_size), size
-        weight = draw(variants, channels, inputs, *kernel)
+        z_shape, positions = (images, channels, *window.output_size(size)), size
+        weight = draw(variants, channels, inputs, *window.kernel)
     if shared_input and layout == "nchw":
         r = draw(images, variants * inputs, *positions).unflatten(1, (variants, inputs))
         r = r.movedim(1, 0)
@@ -150,7 +113,7 @@ def make_case(
             return draw(*z_shape)
         return draw(z_shape[0], *z_shape[2:], z_shape[1]).movedim(-1, 1)
 
-    return Case(
+    return Fanout(
         like_z(), r, weight,
         draw(variants, channels, dtype=torch.float32) if constant else None,
         window,
@@ -183,12 +146,13 @@ def run(library: Library, problem: Problem, *, flank: int = FLANK, **settings: i
     return out
 
 
-def check(got: Tensor, case: Case) -> None:
+def check(got: Tensor, case: Fanout) -> None:
     """At most twice the reference's own error, and one rounding: of the value and of its sum.
 
     The second is float32's and counts where terms cancel or the activation cuts off most values.
     """
-    exact, reference = case.reference(torch.float64), case.reference()
+    exact = masked_fanout_reference(changed(case, lambda t: t.double()))
+    reference = masked_fanout_reference(case)
     assert got.shape == reference.shape
     assert got.dtype == reference.dtype
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -199,5 +163,5 @@ def check(got: Tensor, case: Case) -> None:
     error = (got.double() - exact).abs()
     own = (reference.double() - exact).abs().max()
     allowed = 2 * own + torch.finfo(got.dtype).eps * exact.abs()
-    allowed = allowed + torch.finfo(torch.float32).eps * case.magnitude()
+    allowed = allowed + torch.finfo(torch.float32).eps * magnitude(case)
     assert (error <= allowed).all(), f"{error.max():.3g} against the reference's own {own:.3g}"

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fanout_cases import LAYOUTS, Layout, check, make_case
+from fanout_cases import LAYOUTS, Layout, make_case
 
-from cswap_deploy.causal import fanout, fanout_library
+from cswap_deploy.causal import fanout_library
 from cswap_deploy.causal.fanout import (
     Activation,
     Epilogue,
-    Window,
+    Fanout,
     fanout_backend,
     lay_out,
     masked_fanout,
     masked_fanout_reference,
 )
-from cswap_deploy.causal.fanout_library import DTYPES, SOURCES, Library
+from cswap_deploy.causal.fanout_library import SOURCES
+from cswap_deploy.network.unfolding import Window
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,10 @@ from cswap_deploy.causal.fanout_library import DTYPES, SOURCES, Library
         ({"r": torch.zeros(3, 2, 1, 4, 4).half()}, r"^r: torch.float16 does not go with z's"),
         ({"r": torch.zeros(3, 2, 1, 4, 4, device="meta")}, r"^r: is on meta, z on cpu"),
         ({"weight": torch.zeros(3, 5)}, r"^weight: \(3, 5\) is neither"),
+        (
+            {"weight": torch.zeros(3, 5, 1, 3, 3)},
+            r"^window: kernel \(1, 1\) is not",
+        ),
         ({"weight": torch.zeros(3, 6, 1, 1, 1)}, r"^z: .* is not \(N, 6, Ho, Wo\)"),
         ({"z": torch.zeros(2, 5, 4, 4, dtype=torch.int32)}, r"^z: torch.int32 is not a floating"),
         ({"constant": torch.zeros(5)}, r"^constant: \(5,\) is not \(3, 5\)"),
@@ -50,14 +55,13 @@ def test_an_error_names_the_argument(change: dict[str, object], words: str) -> N
         "weight": torch.zeros(3, 5, 1, 1, 1),
         **change,
     }
-    for function in (masked_fanout, masked_fanout_reference, lay_out):
-        with pytest.raises(ValueError, match=words):
-            function(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=words):
+        Fanout(**arguments)  # type: ignore[arg-type]
 
 
 def test_linear_layers_have_no_window() -> None:
     with pytest.raises(ValueError, match="window: a linear layer"):
-        masked_fanout(
+        Fanout(
             torch.zeros(2, 5), torch.zeros(3, 2, 1), torch.zeros(3, 5, 1),
             window=Window(stride=(2, 2)),
         )  # fmt: skip
@@ -76,15 +80,15 @@ def test_settings_that_no_layer_has() -> None:
 def test_on_the_cpu_the_reference_runs(layout: Layout) -> None:
     case = make_case(layout, torch.float32)
     assert fanout_backend("cpu") == "reference"
-    got = masked_fanout(case.z, case.r, case.weight, epilogue=case.epilogue)
-    torch.testing.assert_close(got, case.reference(), rtol=0, atol=0)
+    got = masked_fanout(case)
+    torch.testing.assert_close(got, masked_fanout_reference(case), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("variants", "images"), [(0, 2), (3, 0)])
 def test_nothing_in_nothing_out(variants: int, images: int) -> None:
     case = make_case("nchw", torch.float32, variants=variants, images=images)
-    assert case.reference().shape == (0, 5, 9, 7)
-    assert case.problem().out.shape == (0, 5, 9, 7)
+    assert masked_fanout_reference(case).shape == (0, 5, 9, 7)
+    assert lay_out(case).out.shape == (0, 5, 9, 7)
 
 
 @pytest.fixture
@@ -135,93 +139,6 @@ def test_without_sources_nothing_is_built(tmp_path: Path) -> None:
         fanout_library.build_library((8, 6), cache_dir=tmp_path, sources=tmp_path)
 
 
-def test_a_fallback_is_logged_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv(fanout_library.SWITCH, "off")
-    fanout_library._for_device.cache_clear()
-    try:
-        assert fanout_backend("cuda:0") == "reference"
-        assert fanout_backend("cuda:0", torch.float16) == "reference"
-    finally:
-        fanout_library._for_device.cache_clear()
-    assert [r.getMessage() for r in caplog.records] == [
-        "masked_fanout runs on torch, not on its CUDA kernel: CSWAP_KERNELS=off"
-    ]
-
-
-def test_every_reason_for_a_fallback_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    monkeypatch.setattr(fanout_library, "import_module", _raise(ImportError("no")))
-    monkeypatch.setattr(fanout_library, "find_nvcc", lambda: None)
-    monkeypatch.setattr(fanout_library.platformdirs, "user_cache_path", lambda _: tmp_path)
-    found = fanout_library._find(0)
-    assert found == (
-        "cswap_kernels is not installed (pip install ./kernels); "
-        "nvcc was found neither in CUDA_HOME, on PATH nor in /usr/local/cuda"
-    )
-
-
-def _raise(error: Exception) -> Callable[[str], object]:
-    def function(_: str) -> object:
-        raise error
-
-    return function
-
-
-@pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch, host: Library) -> None:
-    """CPU tensors take the way of CUDA tensors, to the host build."""
-    monkeypatch.setattr(fanout, "fanout_backend", lambda *_: "cuda")
-    monkeypatch.setattr(fanout_library, "cuda_library", lambda _: host)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-
-
-@pytest.mark.usefixtures("pretend")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_library_is_called_with_everything(layout: Layout) -> None:
-    case = make_case(layout, torch.float32, constant=True)
-    got = masked_fanout(
-        case.z, case.r, case.weight, constant=case.constant, window=case.window,
-        epilogue=case.epilogue,
-    )  # fmt: skip
-    check(got, case)
-
-
-@pytest.mark.usefixtures("pretend")
-@pytest.mark.parametrize(("variants", "images"), [(0, 2), (3, 0)])
-def test_the_library_is_not_called_for_nothing(variants: int, images: int) -> None:
-    case = make_case("tokens", torch.float32, variants=variants, images=images)
-    assert masked_fanout(case.z, case.r, case.weight).shape == (0, 9, 5)
-
-
-@pytest.mark.usefixtures("pretend")
-def test_gradients_come_from_the_reference() -> None:
-    case = make_case("nchw", torch.float32)
-    r = case.r.clone().requires_grad_()
-    masked_fanout(case.z, r, case.weight).sum().backward()
-    assert r.grad is not None
-    with torch.no_grad():
-        assert not masked_fanout(case.z, r, case.weight).requires_grad
-
-
-@pytest.mark.usefixtures("pretend")
-def test_a_launch_that_fails_says_with_which_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DTYPES, torch.float32, 9)
-    case = make_case("nchw", torch.float32)
-    words = r"masked_fanout did not start: error 1 \(z \(2, 5, 9, 7\), r \(3, 2, 1, 9, 7\)"
-    with pytest.raises(RuntimeError, match=words):
-        masked_fanout(case.z, case.r, case.weight)
-
-
-def test_float64_is_the_references() -> None:
-    assert fanout_backend("cuda:0", torch.float64) == "reference"
-
-
 def _setup() -> object:
     import importlib.util
 
@@ -246,18 +163,26 @@ def test_the_package_is_built_for_what_nvcc_knows() -> None:
 
 @pytest.mark.slow
 def test_nvcc_compiles_for_the_oldest_and_the_newest_architecture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
-    """The source tells none from another, so those between see the same code."""
+    """The source tells none from another, so those between see the same code.
+
+    Compiled once for each state of the sources, the set-up and the compiler: it takes minutes.
+    """
     nvcc = fanout_library.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    for file in SOURCES.glob("*.[hc]*"):
+    state = hashlib.sha256(subprocess.check_output([nvcc, "--version"]))
+    state.update((SOURCES.parent / "setup.py").read_bytes())
+    for file in sorted(SOURCES.glob("*.[hc]*")):
         assert not re.search(r"__CUDA_ARCH__\s*[<>=]", file.read_text()), file
-    made = tmp_path / "both.so"
-    setup = _setup()
-    ends = (setup.ARCHITECTURES[0], setup.ARCHITECTURES[-1])  # type: ignore[attr-defined]
-    monkeypatch.setattr(setup, "ARCHITECTURES", ends)
-    setup.compile_library(nvcc, made)  # type: ignore[attr-defined]
+        state.update(file.read_bytes())
+    made = pytestconfig.cache.mkdir("kernels") / f"{state.hexdigest()}.so"  # type: ignore[union-attr]
+    if not made.exists():
+        setup = _setup()
+        ends = (setup.ARCHITECTURES[0], setup.ARCHITECTURES[-1])  # type: ignore[attr-defined]
+        monkeypatch.setattr(setup, "ARCHITECTURES", ends)
+        setup.compile_library(nvcc, tmp_path / "both.so")  # type: ignore[attr-defined]
+        shutil.move(tmp_path / "both.so", made)
     handle = ctypes.CDLL(str(made))  # every symbol resolves
     assert handle.masked_fanout_abi() == 1 << 16 | ctypes.sizeof(fanout_library.Params)

@@ -18,7 +18,6 @@ from fanout_cases import (
     FLANK,
     LAYOUTS,
     WINDOWS,
-    Case,
     Layout,
     check,
     inside_nans,
@@ -31,11 +30,13 @@ from cswap_deploy.causal import fanout_library
 from cswap_deploy.causal.fanout import (
     Activation,
     Epilogue,
-    Window,
+    Fanout,
+    lay_out,
     masked_fanout,
     masked_fanout_reference,
 )
 from cswap_deploy.causal.fanout_library import DTYPES, Library, Problem
+from cswap_deploy.network.unfolding import Window
 
 # ---- The formula ------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ def test_worked_by_hand() -> None:
         scale=torch.tensor([2.0, 1.0]), shift=torch.tensor([1.0, -5.0]), other=torch.ones(1, 2, 2),
         activation=Activation("relu"),
     )  # fmt: skip
-    out = masked_fanout(z, r, weight, epilogue=epilogue)
+    out = masked_fanout(Fanout(z, r, weight, epilogue=epilogue))
     # Neuron 0, token 0, feature 0: 2 * (10 - 1 * 1) + 1 + 1. Neuron 1, token 1: far below zero.
     assert out.tolist() == [
         [[20.0, 14.0], [58.0, 32.0]],
@@ -82,14 +83,15 @@ def test_the_reference_is_a_convolution_without_the_unit(
     with torch.no_grad():
         stream = torch.randn_like(conv(a))
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
         got = masked_fanout_reference(
-            conv(a),
-            torch.stack([a[:, unit] for unit in units]),
-            torch.stack([conv.weight[:, unit] for unit in units]),
-            window=Window((stride, stride), (padding, padding)),
-            epilogue=Epilogue(
-                scale, norm.bias - norm.running_mean * scale, stream, Activation("relu")
-            ),
+            Fanout(
+                conv(a),
+                torch.stack([a[:, unit] for unit in units]),
+                torch.stack([conv.weight[:, unit] for unit in units]),
+                window=Window((kernel, kernel), (stride, stride), (padding, padding)),
+                epilogue=Epilogue(scale, shift, stream, Activation("relu")),
+            )
         )
         wanted = torch.cat([F.relu(norm(_zeroed(conv, unit)(a)) + stream) for unit in units])
     torch.testing.assert_close(got, wanted)
@@ -101,10 +103,12 @@ def test_the_reference_is_a_linear_layer_without_the_unit() -> None:
     layer, a = nn.Linear(6, 8), torch.randn(3, 5, 6)
     with torch.no_grad():
         got = masked_fanout_reference(
-            layer(a),
-            torch.stack([a[..., [u]] for u in range(4)]),
-            torch.stack([layer.weight[:, [u]] for u in range(4)]),
-            epilogue=Epilogue(activation=Activation("gelu")),
+            Fanout(
+                layer(a),
+                torch.stack([a[..., [u]] for u in range(4)]),
+                torch.stack([layer.weight[:, [u]] for u in range(4)]),
+                epilogue=Epilogue(activation=Activation("gelu")),
+            )
         )
         wanted = torch.cat([F.gelu(_zeroed(layer, [u])(a)) for u in range(4)])
     torch.testing.assert_close(got, wanted)
@@ -116,11 +120,9 @@ def test_a_constant_takes_the_units_place() -> None:
     replaced = a.clone()
     replaced[:, 2] = 0.7
     with torch.no_grad():
-        got = masked_fanout_reference(
-            layer(a), a[None, :, [2]], layer.weight[None, :, [2]],
-            constant=0.7 * layer.weight[None, :, 2],
-        )  # fmt: skip
-        torch.testing.assert_close(got, layer(replaced))
+        weight = layer.weight[None, :, [2]]
+        case = Fanout(layer(a), a[None, :, [2]], weight, constant=0.7 * weight[..., 0])
+        torch.testing.assert_close(masked_fanout_reference(case), layer(replaced))
 
 
 # ---- The kernel's source on the CPU -----------------------------------------------------------
@@ -135,18 +137,16 @@ def vector(host: Library, problem: Problem) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize(("kernel", "window"), WINDOWS)
-def test_convolutions(
-    host: Library, layout: Layout, dtype: torch.dtype, kernel: tuple[int, int], window: Window
-) -> None:
+@pytest.mark.parametrize("window", WINDOWS)
+def test_convolutions(host: Library, layout: Layout, dtype: torch.dtype, window: Window) -> None:
     shapes = itertools.product((1, 8), ((5, (9, 7)), (16, (8, 8)), (9, (11, 11))), (False, True))
     for seed, (inputs, (channels, size), shared) in enumerate(shapes):
         case = make_case(
-            layout, dtype, kernel=kernel, window=window, inputs=inputs, channels=channels,
+            layout, dtype, window=window, inputs=inputs, channels=channels,
             size=size, shared_input=shared, seed=seed,
             activation=ACTIVATIONS[seed % len(ACTIVATIONS)],
         )  # fmt: skip
-        check(run(host, case.problem()), case)
+        check(run(host, lay_out(case)), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,18 +158,18 @@ def test_tokens(host: Library, dtype: torch.dtype, inputs: int) -> None:
             "tokens", dtype, inputs=inputs, channels=channels, size=(tokens, 1),
             shared_input=shared, seed=seed, activation=ACTIVATIONS[seed % len(ACTIVATIONS)],
         )  # fmt: skip
-        check(run(host, case.problem()), case)
+        check(run(host, lay_out(case)), case)
 
 
 def test_linear_layers_of_two_and_four_dimensions(host: Library) -> None:
     rng = torch.Generator().manual_seed(0)
     for middle in ((), (3, 5)):
-        case = Case(
+        case = Fanout(
             torch.randn((4, *middle, 8), generator=rng),
             torch.randn((2, 4, *middle, 3), generator=rng),
             torch.randn((2, 8, 3), generator=rng),
         )
-        check(run(host, case.problem()), case)
+        check(run(host, lay_out(case)), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +183,7 @@ def test_activations(
             layout, dtype, channels=8, affine=affine, other=other, constant=constant,
             activation=activation,
         )  # fmt: skip
-        check(run(host, case.problem()), case)
+        check(run(host, lay_out(case)), case)
 
 
 @pytest.mark.parametrize("scale", [False, True])
@@ -192,7 +192,7 @@ def test_scale_and_shift_come_alone_too(host: Library, scale: bool) -> None:
     e = whole.epilogue
     one = replace(e, shift=None) if scale else replace(e, scale=None)
     case = replace(whole, epilogue=one)
-    check(run(host, case.problem()), case)
+    check(run(host, lay_out(case)), case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -200,8 +200,8 @@ def test_scale_and_shift_come_alone_too(host: Library, scale: bool) -> None:
 def test_any_number_of_variants_per_thread(
     host: Library, layout: Layout, variants_per_tile: int
 ) -> None:
-    case = make_case(layout, torch.float32, variants=5, channels=8, kernel=(1, 1))
-    check(run(host, case.problem(), variants_per_tile=variants_per_tile), case)
+    case = make_case(layout, torch.float32, variants=5, channels=8)
+    check(run(host, lay_out(case), variants_per_tile=variants_per_tile), case)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_vectors_are_as_long_as_shape_and_address_allow(
     expected: int,
 ) -> None:
     case = make_case(layout, dtype, channels=channels, size=size, flank=flank)
-    problem = case.problem()
+    problem = lay_out(case)
     assert vector(host, problem) == expected
     for own in (FLANK, flank, FLANK - 1):  # the result's own address counts as well
         check(run(host, problem, flank=own), case)
@@ -242,7 +242,7 @@ def test_one_odd_address_is_enough_for_shorter_vectors(
     host: Library, layout: Layout, name: str
 ) -> None:
     case = make_case(layout, torch.float16, channels=8, inputs=2, size=(4, 4))
-    problem = case.problem()
+    problem = lay_out(case)
     odd = getattr(problem, name)
     flat = inside_nans(odd.as_strided((odd.numel(),), (1,)).clone(), FLANK - 1)
     moved = flat.as_strided(odd.shape, odd.stride(), flat.storage_offset())
@@ -258,7 +258,7 @@ def test_r_may_have_any_strides(host: Library) -> None:
     innermost = case.r.movedim(2, -1).contiguous().movedim(-1, 2)
     for r in (apart, every_second, innermost):
         assert not r.is_contiguous()
-        check(run(host, replace(case.problem(), r=r)), case)
+        check(run(host, replace(lay_out(case), r=r)), case)
 
 
 def test_weights_may_have_any_strides(host: Library) -> None:
@@ -269,7 +269,7 @@ def test_weights_may_have_any_strides(host: Library) -> None:
     every_fourth.copy_(plain)
     for weight in (plain, every_fourth):
         assert weight.stride(1) in (2, 8)
-        check(run(host, replace(case.problem(), weight=weight)), case)
+        check(run(host, replace(lay_out(case), weight=weight)), case)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -277,10 +277,10 @@ def test_weights_may_have_any_strides(host: Library) -> None:
 @pytest.mark.parametrize("name", ["z", "r", "weight", "other", "scale", "shift", "constant"])
 def test_nothing_is_read_beyond_the_end(host: Library, layout: Layout, name: str) -> None:
     case = make_case(
-        layout, torch.float32, kernel=(1, 1) if layout == "tokens" else (3, 3), constant=True,
-        window=Window() if layout == "tokens" else Window(padding=(1, 1)),
+        layout, torch.float32, constant=True,
+        window=Window() if layout == "tokens" else Window((3, 3), padding=(1, 1)),
     )  # fmt: skip
-    problem = case.problem()
+    problem = lay_out(case)
     problem = replace(problem, **{name: before_a_hole(getattr(problem, name))})
     params = problem.params()
     child = os.fork()
@@ -305,8 +305,8 @@ def before_a_hole(t: Tensor) -> Tensor:
 
 def test_one_pixel_is_read_along_the_channels(host: Library) -> None:
     case = make_case("nchw", torch.float16, channels=16, size=(1, 1))
-    assert vector(host, case.problem()) == 8
-    check(run(host, case.problem()), case)
+    assert vector(host, lay_out(case)) == 8
+    check(run(host, lay_out(case)), case)
 
 
 def test_z_of_neither_layout_is_copied(host: Library) -> None:
@@ -317,23 +317,23 @@ def test_z_of_neither_layout_is_copied(host: Library) -> None:
         r=case.r.transpose(3, 4),
         epilogue=replace(case.epilogue, other=case.epilogue.other.transpose(2, 3)),  # type: ignore[union-attr]
     )
-    check(run(host, turned.problem()), turned)
+    check(run(host, lay_out(turned)), turned)
 
 
 def test_r_may_repeat_without_memory(host: Library) -> None:
-    case = make_case("nchw", torch.float32, channels=8, kernel=(3, 3))
+    case = make_case("nchw", torch.float32, channels=8, window=Window((3, 3)))
     repeated = replace(case, r=case.r[:1].expand_as(case.r))
-    check(run(host, repeated.problem()), repeated)
+    check(run(host, lay_out(repeated)), repeated)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: f"{a.kind}{a.high:g}")
 def test_what_is_not_finite_stays_so(host: Library, activation: Activation) -> None:
     z = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]])
-    case = Case(
+    case = Fanout(
         z, torch.zeros(1, 1, 1), torch.zeros(1, 4, 1), epilogue=Epilogue(activation=activation)
     )
     # Infinity under GELU is infinity here and NaN in torch: both show that something is wrong.
-    got, wanted = run(host, case.problem()), case.reference()
+    got, wanted = run(host, lay_out(case)), masked_fanout_reference(case)
     assert got.isfinite().tolist() == wanted.isfinite().tolist()
     assert got[0, 0].isnan()
 
@@ -363,7 +363,7 @@ def test_conversions_are_torchs(host: Library, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_variants_may_lie_beyond_32_bits(host: Library, layout: Layout, tmp_path: Path) -> None:
-    case = make_case(layout, torch.float32, channels=8, size=(4, 4), kernel=(1, 1))
+    case = make_case(layout, torch.float32, channels=8, size=(4, 4))
     apart = 3 << 30  # elements: 12 GB between two variants, of a file that is mostly holes
     size = 3 * case.z.numel()
     try:
@@ -372,7 +372,7 @@ def test_variants_may_lie_beyond_32_bits(host: Library, layout: Layout, tmp_path
         )
     except RuntimeError as err:
         pytest.skip(f"no sparse files here: {err}")
-    problem = case.problem()
+    problem = lay_out(case)
     params = replace(problem, out=sparse).params()
     params.out_stride_v = apart
     assert host.handle.masked_fanout_host(ctypes.byref(params), None) == 0
@@ -382,7 +382,7 @@ def test_variants_may_lie_beyond_32_bits(host: Library, layout: Layout, tmp_path
 
 
 def test_the_library_refuses_what_would_overflow(host: Library) -> None:
-    problem = make_case("nchw", torch.float32).problem()
+    problem = lay_out(make_case("nchw", torch.float32))
     for name, value in (("channels", 1 << 30), ("out_height", 8), ("dtype", 7), ("activation", 9)):
         params = problem.params()
         setattr(params, name, value)
@@ -392,6 +392,6 @@ def test_the_library_refuses_what_would_overflow(host: Library) -> None:
 def test_a_library_of_another_version_is_refused(
     host: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout_library, "_ABI", 2)
+    monkeypatch.setattr(fanout_library, "ABI", 2)
     with pytest.raises(ValueError, match=r"has interface 0x1.*, this version needs 0x2"):
         Library(host.path, entry="masked_fanout_host")

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from cswap_deploy.measure import gpu
-from cswap_deploy.runtime.tensorrt_session import CallTimes
+from cswap_deploy.runtime.session import CallTimes, Session
 
 PCI = "0000:3B:00.0"
 
 
-class FakeGpuSession:
+class FakeGpuSession(Session):
     """Stands in for an engine on a GPU: its events tell what the script says (milliseconds)."""
 
     threads = 1
     provider = "tensorrt 10.16.1.11, NVIDIA L4 (sm 8.9)"
     batch_min, batch_max = 1, 8
+    on_gpu = True
 
     def __init__(self, compute: list[float] | None = None, *, cuda_graph: bool = False) -> None:
         self.script = compute or [2.0]

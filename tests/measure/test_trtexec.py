@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.measure.trtexec import trtexec_line
-from cswap_deploy.records.engine import EngineArtifact, EngineOptions
+from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.measurements import Latency
 
 SHAPE = "--shapes=input:8x3x224x224 --infStreams=1 --iterations=200 --duration=0 --warmUp=351"
@@ -20,7 +21,7 @@ def line(
     version: str,
     *,
     path: str = "engine/model.plan",
-    options: EngineOptions | None = None,
+    options: BuilderOptions | None = None,
     stripped: bool = False,
     **ways: Any,
 ) -> str:
@@ -139,9 +140,9 @@ def test_what_has_no_such_line() -> None:
 
 
 def test_an_engine_that_brings_its_own_runtime_is_let_run() -> None:
-    lean = EngineOptions(version_compatible=True)
+    lean = BuilderOptions(version_compatible=True)
     assert " --versionCompatible " in line("tensorrt", "11.4.0.106", options=lean)
-    assert "--versionCompatible" not in line("tensorrt", "11.4.0.106", options=EngineOptions())
+    assert "--versionCompatible" not in line("tensorrt", "11.4.0.106", options=BuilderOptions())
 
 
 def test_an_engine_without_weights_is_not_timed() -> None:

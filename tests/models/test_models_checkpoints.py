@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from cswap_deploy.config import ModelConfig
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.checkpoints import load_in_order, read_checkpoint
 from cswap_deploy.models.load import load_model, weights_digest
@@ -59,7 +60,7 @@ def test_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
     target, file = tmp_path / "owned", tmp_path / "evil.pth"
     torch.save({"state_dict": net().state_dict(), "x": Malicious(target)}, file)
     with pytest.raises(UsageError, match="nothing of it was run") as err:
-        load_model("demo-resnet", checkpoint=file)
+        load_model(ModelConfig(model="demo-resnet", checkpoint=file))
     assert err.value.exit_code == 2
     assert "posix.system" in str(err.value)
     assert "save its state_dict with safetensors.torch.save_file" in str(err.value)
@@ -102,14 +103,14 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 
 
 def test_wrong_checkpoint_is_counted_and_named(tmp_path: Path) -> None:
-    state = dict(load_model("demo-resnet", pretrained=False).module.state_dict())
+    state = dict(load_model(ModelConfig(model="demo-resnet", pretrained=False)).module.state_dict())
     for key in ("conv1.weight", "bn1.bias"):
         del state[key]
     state["extra.weight"] = torch.zeros(1)
     state["linear.weight"] = torch.zeros(11, 64)
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(UsageError) as err:
-        load_model("demo-resnet", checkpoint=tmp_path / "w.safetensors")
+        load_model(ModelConfig(model="demo-resnet", checkpoint=tmp_path / "w.safetensors"))
     said = str(err.value)
     assert "does not fit demo-resnet" in said
     assert "2 missing: conv1.weight, bn1.bias" in said
@@ -120,9 +121,9 @@ def test_wrong_checkpoint_is_counted_and_named(tmp_path: Path) -> None:
 def test_fine_tuned_head_sets_the_classes(tmp_path: Path) -> None:
     from cswap_deploy.models.torchvision_shim import import_timm
 
-    module = import_timm().create_model("resnet18", num_classes=5)
+    module = import_timm().create_model("test_resnet", num_classes=5)
     save_file(module.state_dict(), tmp_path / "five.safetensors")
-    loaded = load_model("resnet18", checkpoint=tmp_path / "five.safetensors")
+    loaded = load_model(ModelConfig(model="test_resnet", checkpoint=tmp_path / "five.safetensors"))
     assert (loaded.spec.num_classes, loaded.spec.label_space) == (5, None)
     assert loaded.spec.arguments == {"num_classes": 5}
     assert loaded.spec.weights_sha256 == weights_digest(module)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from small_networks import lively, pictures, small_cnn
+from small_networks import lively, pictures, small_cnn, traced
 from torch import Tensor, fx, nn
 
 from cswap_deploy.network.branches import branch_of
 from cswap_deploy.network.graph import Graph, trace
-from cswap_deploy.pruning import refit as compensate
 from cswap_deploy.pruning.refit import refit, to_layer
 
 IMAGES = pictures(40)[0]
@@ -21,9 +21,9 @@ IMAGES = pictures(40)[0]
 class Block(nn.Module):
     """A stream of six channels and one branch; the output is the sum itself."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, joined: bool = True) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.joined = kind, joined
         self.stem = nn.Conv2d(3, 6, 3, padding=1, stride=2)
         if kind == "batch norm":
             self.first = nn.Conv2d(6, 16, 3, padding=1)
@@ -46,13 +46,16 @@ class Block(nn.Module):
         x = self.stem(x)
         y = torch.relu(self.first(x))
         y = self.end(y if self.kind == "batch norm" else y.permute(0, 2, 3, 1))
-        return (x + self.tail(y)).flatten(1)
+        y = self.tail(y)
+        return (x + y if self.joined else y).flatten(1)
 
 
 KINDS = ["batch norm", "permute", "scale and permute"]
 
 
+@cache
 def block(kind: str) -> tuple[Any, Graph]:
+    """Shared; who changes it works on a copy."""
     torch.manual_seed(2)
     module = lively(Block(kind))
     return module, trace(module, IMAGES[:2])
@@ -78,7 +81,9 @@ def test_what_the_layer_adds_arrives_as_asked(kind: str) -> None:
 
 def test_channel_that_the_branch_scales_to_nothing_is_asked_for_nothing() -> None:
     module, graph = block("scale and permute")
+    module = copy.deepcopy(module)
     module.gamma.data[3] = 0.0
+    graph = graph.on(module)
     branch = branch_of(graph.readers("end")[0])
     assert branch is not None
     found = to_layer(graph, branch, torch.ones(2, 6, 8, 8))
@@ -88,33 +93,37 @@ def test_channel_that_the_branch_scales_to_nothing_is_asked_for_nothing() -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_end_of_a_branch_makes_up_for_the_stream(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, graph = block(kind)
+def test_end_of_a_branch_makes_up_for_the_stream(kind: str) -> None:
+    dense, joined_graph = block(kind)
     damaged = copy.deepcopy(dense)
     damaged.stem.weight.data *= 0.7
     damaged.stem.bias.data += 0.4
 
-    def distance() -> float:
-        solved = copy.deepcopy(damaged)
-        done = refit(graph.on(solved), graph, {"end": torch.arange(16)}, IMAGES)
+    def refitted(*, joined: bool) -> dict[str, Tensor]:
+        """Weights after a refit that sees the stream, or sees the branch alone."""
+        before, after = Block(kind, joined=joined).eval(), Block(kind, joined=joined).eval()
+        before.load_state_dict(dense.state_dict())
+        after.load_state_dict(damaged.state_dict())
+        graph = joined_graph if joined else trace(before, IMAGES[:2])
+        done = refit(graph.on(after), graph, {"end": torch.arange(16)}, IMAGES)
         assert done.layers == ("end",)
-        with torch.no_grad():
-            return float((solved(IMAGES) - dense(IMAGES)).square().mean())
+        return after.state_dict()
 
-    with torch.no_grad():
-        before = float((damaged(IMAGES) - dense(IMAGES)).square().mean())
-    corrected = distance()
-    monkeypatch.setattr(compensate, "branch_of", lambda node: None)
-    alone = distance()
+    def distance(state: dict[str, Tensor]) -> float:
+        module = Block(kind).eval()
+        module.load_state_dict(state)
+        with torch.no_grad():
+            return float((module(IMAGES) - dense(IMAGES)).square().mean())
+
+    corrected, alone = distance(refitted(joined=True)), distance(refitted(joined=False))
+    before = distance(damaged.state_dict())
     assert corrected < before / 2
     assert corrected < 0.7 * alone, (corrected, alone, before)
 
 
 def test_stream_is_known_before_the_branch_that_joins_it() -> None:
     """The shortcut is written after the branch; without a new order its loss would be unseen."""
-    graph = trace(small_cnn(), IMAGES[:2])
+    graph, _ = traced(small_cnn)
     branch = branch_of(graph.readers("out.0")[0])
     assert branch is not None
     order = [node for node, _ in graph.step(IMAGES[:2])]
@@ -126,7 +135,7 @@ def test_stream_is_known_before_the_branch_that_joins_it() -> None:
 
 
 def test_no_branch_where_something_else_reads_the_layer_or_bends_it() -> None:
-    graph = trace(small_cnn(), IMAGES[:2])
+    graph, _ = traced(small_cnn)
 
     def found(layer: str) -> fx.Node | None:
         branch = branch_of(graph.readers(layer)[0])

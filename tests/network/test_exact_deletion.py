@@ -7,38 +7,27 @@ import copy
 import numpy as np
 import pytest
 import torch
-from random_weights import MATRIX, lively
+from random_weights import MATRIX, lively, matrix_network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cswap_deploy.causal.interventions import fold, input_moments, stand_ins
+from cswap_deploy.causal.interventions import ablation_values, fold, input_moments
+from cswap_deploy.config import PruneConfig
 from cswap_deploy.errors import ArtifactError
-from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.network.deletion import apply_plan, delete_removed
 from cswap_deploy.network.sizes import SizeModel
-from cswap_deploy.pruning.plan import Prepared, prepare
+from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.records.plan import GroupPlan, PrunePlan
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-ARGUMENTS = {
-    "vgg11_bn": {"mlp_ratio": 0.05},  # its two 4,096-wide layers are 90 % of its 130 million
-    "vit_tiny_patch16_224": {"img_size": 32},
-    "deit_tiny_patch16_224": {"img_size": 32},
-}
-EXPECTED_KINDS = {"vit": {"heads", "neurons"}, "dei": {"heads", "neurons"}}
-
-
-def fresh(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    arguments = ARGUMENTS.get(name, {})
-    return import_timm().create_model(name, num_classes=10, **arguments).eval()
+EXPECTED_KINDS = {"vit": {"heads", "neurons"}}
 
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
-    module = lively(fresh(name), IMAGES)
+    module = lively(matrix_network(name), IMAGES)
     dense = logits(module)
-    prepared = prepare(module, images=IMAGES, ratio=0.3, ratio_of="params", round_to=1)
+    prepared = prepare(module, IMAGES, PruneConfig(ratio=0.3, round_to=1))
     kinds = {g.kind for g in prepared.groups}
     assert kinds >= EXPECTED_KINDS.get(name[:3], {"channels"})
     assert_every_group_counts(prepared)
@@ -62,8 +51,8 @@ def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
 
     # Plan and weights alone give the same network again.
     plan = PrunePlan(
-        criterion="random", settings={}, ratio_requested=0.4, ratio_of="params",
-        dense=prepared.dense_size, pruned=size, biased=prepared.biased,
+        settings=PruneConfig(criterion="random").key(), dense=prepared.dense_size, pruned=size,
+        biased=prepared.biased,
         groups=tuple(
             GroupPlan(
                 name=g.name, kind=g.kind, units=g.units,
@@ -73,7 +62,7 @@ def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
         ),
     )  # fmt: skip
     plan = PrunePlan.model_validate_json(plan.model_dump_json())
-    rebuilt = apply_plan(plan, fresh(name), torch.zeros(2, 3, 32, 32))
+    rebuilt = apply_plan(plan, matrix_network(name), torch.zeros(2, 3, 32, 32))
     rebuilt.load_state_dict(smaller.state_dict(), strict=True)
     assert float((logits(rebuilt) - deleted).abs().max()) == 0.0
 
@@ -97,8 +86,8 @@ def remove_at_random(prepared: Prepared) -> dict[str, list[int]]:
             gone.setdefault(entry.layer, set()).update(index)
     # Several groups may meet in one layer: what goes there goes together.
     for layer, lost in gone.items():
-        (stand_in,) = stand_ins(moments[layer], [sorted(lost)])
-        fold(prepared.graph, layer, stand_in)
+        (ablation_value,) = ablation_values(moments[layer], [sorted(lost)])
+        fold(prepared.graph, layer, ablation_value)
     return removed
 
 
@@ -131,18 +120,17 @@ def counted_macs(module: nn.Module) -> int:
 
 
 def test_plan_for_another_architecture_is_refused() -> None:
-    module = fresh("resnet18")
+    module = matrix_network("resnet18")
     size = SizeModel(module, IMAGES[:1], ()).size()
     plan = PrunePlan(
-        criterion="random", settings={}, ratio_requested=0.4, ratio_of="params", dense=size,
-        pruned=size,
+        settings=PruneConfig(criterion="random").key(), dense=size, pruned=size,
         groups=(GroupPlan(name="layer1.0.conv1", kind="channels", units=99, kept=(0,)),),
     )  # fmt: skip
     with pytest.raises(
         ArtifactError,
         match=r"does not fit this architecture: layer1.0.conv1 should have 99 units, the module "
-        r"has 64 units\n  fix: use the model the plan was made for, with the same timm version",
+        r"has 32 units\n  fix: use the model the plan was made for, with the same timm version",
     ):
         apply_plan(plan, module, IMAGES[:2])
     with pytest.raises(ArtifactError, match=r"the module has no such group"):
-        apply_plan(plan, fresh("vit_tiny_patch16_224"), IMAGES[:2])
+        apply_plan(plan, matrix_network("vit_tiny_patch16_224"), IMAGES[:2])

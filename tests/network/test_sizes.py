@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cswap_deploy.network.groups import find_groups, remove_units
-from cswap_deploy.network.sizes import SizeModel, amount, smallest
+from cswap_deploy.network.sizes import SizeModel, smallest
 from cswap_deploy.network.units import Group
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def test_saving_is_the_difference_it_makes(order: list[tuple[str, int]]) -> None
         sizes.remove(name, [unit])
         after = sizes.size()
         for of, saved in foretold.items():
-            assert amount(before, of) - amount(after, of) == saved > 0
+            assert before.amount(of) - after.amount(of) == saved > 0
 
 
 @settings(max_examples=8, deadline=None)
@@ -158,4 +158,4 @@ def test_amount_is_the_quantity_named(of: Any) -> None:
     size = SizeModel(mixed()[0], EXAMPLE, mixed()[1]).size()
     wanted = {"params": size.params, "channels": size.units, "macs": size.macs}
     assert len(set(wanted.values())) == 3
-    assert amount(size, of) == wanted[of]
+    assert size.amount(of) == wanted[of]

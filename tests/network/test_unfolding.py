@@ -10,26 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.unfolding import Geometry, Positions, at, draw, geometry, laid_out, seen
+from cswap_deploy.network.unfolding import Positions, Window, at, draw, laid_out, unfold, window_of
 
 LOOKS = {
-    "1x1": Geometry(),
-    "3x3": Geometry((3, 3), padding=(1, 1)),
-    "strided": Geometry((3, 2), (2, 1), (1, 0)),
-    "dilated": Geometry((3, 3), dilation=(2, 1), padding=(2, 1)),
+    "1x1": Window(),
+    "3x3": Window((3, 3), padding=(1, 1)),
+    "strided": Window((3, 2), (2, 1), (1, 0)),
+    "dilated": Window((3, 3), dilation=(2, 1), padding=(2, 1)),
 }
 X = torch.randn(4, 5, 9, 8, generator=torch.Generator().manual_seed(0))
 
 
-def every_position(look: Geometry, x: Tensor = X) -> Positions:
+def every_position(look: Window, x: Tensor = X) -> Positions:
     weight = torch.zeros(1, x.shape[1], *look.kernel)
     shape = F.conv2d(x, weight, None, look.stride, look.padding, look.dilation).shape
     return draw(torch.Size([len(x), *shape[2:], 1]), 10**6)
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_rows_are_unfolded_patches(look: Geometry) -> None:
-    found, exists = seen(X.permute(0, 2, 3, 1), every_position(look), look)
+def test_rows_are_unfolded_patches(look: Window) -> None:
+    found, exists = unfold(X.permute(0, 2, 3, 1), every_position(look), look)
     patches = F.unfold(X, look.kernel, look.dilation, look.padding, look.stride)
     wanted = patches.view(4, 5, look.taps, -1).permute(0, 3, 2, 1).flatten(0, 1)
     assert exists.all()
@@ -39,9 +39,7 @@ def test_rows_are_unfolded_patches(look: Geometry) -> None:
 
 @pytest.mark.parametrize("first", LOOKS.values(), ids=LOOKS)
 @pytest.mark.parametrize("second", LOOKS.values(), ids=LOOKS)
-def test_rows_seen_through_a_second_layer_give_both_layers(
-    first: Geometry, second: Geometry
-) -> None:
+def test_rows_seen_through_a_second_layer_give_both_layers(first: Window, second: Window) -> None:
     g = torch.Generator().manual_seed(1)
     w1 = torch.randn(6, 5, *first.kernel, generator=g)
     w2 = torch.randn(3, 6, *second.kernel, generator=g)
@@ -49,7 +47,7 @@ def test_rows_seen_through_a_second_layer_give_both_layers(
     output = F.conv2d(middle.cos(), w2, None, second.stride, second.padding, second.dilation)
     output = output.permute(0, 2, 3, 1)
     where = draw(output.shape, 40)
-    found, exists = seen(X.permute(0, 2, 3, 1), where, first, through=second)
+    found, exists = unfold(X.permute(0, 2, 3, 1), where, first, through=second)
     z = found.flatten(2) @ w1.movedim(1, -1).flatten(1).T
     h = z.cos() * exists[..., None]
     said = torch.einsum("rsc,osc->ro", h, w2.movedim(1, -1).flatten(1, 2))
@@ -75,7 +73,7 @@ def test_positions_are_some_of_every_image_and_differ_between_images() -> None:
 def test_geometry_is_the_nodes(layer: Any) -> None:
     module = nn.Sequential(layer, nn.Flatten()).eval()
     graph = trace(module, torch.randn(2, 3, 8, 8))
-    look = geometry(graph.readers("0")[0], layer)
+    look = window_of(graph.readers("0")[0], layer)
     assert (look.kernel, look.stride, look.padding, look.dilation) == (
         layer.kernel_size, layer.stride, layer.padding, layer.dilation,
     )  # fmt: skip

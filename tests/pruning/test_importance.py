@@ -1,4 +1,4 @@
-"""Rankings by weights alone."""
+"""Importance by weights alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.network.units import Group, mask_weight
-from cswap_deploy.pruning.importance import lamp, magnitude_l2
-from cswap_deploy.pruning.plan import Prepared, prepare
-
-RNG = np.random.default_rng(0)
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data import Calibration
+from cswap_deploy.network.units import mask_weight
+from cswap_deploy.pruning.importance import View, importance_of
+from cswap_deploy.pruning.prepare import Prepared, prepare
 
 
 class Net(nn.Module):
@@ -32,12 +32,13 @@ class Net(nn.Module):
 def prepared() -> Prepared:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 8, 8)
-    return prepare(Net().eval(), images=images, ratio=0.3, ratio_of="params", round_to=1)
+    return prepare(Net().eval(), images, PruneConfig(ratio=0.3, round_to=1))
 
 
-def group_of(prepared: Prepared, name: str) -> Group:
-    (group,) = (g for g in prepared.groups if g.name == name)
-    return group
+def values(criterion: str, prepared: Prepared, group: str) -> np.ndarray:
+    images = Calibration(prepared.example, torch.zeros(2, dtype=torch.int64))
+    view = View(prepared.graph, prepared.groups, images, np.random.default_rng(0))
+    return importance_of(criterion).of(view)[group]
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -57,18 +58,18 @@ def test_lamp_is_torch_prunings(prepared: Prepared, name: str) -> None:
     )
     with torch.no_grad():
         theirs = tp.importance.LAMPImportance()(coupled).double().numpy()
-    np.testing.assert_allclose(lamp(module, group_of(prepared, name), RNG), theirs, rtol=1e-5)
+    np.testing.assert_allclose(values("lamp", prepared, name), theirs, rtol=1e-5)
 
 
 def test_units_that_are_gone_count_for_nothing(prepared: Prepared) -> None:
-    """Their producers' weights are still there; the others' scores are those of a smaller layer."""
-    module, group = prepared.module, group_of(prepared, "a")
-    squares = magnitude_l2(module, group, RNG) ** 2
+    """Their producers' weights are still there; the others' values are those of a smaller layer."""
+    module = prepared.module
+    squares = values("magnitude", prepared, "a") ** 2
     gone = np.argsort(squares)[[0, 7]]  # the least and the largest
     mask_weight(module.b, torch.tensor(gone))  # type: ignore[arg-type]
-    squares = magnitude_l2(module, group, RNG) ** 2
-    scores = lamp(module, group, RNG)
-    assert (scores[gone] == 0).all()
+    squares = values("magnitude", prepared, "a") ** 2
+    found = values("lamp", prepared, "a")
+    assert (found[gone] == 0).all()
     for unit in set(range(8)) - {*gone.tolist()}:
-        rivals = [squares[u] for u in range(8) if u not in gone and squares[u] >= squares[unit]]
-        assert scores[unit] == pytest.approx(squares[unit] / sum(rivals))
+        larger = [squares[u] for u in range(8) if u not in gone and squares[u] >= squares[unit]]
+        assert found[unit] == pytest.approx(squares[unit] / sum(larger))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import lively, pictures, small_cnn, small_vit
+from small_networks import lively, pictures, small_cnn, small_vit, traced
 from torch import Tensor, nn
 
-from cswap_deploy.causal.interventions import Moments, fold, input_moments, stand_ins
+from cswap_deploy.causal.interventions import Moments, ablation_values, fold, input_moments
 from cswap_deploy.network.graph import Graph, trace
-from cswap_deploy.network.groups import find_groups
-from cswap_deploy.network.units import Group, Slice, give_bias, input_sum, mask_weight
-from cswap_deploy.pruning import refit as compensate
-from cswap_deploy.pruning.refit import refit
+from cswap_deploy.network.units import Group, Member, give_bias, input_sum, mask_weight
+from cswap_deploy.pruning.refit import MAX_FEATURES, MAX_ROWS, refit
 
 CONSUMERS = {
     "linear": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
@@ -64,11 +63,26 @@ def pair(reader: nn.Module) -> Pair:
     return found
 
 
+@cache
+def _traced(reader: Callable[[], nn.Module], biased: bool) -> tuple[Pair, Graph]:
+    module = pair(reader())
+    if biased:
+        give_bias(module.consumer)
+    return module, trace(module, IMAGES[:2])
+
+
+def fresh(reader: Callable[[], nn.Module], *, biased: bool = False) -> tuple[Pair, Graph]:
+    """A pair to change, and its graph."""
+    shared, graph = _traced(reader, biased)
+    module = copy.deepcopy(shared)
+    return module, graph.on(module)
+
+
 def grouping(module: Pair) -> Group:
     """Units as the consumer reads them: single inputs, or a slot of each convolution group."""
     groups = getattr(module.consumer, "groups", 1)
     indices = tuple(tuple(range(u, 6, 6 // groups)) for u in range(6 // groups))
-    reads = Slice(module.consumer_name, "in", indices)
+    reads = Member(module.consumer_name, "in", indices)
     return Group("units", "channels", indices, (reads,), (reads,))
 
 
@@ -87,8 +101,8 @@ def remove(
     """One unit; nothing takes its place where there are no moments."""
     for entry in group.consumers:
         found = moments[entry.layer] if moments is not None else None
-        (stand_in,) = stand_ins(found, [entry.indices[unit]])
-        fold(graph, entry.layer, stand_in)
+        (ablation_value,) = ablation_values(found, [entry.indices[unit]])
+        fold(graph, entry.layer, ablation_value)
 
 
 # --- mean folding --------------------------------------------------------------------------------
@@ -96,12 +110,11 @@ def remove(
 
 @pytest.mark.parametrize("reader", VALID.values(), ids=VALID)
 def test_mean_of_a_constant_unit_folds_exactly(reader: Any) -> None:
-    module = pair(reader())
+    module, graph = fresh(reader)
     group = grouping(module)
     gone = group.consumers[0].indices[1]
     module.units.weight.data[list(gone)] = 0.0
     module.units.bias.data[list(gone)] = 0.7
-    graph = trace(module, IMAGES[:2])
     before = logits(module)
     moments = means(graph, [module.consumer_name])
     found = moments[module.consumer_name].mean[list(gone)]
@@ -118,8 +131,7 @@ def test_mean_of_a_constant_unit_folds_exactly(reader: Any) -> None:
 
 
 def test_mean_of_a_varying_unit_keeps_the_mean_output() -> None:
-    module = pair(CONSUMERS["1x1"]())
-    graph = trace(module, IMAGES[:2])
+    module, graph = fresh(CONSUMERS["1x1"])
     before = logits(module).view(12, 4, -1).mean((0, 2))
     remove(graph, grouping(module), 2, means(graph, ["reader"]))
     torch.testing.assert_close(logits(module).view(12, 4, -1).mean((0, 2)), before)
@@ -171,10 +183,8 @@ def test_give_bias_changes_no_output() -> None:
 @pytest.mark.parametrize("reader", CONSUMERS.values(), ids=CONSUMERS)
 def test_refit_solves_the_normal_equations(reader: Any) -> None:
     """One masked unit, and (U'U/n + lI) W = U'Y/n + l W0 written out for every position."""
-    dense = pair(reader())
-    give_bias(dense.consumer)
+    dense, graph = fresh(reader, biased=True)
     masked = copy.deepcopy(dense)
-    graph = trace(dense, IMAGES[:2])
     group = grouping(dense)
     gone = group.consumers[0].indices[1]
     kept = torch.tensor([i for i in range(6) if i not in gone])
@@ -244,31 +254,28 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("reader", CONSUMERS.values(), ids=CONSUMERS)
 def test_refit_recovers_a_duplicate(reader: Any) -> None:
     """Two units are the same; one goes; the other takes its weights over."""
-    module = pair(reader())
-    give_bias(module.consumer)
+    module, graph = fresh(reader, biased=True)
     group = grouping(module)
     twin, gone = group.consumers[0].indices[0], group.consumers[0].indices[1]
     for parameter in (module.units.weight, module.units.bias):
         parameter.data[list(gone)] = parameter.data[list(twin)]
-    graph = trace(copy.deepcopy(module), IMAGES[:2])
+    graph = graph.on(copy.deepcopy(module))
     dense = logits(module)
     remove(graph.on(module), group, 1)
     assert (logits(module) - dense).abs().max() > 0.1
     kept = torch.tensor([i for i in range(6) if i not in gone])
     refit(graph.on(module), graph, {module.consumer_name: kept}, IMAGES, ridge=1e-7)
     torch.testing.assert_close(logits(module), dense, rtol=0, atol=1e-4)
-    fresh = torch.randn(5, 3, 9, 9, generator=torch.Generator().manual_seed(9))
+    other = torch.randn(5, 3, 9, 9, generator=torch.Generator().manual_seed(9))
     torch.testing.assert_close(
-        logits(module, fresh), logits(graph.module, fresh), rtol=0, atol=1e-4
+        logits(module, other), logits(graph.module, other), rtol=0, atol=1e-4
     )
 
 
 def test_later_layers_make_up_for_earlier_ones() -> None:
     """Targets are the dense network's, inputs the pruned one's own."""
-    dense = small_cnn()
+    dense, groups = small_cnn(), traced(small_cnn)[1]
     images = pictures(60)[0]
-    graph = trace(dense, images[:2])
-    groups = {g.name: g for g in find_groups(dense, images[:2]).groups}
     for group in groups.values():
         for entry in group.consumers:
             give_bias(dense.get_submodule(entry.layer))  # type: ignore[arg-type]
@@ -295,7 +302,7 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
 def test_no_gradient_anywhere(make: Any) -> None:
     module = make()
     images = pictures(6)[0]
-    group = find_groups(module, images[:2]).groups[-1]
+    group = list(traced(make)[1].values())[-1]
     for entry in group.consumers:
         give_bias(module.get_submodule(entry.layer))  # type: ignore[arg-type]
     dense = trace(copy.deepcopy(module), images[:2])
@@ -320,26 +327,29 @@ def test_no_gradient_anywhere(make: Any) -> None:
         assert not module(images).requires_grad
 
 
-def test_layer_that_is_too_wide_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensate, "MAX_FEATURES", 50)  # the 3x3 has 54 features, the 1x1 six
-    for reader, fits in (("3x3 strided", False), ("1x1", True)):
-        module = pair(CONSUMERS[reader]())
-        graph: Graph = trace(module, IMAGES[:2])
-        before = module.consumer.weight.detach().clone()
-        done = refit(graph.on(copy.deepcopy(module)), graph, {"reader": torch.arange(6)}, IMAGES)
-        assert done.layers == (("reader",) if fits else ())
-        assert done.skipped == (() if fits else ("reader",))
-        assert torch.equal(module.consumer.weight, before), "the dense network is only read"
+def test_layer_that_is_too_wide_is_skipped_and_named() -> None:
+    for size, fits in ((53, False), (9, True)):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 2))
+        assert (3 * size * size <= MAX_FEATURES) is fits
+        images = pictures(12, size)[0]
+        graph = trace(module, images[:2])
+        before = module[1].weight.detach().clone()
+        kept = {"1": torch.arange(3 * size * size)}
+        done = refit(graph.on(copy.deepcopy(module)), graph, kept, images)
+        assert done.layers == (("1",) if fits else ())
+        assert done.skipped == (() if fits else ("1",))
+        assert torch.equal(module[1].weight, before), "the dense network is only read"
 
 
-def test_sampled_positions_still_recover_a_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer rows than positions the fit uses some of them, and an exact answer stays exact."""
-    monkeypatch.setattr(compensate, "MAX_ROWS", 12 * 30)
+def test_sampled_positions_still_recover_a_duplicate() -> None:
+    """With more positions than rows the fit uses some of them, and an exact answer stays exact."""
+    images = pictures(4, 140)[0]
+    assert MAX_ROWS < 4 * 140 * 140
     module = pair(CONSUMERS["1x1"]())
     module.units.weight.data[1] = module.units.weight.data[0]
     module.units.bias.data[1] = module.units.bias.data[0]
-    graph = trace(copy.deepcopy(module), IMAGES[:2])
-    dense = logits(module)
+    graph = trace(copy.deepcopy(module), images[:2])
+    dense = logits(module, images)
     remove(graph.on(module), grouping(module), 1)
-    refit(graph.on(module), graph, {"reader": torch.tensor([0, 2, 3, 4, 5])}, IMAGES, ridge=1e-7)
-    torch.testing.assert_close(logits(module), dense, rtol=0, atol=1e-4)
+    refit(graph.on(module), graph, {"reader": torch.tensor([0, 2, 3, 4, 5])}, images, ridge=1e-7)
+    torch.testing.assert_close(logits(module, images), dense, rtol=0, atol=1e-4)

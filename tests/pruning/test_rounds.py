@@ -2,50 +2,64 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from small_networks import pictures, slow_effect, slow_means, small_cnn, small_vit
 from torch import Tensor, nn
 
 from cswap_deploy.causal.mixtures import lightly_mixed
-from cswap_deploy.network.sizes import amount
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data import Calibration
+from cswap_deploy.data.sampling import balanced_order
 from cswap_deploy.progress import Silent
-from cswap_deploy.pruning.plan import Prepared, Pruned, prepare, prune
-from cswap_deploy.pruning.rounds import balanced_order
-from cswap_deploy.pruning.saved_rounds import RoundStore
-from cswap_deploy.pruning.state import Settings, State
+from cswap_deploy.pruning.prepare import Prepared, prepare
+from cswap_deploy.pruning.prune import Pruned, prune
+from cswap_deploy.pruning.state import RoundStore, State
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store
 
 IMAGES, LABELS = pictures(40)
-SETTINGS = Settings(ratio=0.4, rounds=2, scoring_samples=10)
+SETTINGS = {"rounds": 2, "scoring_samples": 10, "round_to": 1, "measuring": "exact"}
+
+
+def asked(**settings: Any) -> PruneConfig:
+    return PruneConfig(**(SETTINGS | settings))
+
+
+@cache
+def traced(make: Callable[[], nn.Module], round_to: int) -> Prepared:
+    return prepare(make(), IMAGES, asked(round_to=round_to))
+
+
+def ready(make: Callable[[], nn.Module], round_to: int = 1) -> Prepared:
+    return traced(make, round_to).copy()
 
 
 def run(
-    module: nn.Module,
-    settings: Settings = SETTINGS,
-    *,
-    round_to: int | str = 1,
-    criterion: str = "cswap",
-    **more: Any,
+    module: nn.Module, *, seed: int = 0, store: RoundStore | None = None, **settings: Any
 ) -> Pruned:
-    prepared = more.pop("prepared", None) or ready(module, settings, round_to)
     return prune(
-        prepared, images=IMAGES, labels=LABELS, settings=settings, criterion=criterion,
-        watcher=Silent(), **more,
+        module, Calibration(IMAGES, LABELS), config=asked(**settings), seed=seed,
+        rounds=store, progress=Silent(),
     )  # fmt: skip
 
 
-def ready(module: nn.Module, settings: Settings, round_to: int | str = 1) -> Prepared:
-    return prepare(
-        module, images=IMAGES, ratio=settings.ratio, ratio_of=settings.ratio_of, round_to=round_to
-    )
+class Watched(RoundStore):
+    """Shows every finished round to a function, and keeps none."""
+
+    def __init__(self, see: Callable[[State], None]) -> None:
+        self.see = see
+
+    def load(self, module: nn.Module, *, most: int) -> None:
+        """Nothing is kept."""
+
+    def save(self, state: State, module: nn.Module) -> None:
+        self.see(state)
 
 
 def logits(module: nn.Module, images: Tensor = IMAGES) -> Tensor:
@@ -53,7 +67,7 @@ def logits(module: nn.Module, images: Tensor = IMAGES) -> Tensor:
         return module(images)
 
 
-def half_a_bundle(prepared: Prepared, size: int = 1) -> float:
+def half_a_step(prepared: Prepared, size: int = 1) -> float:
     """How far from its target a round may end: what is taken lands nearer than what is not."""
     groups = [g for g in prepared.groups if g.units > size]
     most = max(prepared.sizes.saving(g.name, range(size), "params") for g in groups)
@@ -67,21 +81,28 @@ def without_times(plan: PrunePlan) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def whole() -> Pruned:
+    """Three rounds without an interruption."""
+    return run(small_cnn(), rounds=3)
+
+
 # --- the ratio -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", ["params", "channels", "macs"])
-@pytest.mark.parametrize("ratio", [0.15, 0.4, 0.55])
-@pytest.mark.parametrize("make", [small_cnn, small_vit])
-def test_ratio_is_reached_within_a_bundle(make: Any, ratio: float, of: Any) -> None:
-    settings = replace(SETTINGS, ratio=ratio, ratio_of=of)
+@pytest.mark.parametrize(
+    ("make", "ratio", "of"),
+    [(small_cnn, 0.15, "channels"), (small_cnn, 0.55, "macs"), (small_vit, 0.15, "macs"),
+     (small_vit, 0.55, "params")],
+)  # fmt: skip
+def test_ratio_is_reached_within_a_step(make: Any, ratio: float, of: Any) -> None:
     module = make()
-    prepared = ready(module, settings)
-    total = amount(prepared.dense_size, of)
-    bundle = max(prepared.sizes.saving(g.name, [0], of) for g in prepared.groups)
-    result = run(module, settings, prepared=prepared)
-    # What is taken lands nearer than what is not: half a bundle at most.
-    assert abs(result.plan.effective(of) - ratio) <= bundle / total / 2 + 1e-9
+    prepared = ready(make)
+    total = prepared.dense_size.amount(of)
+    step = max(prepared.sizes.saving(g.name, [0], of) for g in prepared.groups)
+    result = run(module, ratio=ratio, ratio_of=of)
+    # What is taken lands nearer than what is not: half a step at most.
+    assert abs(result.plan.effective(of) - ratio) <= step / total / 2 + 1e-9
     counted = sum(p.numel() for p in result.module.parameters())
     assert result.plan.pruned.params == counted < result.plan.dense.params
     assert result.plan.dense.params == sum(p.numel() for p in module.parameters())
@@ -89,13 +110,11 @@ def test_ratio_is_reached_within_a_bundle(make: Any, ratio: float, of: Any) -> N
     assert result.plan.pruned.units == kept
 
 
-@pytest.mark.parametrize("rounds", [1, 5, 25])
-def test_any_number_of_rounds_reaches_the_ratio(rounds: int) -> None:
-    """With 25 rounds a round is smaller than most units: some remove nothing, none goes too far."""
-    settings = replace(SETTINGS, rounds=rounds, scoring_samples=5, refit=False)
-    prepared = ready(small_cnn(), settings)
-    near = half_a_bundle(prepared)
-    result = run(small_cnn(), settings, prepared=prepared)
+def test_any_number_of_rounds_reaches_the_ratio() -> None:
+    """A round is smaller than most units: some remove nothing, none goes too far."""
+    near = half_a_step(ready(small_cnn))
+    rounds = 25
+    result = run(small_cnn(), rounds=rounds, scoring_samples=5, refit=False)
     assert result.plan.effective("params") == pytest.approx(0.4, abs=near)
     logs = result.plan.rounds
     assert [log.round for log in logs] == list(range(1, rounds + 1))
@@ -109,31 +128,30 @@ def test_any_number_of_rounds_reaches_the_ratio(rounds: int) -> None:
     assert all(log.measured < logs[0].measured for log in logs[1:])
 
 
-def test_bundle_that_overshoots_the_last_target_early_ends_the_measuring() -> None:
-    """Many small rounds of coarse bundles: one goes past the final ratio before the last round."""
-    settings = replace(SETTINGS, ratio=0.5, ratio_of="macs", rounds=30, scoring_samples=5)
-    plan = run(small_cnn(), settings, round_to=2).plan
+def test_step_that_overshoots_the_last_target_early_ends_the_measuring() -> None:
+    """Many small rounds of coarse steps: one goes past the final ratio before the last round."""
+    plan = run(
+        small_cnn(), ratio=0.5, ratio_of="macs", rounds=30, scoring_samples=5, round_to=2,
+        refit=False, select="unit",
+    ).plan  # fmt: skip
     beyond = [log for log in plan.rounds if log.measured == 0]
     assert beyond, "this network and ratio do not overshoot any more: choose others"
     assert all(log.removed == 0 for log in beyond)
     assert plan.effective("macs") == pytest.approx(0.5, abs=0.06)
 
 
-def test_rounds_take_equal_shares() -> None:
-    settings = replace(SETTINGS, rounds=4)
-    prepared = ready(small_cnn(), settings)
-    near = half_a_bundle(prepared)
-    result = run(small_cnn(), settings, prepared=prepared)
-    dense = result.plan.dense.params
-    for log in result.plan.rounds:
-        assert 1 - log.params / dense == pytest.approx(0.1 * log.round, abs=near)
+def test_rounds_take_equal_shares(whole: Pruned) -> None:
+    near = half_a_step(ready(small_cnn))
+    dense = whole.plan.dense.params
+    assert len(whole.plan.rounds) == 3
+    for log in whole.plan.rounds:
+        assert 1 - log.params / dense == pytest.approx(0.4 / 3 * log.round, abs=near)
 
 
-@pytest.mark.parametrize("round_to", [2, 4])
-def test_kept_units_are_multiples(round_to: int) -> None:
-    prepared = ready(small_cnn(), SETTINGS, round_to)
-    near = half_a_bundle(prepared, round_to)
-    result = run(small_cnn(), prepared=prepared)
+def test_kept_units_are_multiples() -> None:
+    round_to = 4
+    near = half_a_step(ready(small_cnn, round_to=round_to), round_to)
+    result = run(small_cnn(), round_to=round_to)
     shrunk = [g for g in result.plan.groups if len(g.kept) < g.units]
     assert len(shrunk) >= 2
     for group in shrunk:
@@ -142,7 +160,7 @@ def test_kept_units_are_multiples(round_to: int) -> None:
 
 
 def test_whole_heads_leave_and_round_to_is_for_channels() -> None:
-    result = run(small_vit(), replace(SETTINGS, ratio_of="channels", ratio=0.5), round_to=4)
+    result = run(small_vit(), ratio_of="channels", ratio=0.5, round_to=4)
     heads = [g for g in result.plan.groups if g.kind == "heads"]
     neurons = [g for g in result.plan.groups if g.kind == "neurons"]
     assert all(1 <= len(g.kept) <= 3 for g in heads)
@@ -164,8 +182,7 @@ def test_useless_units_go_first() -> None:
         module.get_submodule(layer).weight.data[:, useless["expand.0"]] = 0.0
     module.classifier.weight.data[:, useless["out.0"]] = 0.0
     before = logits(module)
-    settings = replace(SETTINGS, ratio_of="channels", ratio=5 / 42, rounds=1, refit=False)
-    result = run(module, settings)
+    result = run(module, ratio_of="channels", ratio=5 / 42, rounds=1, refit=False)
     gone = {
         g.name: sorted(set(range(g.units)) - set(g.kept))
         for g in result.plan.groups
@@ -181,10 +198,8 @@ def test_useless_units_go_first() -> None:
 def test_recorded_effects_are_the_slow_ones(mix: bool) -> None:
     """What the plan says of a unit is what the obvious computation says, in the first round."""
     module = small_cnn()
-    settings = replace(SETTINGS, rounds=1, intervention="mean", mix=mix)
-    prepared = ready(module, settings)
-    groups = {g.name: g for g in prepared.groups}
-    plan = run(module, settings, prepared=prepared).plan
+    groups = {g.name: g for g in ready(small_cnn).groups}
+    plan = run(module, rounds=1, intervention="mean", mix=mix, select="unit", refit=False).plan
     rows = torch.from_numpy(balanced_order(LABELS.numpy())[:10])
     shown = IMAGES[rows]
     if mix:  # every second half: its images' larger parts keep their labels
@@ -203,7 +218,7 @@ def test_recorded_effects_are_the_slow_ones(mix: bool) -> None:
 
 
 def test_later_rounds_measure_the_network_as_it_is_then() -> None:
-    plan = run(small_cnn(), replace(SETTINGS, rounds=3, select="unit")).plan
+    plan = run(small_cnn(), rounds=3, select="unit", refit=False).plan
     rounds = {e.round for g in plan.groups for e in g.effects}
     assert rounds == {1, 2, 3}
     for group in plan.groups:
@@ -218,15 +233,16 @@ def test_no_unit_goes_on_an_old_effect(settings: dict[str, Any]) -> None:
     gone: dict[str, list[int]] = {}
     measured: list[int] = []
 
-    def check(state: State, _: nn.Module) -> None:
+    def check(state: State) -> None:
         measured.append(state.rounds[-1].measured)
         for name, units in state.removed.items():
             now = set(units) - set(gone.get(name, ()))
-            assert {state.measured[name][u].round for u in now} <= {state.round}
+            assert {state.effects[name][u].round for u in now} <= {state.round}
             gone[name] = [*units]
 
-    whole = replace(SETTINGS, rounds=6, select="unit", refit=False, **settings)
-    plan = run(small_cnn(), whole, checkpoint=check).plan
+    plan = run(
+        small_cnn(), store=Watched(check), rounds=6, select="unit", refit=False, **settings
+    ).plan
     assert sum(map(len, gone.values())) == sum(g.units - len(g.kept) for g in plan.groups)
     assert measured[0] == 42
     assert all(0 < count < 42 for count in measured[1:]), "the others are not measured for nothing"
@@ -237,7 +253,7 @@ def test_refit_and_means_bring_the_output_nearer() -> None:
     dense = logits(module)
 
     def distance(**settings: Any) -> float:
-        result = run(module, replace(SETTINGS, **settings), criterion="magnitude")
+        result = run(module, criterion="magnitude", **settings)
         return float((logits(result.module) - dense).square().mean())
 
     plain = distance(intervention="zero", refit=False)
@@ -250,7 +266,7 @@ def test_refit_and_means_bring_the_output_nearer() -> None:
 def test_true_class_and_kl_may_choose_differently_and_zero_is_not_mean() -> None:
     plans = {
         (effect, intervention): run(
-            small_cnn(), replace(SETTINGS, effect=effect, intervention=intervention)
+            small_cnn(), effect=effect, intervention=intervention, select="unit", refit=False
         ).plan
         for effect in ("kl", "true-class")
         for intervention in ("zero", "mean")
@@ -259,88 +275,61 @@ def test_true_class_and_kl_may_choose_differently_and_zero_is_not_mean() -> None
     assert len(set(kept.values())) >= 3
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-l1", "random"])
-def test_baselines_reach_the_ratio_and_measure_nothing(criterion: str) -> None:
-    settings = replace(SETTINGS, rounds=1, ratio_of="channels")
-    plan = run(small_cnn(), settings, criterion=criterion).plan
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-l1", "lamp", "random"])
+def test_importances_without_images_take_one_round_and_measure_nothing(criterion: str) -> None:
+    plan = run(small_cnn(), rounds=3, ratio_of="channels", criterion=criterion).plan
     assert plan.effective("channels") == pytest.approx(0.4, abs=0.5 / 42)
     assert plan.criterion == criterion
-    assert [log.measured for log in plan.rounds] == [0]
+    assert [(log.candidate, log.measured) for log in plan.rounds] == [(criterion, 0)]
     assert not any(g.effects for g in plan.groups)
-
-
-def test_network_of_the_caller_is_not_changed() -> None:
-    module = small_cnn()
-    before = copy.deepcopy(module.state_dict())
-    run(module)
-    after = module.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(v, before[k]) for k, v in after.items())
-    assert all(p.requires_grad and p.grad is None for p in module.parameters())
 
 
 # --- again ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", ["cswap", "random"])
-def test_same_seed_gives_the_same_plan_and_weights(criterion: str) -> None:
-    first, second = run(small_cnn(), criterion=criterion), run(small_cnn(), criterion=criterion)
+def test_same_seed_gives_the_same_plan_and_weights() -> None:
+    first, second, other = (run(small_cnn(), seed=s, criterion="random") for s in (0, 0, 1))
     assert without_times(first.plan) == without_times(second.plan)
     assert_same_weights(first.module, second.module)
+    assert [g.kept for g in first.plan.groups] != [g.kept for g in other.plan.groups]
 
 
-def test_seed_matters_to_the_random_baseline() -> None:
-    plans = [
-        run(small_cnn(), replace(SETTINGS, seed=seed), criterion="random").plan for seed in (0, 1)
-    ]
-    assert [g.kept for g in plans[0].groups] != [g.kept for g in plans[1].groups]
+class Interrupted(RoundStore):
+    """Stops the run once it has kept two rounds."""
 
-
-@pytest.mark.parametrize("finished", [1, 2])
-def test_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, finished: int) -> None:
-    settings = replace(SETTINGS, rounds=3)
-    whole = run(small_cnn(), settings)
-
-    rounds = RoundStore(Store(tmp_path), "a" * 64)
-
-    def interrupt(state: State, module: nn.Module) -> None:
-        rounds.save(state, module)
-        if state.round == finished:
+    def save(self, state: State, module: nn.Module) -> None:
+        super().save(state, module)
+        if state.round == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(small_cnn(), settings, checkpoint=interrupt)
 
-    prepared = ready(small_cnn(), settings)
-    state = RoundStore(Store(tmp_path), "a" * 64).load(prepared.module, most=3)
-    assert state is not None
-    assert state.round == finished
-    seen: list[int] = []
-    resumed = run(
-        small_cnn(), settings, prepared=prepared, state=state,
-        checkpoint=lambda state, module: seen.append(state.round),
-    )  # fmt: skip
-    assert seen == list(range(finished + 1, 4)), "only what was left"
+def test_interrupted_run_goes_on_to_the_same_result(whole: Pruned, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(small_cnn(), rounds=3, store=Interrupted(Store(tmp_path), "a" * 64))
+
+    rounds = RoundStore(Store(tmp_path), "a" * 64)
+    kept = rounds.load(ready(small_cnn).module, most=3)
+    assert kept is not None
+    assert kept.round == 2
+    resumed = run(small_cnn(), rounds=3, store=rounds)
+    times = [log.seconds for log in resumed.plan.rounds[:2]]
+    assert times == [log.seconds for log in kept.rounds], "these rounds did not run again"
     assert without_times(resumed.plan) == without_times(whole.plan)
     assert_same_weights(resumed.module, whole.module)
 
 
-def test_rounds_of_another_pruning_are_not_taken(tmp_path: Path) -> None:
+def test_rounds_of_another_pruning_and_damaged_ones_are_not_taken(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    run(small_cnn(), checkpoint=RoundStore(store, "a" * 64).save)
-    module = ready(small_cnn(), SETTINGS).module
+    run(small_cnn(), store=RoundStore(store, "a" * 64), refit=False)
+    module = ready(small_cnn).module
     assert RoundStore(store, "b" * 64).load(module, most=2) is None
     found = RoundStore(store, "a" * 64).load(module, most=2)
     assert found is not None
     assert found.round == 2
 
-
-def test_damaged_round_is_not_taken(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    run(small_cnn(), checkpoint=RoundStore(store, "a" * 64).save)
     (latest,) = [p for p in tmp_path.rglob("state.json") if '"round":2' in p.read_text()[:20]]
     latest.write_text(latest.read_text().replace('"round":2', '"round":7', 1))
-    found = RoundStore(store, "a" * 64).load(ready(small_cnn(), SETTINGS).module, most=2)
+    found = RoundStore(store, "a" * 64).load(ready(small_cnn).module, most=2)
     assert found is not None
     assert found.round == 1
     assert len(store.damaged) == 1
@@ -350,15 +339,3 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
     left, right = a.state_dict(), b.state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[k], right[k]) for k in left)
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def test_every_prefix_of_the_order_is_balanced() -> None:
-    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [10, 10, 10]))
-    order = balanced_order(labels)
-    assert sorted(order.tolist()) == list(range(30))
-    for n in range(3, 31):
-        counts = np.bincount(labels[order[:n]], minlength=3)
-        assert counts.max() - counts.min() <= 1

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
-from made_up_bundle import accuracy_change, made_up_manifest, made_up_plan, made_up_targets
+from made_up_bundle import (
+    accuracy_change,
+    made_up_manifest,
+    made_up_plan,
+    made_up_targets,
+    magnitude_plan,
+)
 
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.gate.budgets import Budgets, check_budgets
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import PrunePlan, Size
-from cswap_deploy.report import headline, words
-from cswap_deploy.report.render import render_html, render_markdown
+from cswap_deploy.records.value import FileRef
+from cswap_deploy.report import cells, headline
+from cswap_deploy.report.pages import render_html, render_markdown
+from cswap_deploy.report.sections import describe
+from cswap_deploy.report.terminal import draw
 
 
 class Page(HTMLParser):
@@ -56,8 +66,14 @@ class Page(HTMLParser):
             self.words.append(data)
 
 
-def both(manifest: Manifest) -> tuple[str, str]:
+def one_group(**changes: Any) -> PrunePlan:
+    """Where the figures are not what is tested they are small ones."""
     plan = made_up_plan()
+    return plan.model_copy(update={"groups": (plan.groups[0].model_copy(update=changes),)})
+
+
+def both(manifest: Manifest) -> tuple[str, str]:
+    plan = one_group()
     return render_markdown(manifest, plan), Page(render_html(manifest, plan)).text
 
 
@@ -66,9 +82,14 @@ def html() -> str:
     return render_html(made_up_manifest(), made_up_plan())
 
 
-def test_both_reports_carry_the_result() -> None:
+@pytest.fixture(scope="module")
+def markdown() -> str:
+    return render_markdown(made_up_manifest(), made_up_plan())
+
+
+def test_both_reports_carry_the_result(markdown: str, html: str) -> None:
     manifest = made_up_manifest()
-    for text in both(manifest):
+    for text in (markdown, Page(html).text):
         assert (
             "40.0 % of the parameters were to be removed; removed were 40.1 % of the parameters, "
             "43.5 % of the units (channels, heads, neurons), 31.2 % of the MACs." in text
@@ -92,30 +113,48 @@ def test_both_reports_carry_the_result() -> None:
             assert version in text
 
 
-def test_the_group_table_adds_up() -> None:
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_a_terminal_shows_the_same_report(width: int) -> None:
+    manifest, plan = made_up_manifest(), made_up_plan()
+    report = describe(manifest, plan, check_budgets(manifest, Budgets(size_max_mib=0.5)))
+    text = " ".join(" ".join(line.plain for line in draw(report, width)).split())
+    assert text.startswith("demo-resnet demo-resnet: 40.0 % of the parameters were to be removed;")
+    for words in (
+        "p50, onnxruntime: 0.627 ms (1.36x from 0.853 ms)",
+        "! The tensorrt-rtx engine was built but not run here: no NVIDIA driver",
+        "FAIL size_max_mib",
+        "653.6 KiB",
+        "4.10e-06",
+        "feeds the residual stream",
+        "Verdicts describe (false-discovery rate 5 %",
+        manifest.model.weights_sha256,
+        *(group.name for group in plan.groups),
+        *manifest.versions.values(),
+    ):
+        assert words in text
+
+
+def test_the_group_table_adds_up(markdown: str) -> None:
     plan = made_up_plan()
-    rows = re.findall(
-        r"^\| (layer\S+) \| channels \| (\d+) \| (\d+) \| [\d.]+ % \| (.*) \|$",
-        render_markdown(made_up_manifest(), plan),
-        flags=re.MULTILINE,
-    )
+    row = r"^\| (layer\S+) \| channels \| (\d+) \| (\d+) \| [\d.]+ % \| (.*) \|$"
+    rows = re.findall(row, markdown, flags=re.MULTILINE)
     assert [row[0] for row in rows] == [group.name for group in plan.groups]
     assert sum(int(row[1]) for row in rows) == plan.dense.units
     assert sum(int(row[2]) for row in rows) == plan.pruned.units
-    for _, units, kept, cells in rows:
-        *counts, largest = cells.split(" | ")
+    for _, units, kept, others in rows:
+        *counts, largest = others.split(" | ")
         assert re.fullmatch(r"[−+][\d.]+ % \([−+][\d.]+ to [−+][\d.]+\)", largest)
-        pairs = [cell.split(" / ") for cell in counts]
+        pairs = [cell.split("+") for cell in counts]
         assert len(pairs) == 3, "critical, neutral, detrimental"
         assert sum(int(stays) for stays, _ in pairs) == int(kept)
         assert sum(int(goes) for _, goes in pairs) == int(units) - int(kept)
 
 
-def test_effects_are_told_with_interval_verdict_and_classes() -> None:
-    plan, manifest = made_up_plan(), made_up_manifest()
+def test_effects_are_told_with_interval_verdict_and_classes(markdown: str, html: str) -> None:
+    plan = made_up_plan()
     measured = [(g, e) for g in plan.groups for e in g.effects]
     group, most = max(measured, key=lambda pair: abs(pair[1].true_class))
-    for text in both(manifest):
+    for text in (markdown, Page(html).text):
         assert (
             "An effect is the relative change of the true class's probability when a unit is set "
             "to its mean (128 images, 95 % interval): below zero the unit helps the prediction, "
@@ -131,25 +170,22 @@ def test_effects_are_told_with_interval_verdict_and_classes() -> None:
             for v in ("critical", "neutral", "detrimental")
         ]
         assert f"Verdicts on all 336 units: {', '.join(counts)}." in text
-    markdown = render_markdown(manifest, plan)
-    interval = words.effect_interval(most.true_class, most.low, most.high)
+    interval = cells.interval(cells.effect, most.true_class, most.low, most.high)
     state = "kept" if most.unit in group.kept else "removed"
     [row] = re.findall(rf"^\| {group.name} \| {most.unit} \| {state} .*$", markdown, re.MULTILINE)
     names = ("T-shirt/top", "Trouser", *(f"class {i}" for i in range(2, 10)))
     serves = ", ".join(names[c] for c in most.serves)
     assert row.startswith(f"| {group.name} | {most.unit} | {state} | critical | {serves} |")
-    assert f"| {interval} | {words.nats(most.kl)} |" in row
+    assert f"| {interval} | {cells.nats(most.kl)} |" in row
     head = markdown.index("| largest effects | unit |")
     assert head < markdown.index(row) < markdown.index("| detrimental | unit |")
     assert "| removed at the largest cost | unit |" in markdown
 
 
 def test_a_plan_without_effects_says_so() -> None:
-    plan = made_up_plan()
-    groups = tuple(g.model_copy(update={"effects": ()}) for g in plan.groups)
-    plan = plan.model_copy(update={"criterion": "magnitude", "groups": groups})
+    plan = magnitude_plan()
     markdown = render_markdown(made_up_manifest(), plan)
-    assert "The criterion magnitude ranks the units without measuring them" in markdown
+    assert "The importance magnitude ranks the units without measuring them" in markdown
     assert "## Measured effects" not in markdown
     assert "| group | kind | units | kept | kept, % |\n" in markdown
     html = render_html(made_up_manifest(), plan)
@@ -189,9 +225,7 @@ def test_the_same_values_give_the_same_bytes(html: str) -> None:
 
 def test_names_cannot_break_out() -> None:
     model = made_up_manifest().model.model_copy(update={"name": "<script>x|y</script>\n# z"})
-    plan = made_up_plan()
-    group = plan.groups[0].model_copy(update={"name": "</text><script>bad</script>"})
-    plan = plan.model_copy(update={"groups": (group, *plan.groups[1:])})
+    plan = one_group(name="</text><script>bad</script>")
     html = render_html(made_up_manifest(model=model), plan)
     assert "<script" not in html
     assert "<script>x|y</script>" in Page(html).text
@@ -253,18 +287,22 @@ def test_a_better_network_is_not_called_worse() -> None:
 
 
 def test_ratio_zero_is_called_dense() -> None:
-    manifest = made_up_manifest(ratio_requested=0.0)
+    manifest = made_up_manifest(settings={"ratio": 0.0, "ratio_of": "params"})
     assert headline.summary(manifest).startswith("demo-resnet was exported dense: ")
 
 
-def test_budgets_are_shown_when_there_are_some() -> None:
-    manifest, plan = made_up_manifest(), made_up_plan()
-    verdicts = check_budgets(manifest, Budgets(size_max_mib=0.5, params_max=200_000))
-    markdown = render_markdown(manifest, plan, verdicts=verdicts)
+def test_budgets_are_shown_when_there_are_some(markdown: str) -> None:
+    """And a long table, here of files, is folded away."""
+    assert "## Budgets" not in markdown
+    files = tuple(FileRef(path=f"{i}.txt", sha256="0", size_bytes=1) for i in range(40))
+    manifest, plan = made_up_manifest(files=files), one_group()
+    results = check_budgets(manifest, Budgets(size_max_mib=0.5, params_max=200_000))
+    markdown = render_markdown(manifest, plan, results=results)
     assert "| FAIL | size_max_mib | model.onnx 0.638 MiB, limit at most 0.500 MiB |" in markdown
     assert "| pass | params_max |" in markdown
-    assert '<td class="bad">FAIL</td>' in render_html(manifest, plan, verdicts=verdicts)
-    assert "## Budgets" not in render_markdown(manifest, plan)
+    html = render_html(manifest, plan, results=results)
+    assert '<td class="bad">FAIL</td>' in html
+    assert re.findall("<details><summary>(.*)</summary>", html) == ["40 rows"]
 
 
 def test_a_plan_of_another_build_is_refused() -> None:
@@ -273,19 +311,12 @@ def test_a_plan_of_another_build_is_refused() -> None:
         render_markdown(made_up_manifest(), plan)
 
 
-def test_a_long_table_is_folded_away() -> None:
-    plan = made_up_plan()
-    many = tuple(plan.groups[0].model_copy(update={"name": f"block{i}"}) for i in range(40))
-    html = render_html(made_up_manifest(), plan.model_copy(update={"groups": many}))
-    assert "<details><summary>40 rows</summary>" in html
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.1234, "0.123 ms"), (1.234, "1.23 ms"), (12.34, "12.3 ms"), (123.4, "123 ms")],
 )
 def test_milliseconds_have_three_digits(value: float, text: str) -> None:
-    assert words.ms(value) == text
+    assert cells.ms(value) == text
 
 
 @pytest.mark.parametrize(
@@ -293,30 +324,37 @@ def test_milliseconds_have_three_digits(value: float, text: str) -> None:
     [(950, "950"), (163_120, "163 k"), (25_557_032, "25.6 M"), (4_089_184_256, "4.09 G")],
 )
 def test_counts_are_short(value: int, text: str) -> None:
-    assert words.short(value) == text
+    assert cells.short(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(17, "17 B"), (669_312, "653.6 KiB"), (4_194_304, "4.00 MiB")]
 )
 def test_sizes_are_in_binary_units(value: int, text: str) -> None:
-    assert words.size(value) == text
+    assert cells.size(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(-0.4567, "−46"), (-0.0996, "−10"), (0.0123, "+1.2"), (-0.0012, "−0.12"), (-1e-6, "0")],
+    [
+        (-0.4567, "−46 %"),
+        (-0.0996, "−10 %"),
+        (0.0123, "+1.2 %"),
+        (-0.0012, "−0.12 %"),
+        (-1e-6, "0 %"),
+    ],
 )
 def test_effects_are_signed_percentages(value: float, text: str) -> None:
-    assert words.effect(value) == text
+    assert cells.effect(value) == text
 
 
 def test_an_effect_with_its_interval() -> None:
-    assert words.effect_interval(-0.153, -0.206, -0.0999) == "−15 % (−21 to −10)"
+    assert cells.interval(cells.effect, -0.153, -0.206, -0.0999) == "−15 % (−21 to −10)"
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.1, "0.10"), (0.00047, "0.00047"), (1.0, "1.0"), (12.4, "12")]
+    ("value", "text"),
+    [(0, "0"), (0.1, "0.10"), (0.00047, "0.00047"), (1.0, "1.0"), (12.4, "12"), (-0.3, "−0.30")],
 )
 def test_divergences_have_two_digits(value: float, text: str) -> None:
-    assert words.nats(value) == text
+    assert cells.nats(value) == text

@@ -12,13 +12,8 @@ from made_up_bundle import made_up_manifest
 from PIL import Image
 from small_onnx import CLASSES, SHAPE, small_onnx
 
-from cswap_deploy.records.engine import (
-    BatchRange,
-    EngineArtifact,
-    EngineOptions,
-    OnnxArtifact,
-    TensorSpec,
-)
+from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact, TensorSpec
 from cswap_deploy.records.files import list_files
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.model import ModelSpec, Preprocessing
@@ -68,7 +63,7 @@ def write_bundle(folder: Path, *engines: Engine, onnx: bytes | None = None) -> P
     for engine in engines:
         (folder / engine.path).parent.mkdir(parents=True)
         (folder / engine.path).write_bytes(engine.content)
-        options = EngineOptions(version_compatible=engine.version_compatible)
+        options = BuilderOptions(version_compatible=engine.version_compatible)
         told = {"compute_capability": engine.compute_capability, "stripped": engine.stripped}
         versions = {engine.target: engine.version}
         more = told | {"batch": BatchRange(min=1, opt=4, max=8), "options": options}

@@ -120,8 +120,11 @@ def test_a_folder_as_text(kept: Path) -> None:
     assert "class 4" in ran.out  # the network has a class more than names
 
 
-def test_the_same_as_json(kept: Path) -> None:
-    ran = cswap_run("bundle", "pictures/b.png", "pictures/deep", "--json", cwd=kept)
+def test_the_same_as_json(
+    kept: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(kept)
+    ran = run("bundle", "pictures/b.png", "pictures/deep", "--json")
     assert (ran.code, ran.err) == (0, NOTE)
     told = ran.json()
     assert {key: told[key] for key in told if key != "images"} == {
@@ -138,7 +141,7 @@ def test_the_same_as_json(kept: Path) -> None:
 
 
 def test_pictures_that_cannot_be_read_are_told_and_the_others_done(
-    kept: Path, tmp_path: Path
+    kept: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = (kept / "pictures" / "b.png").read_bytes()
     damaged = bytearray(whole)
@@ -150,7 +153,8 @@ def test_pictures_that_cannot_be_read_are_told_and_the_others_done(
         "6.png": b"", "7.gif": whole,
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
-    ran = cswap_run(kept / "bundle", ".", "--json", "--batch", "3", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ran = run(kept / "bundle", ".", "--json", "--batch", "3")
     assert ran.code == 2
     told = ran.json()
     assert [image["image"] for image in told["images"]] == ["2.png", "7.gif"]
@@ -234,16 +238,20 @@ def refused(ran: Ran, code: int, *words: str) -> None:
         assert part in ran.err
 
 
-def test_one_flipped_byte_in_the_graph(bundle: Path) -> None:
+def test_one_flipped_byte_in_the_graph(
+    bundle: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
     flip_a_byte(bundle / "model.onnx")
+    monkeypatch.chdir(bundle.parent)
     for more in ((), ("--target", "onnxruntime")):
-        ran = cswap_run("bundle", "a.png", *more, cwd=bundle.parent)
+        ran = run("bundle", "a.png", *more)
         refused(ran, 6, "error: bundle/model.onnx is not the file that was built: sha256 ")
         assert ran.out == ""
         assert ran.err.endswith("  fix: copy the bundle again, or build it again\n")
 
 
 def test_errors_in_json_too(bundle: Path) -> None:
+    """In a process of its own, whose exit code and output a script sees."""
     (bundle / "model.onnx").unlink()
     ran = cswap_run("bundle", "a.png", "--json", cwd=bundle.parent)
     refused(ran, 6, "cannot read bundle/model.onnx: No such file or directory")
@@ -304,9 +312,9 @@ def test_cuda_where_onnxruntime_has_none(bundle: Path, run: Callable[..., Ran]) 
         (None, "is not a bundle: it has no manifest.json\n  fix: name the folder that"),
         (b"{", "cannot read {bundle}/manifest.json: Expecting property name"),
         (b"\xff\xfe\x00", "cannot read {bundle}/manifest.json: "),
-        (b"[]", "manifest.json is not a manifest of schema version 1: TypeError"),
-        (b"{}", "is not a manifest of schema version 1: KeyError 'schema_version'"),
-        (b'{"schema_version": 2}', "version 1: ValueError schema_version 2\n  fix: build the"),
+        (b"[]", "manifest.json is not a manifest of schema version 2: TypeError"),
+        (b"{}", "is not a manifest of schema version 2: KeyError 'schema_version'"),
+        (b'{"schema_version": 1}', "version 2: ValueError schema_version 1\n  fix: build the"),
     ],
 )
 def test_a_manifest_that_is_absent_or_damaged(
@@ -342,7 +350,7 @@ def test_no_value_in_a_manifest_is_a_bug(bundle: Path) -> None:
             inner[path[-1]] = other
             (bundle / "manifest.json").write_text(json.dumps(changed))
             words = opening(bundle)
-            assert words == "" or "is not a manifest of schema version 1" in words
+            assert words == "" or "is not a manifest of schema version 2" in words
 
 
 def test_a_manifest_that_names_files_outside_the_bundle(

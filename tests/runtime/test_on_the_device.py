@@ -18,7 +18,9 @@ from PIL import Image
 from small_bundle import model_spec, picture, write_bundle
 
 import cswap_deploy
-from cswap_deploy.data import load_samples, normalised
+from cswap_deploy.config import DataConfig
+from cswap_deploy.data import load_samples
+from cswap_deploy.progress import Silent
 from cswap_deploy.records.model import Preprocessing
 from cswap_deploy.runtime.bundle import Transform
 from cswap_deploy.runtime.classifier import Classifier
@@ -71,9 +73,11 @@ def every_kind(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return folder, save_every_kind(folder)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize("filter", ["bicubic", "bilinear", "nearest"])
-@pytest.mark.parametrize("height", [16, 24])
+@pytest.mark.parametrize(
+    ("channels", "filter", "height"),
+    [(3, "bicubic", 16), (1, "bilinear", 16), (3, "bilinear", 24), (1, "bicubic", 24),
+     (3, "nearest", 16), (1, "nearest", 24)],
+)  # fmt: skip
 def test_pixels_are_those_of_the_build(
     every_kind: tuple[Path, int], tmp_path: Path, channels: int, filter: str, height: int
 ) -> None:
@@ -84,10 +88,10 @@ def test_pixels_are_those_of_the_build(
         std=(0.229, 0.224, 0.225)[:channels], resize_shorter=18, interpolation=filter,  # type: ignore[arg-type]
     )  # fmt: skip
     model = model_spec().model_copy(update={"preprocessing": pre})
-    samples = load_samples(
-        data=str(folder), validation_data=None, model=model, calibration_samples=count // 2,
-        validation_samples=count - count // 2, seed=3,
-    )  # fmt: skip
+    data = DataConfig(
+        data=str(folder), calibration_samples=count // 2, validation_samples=count - count // 2
+    )
+    samples = load_samples(data, model=model, seed=3, progress=Silent())
     built = [*samples.calibration.images, *samples.validation.images]
     bundle = write_bundle(tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -101,7 +105,9 @@ def test_pixels_are_those_of_the_build(
     both = np.stack(samples.calibration.images)
     steps = classifier.bundle.transform
     assert isinstance(steps, Transform)
-    np.testing.assert_array_equal(normalise(both, steps), normalised(samples.calibration, pre))
+    np.testing.assert_array_equal(
+        normalise(both, steps), normalise(samples.calibration.images, pre)
+    )
 
 
 # --- without the build's packages ----------------------------------------------------------------
@@ -170,10 +176,10 @@ def test_what_is_missing_is_named(tmp_path: Path, absent: str) -> None:
     assert done.stderr.startswith(words[absent])
 
 
-@pytest.mark.parametrize("module", ["bundle", "classifier", "cli", "host", "tensorrt_session"])
-def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    modules = ("bundle", "classifier", "cli", "host", "tensorrt_session")
     code = (
-        f"import sys, cswap_deploy.runtime.{module};"
+        f"import sys, {', '.join(f'cswap_deploy.runtime.{module}' for module in modules)};"
         "print(*(n for n in ('torch', 'onnxruntime', 'tensorrt', 'pydantic') if n in sys.modules))"
     )
     done = subprocess.run(

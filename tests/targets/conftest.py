@@ -1,13 +1,36 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from small_onnx import write_small_onnx
 from torch import nn
 
 from cswap_deploy.export.onnx import describe_onnx, export_onnx
 from cswap_deploy.records.engine import OnnxArtifact
+
+if TYPE_CHECKING:
+    from fake_bench import Bench
+
+sys.path.append(str(Path(__file__).parent.parent / "runtime"))  # the fake GPU lives there
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Bench]:
+    """A fake GPU with a fake builder of one version."""
+    from fake_bench import Bench
+
+    return lambda package: Bench(monkeypatch, package, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> OnnxArtifact:
+    """A graph of five nodes."""
+    return write_small_onnx(tmp_path_factory.mktemp("small") / "model.onnx")
 
 
 @pytest.fixture(scope="session")

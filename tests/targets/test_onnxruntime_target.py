@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from cswap_deploy.config import BatchRange
 from cswap_deploy.errors import ArtifactError, BuildError, StageError, UsageError
 from cswap_deploy.measure.parity import parity
-from cswap_deploy.records.engine import BatchRange, OnnxArtifact
+from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.targets import TARGETS, get_target
+from cswap_deploy.targets import TARGETS, BuildRequest, get_target
 from cswap_deploy.targets.onnxruntime import OnnxRuntime
 
 runtime = pytest.importorskip("onnxruntime")
@@ -29,7 +30,7 @@ def test_unknown_target_names_the_known_ones() -> None:
 
 
 def test_the_graph_is_the_engine(graph: OnnxArtifact, tmp_path: Path) -> None:
-    engine = OnnxRuntime().build(graph, batch=BatchRange(), out_dir=tmp_path)
+    engine = OnnxRuntime().build(BuildRequest(graph, batch=BatchRange(), out_dir=tmp_path))
     assert (engine.path, engine.sha256, engine.size_bytes) == (
         graph.path,
         graph.sha256,
@@ -46,7 +47,7 @@ def test_a_session_gives_the_networks_outputs(
     graph: OnnxArtifact, network: nn.Module, tmp_path: Path
 ) -> None:
     target = OnnxRuntime()
-    engine = target.build(graph, batch=BatchRange(), out_dir=tmp_path)
+    engine = target.build(BuildRequest(graph, batch=BatchRange(), out_dir=tmp_path))
     session = target.load(engine, threads=1)
     assert (session.provider, session.threads) == ("CPUExecutionProvider", 1)
     assert target.load(engine, threads=None).threads == usable_cores()
@@ -71,7 +72,7 @@ def test_an_unknown_operator_is_refused_in_the_runtimes_words(
     unknown_operator: OnnxArtifact, tmp_path: Path
 ) -> None:
     with pytest.raises(BuildError) as caught:
-        OnnxRuntime().build(unknown_operator, batch=BatchRange(), out_dir=tmp_path)
+        OnnxRuntime().build(BuildRequest(unknown_operator, batch=BatchRange(), out_dir=tmp_path))
     text = str(caught.value)
     assert text.startswith(f"onnxruntime {runtime.__version__} refused unknown.onnx: ")
     assert "my.ops:Wobble(-1) is not a registered function/op" in text
@@ -88,12 +89,16 @@ def test_a_graph_with_a_fixed_batch_does_not_build_for_others(
     onnx.save(model, path)
     fixed = graph.model_copy(update={"path": path})
     with pytest.raises(BuildError, match=r"loads fixed\.onnx but does not run it at batch 16"):
-        OnnxRuntime().build(fixed, batch=BatchRange(min=1, opt=1, max=16), out_dir=tmp_path)
+        OnnxRuntime().build(
+            BuildRequest(fixed, batch=BatchRange(min=1, opt=1, max=16), out_dir=tmp_path)
+        )
 
 
 def test_a_wrong_shape_is_named(graph: OnnxArtifact, tmp_path: Path) -> None:
     target = OnnxRuntime()
-    session = target.load(target.build(graph, batch=BatchRange(), out_dir=tmp_path), threads=1)
+    session = target.load(
+        target.build(BuildRequest(graph, batch=BatchRange(), out_dir=tmp_path)), threads=1
+    )
     with pytest.raises(StageError, match=r"batch of shape \(1, 3, 15, 16\), float32.*Expected: 16"):
         session.run(np.zeros((1, 3, 15, 16), dtype=np.float32))
     with pytest.raises(StageError, match=r"batch of shape \(1, 3, 16, 16\), float64"):
@@ -102,7 +107,7 @@ def test_a_wrong_shape_is_named(graph: OnnxArtifact, tmp_path: Path) -> None:
 
 def test_altered_absent_and_damaged_engines(graph: OnnxArtifact, tmp_path: Path) -> None:
     target = OnnxRuntime()
-    engine = target.build(graph, batch=BatchRange(), out_dir=tmp_path)
+    engine = target.build(BuildRequest(graph, batch=BatchRange(), out_dir=tmp_path))
     path = tmp_path / "copy.onnx"
     moved = engine.model_copy(update={"path": path})
     with pytest.raises(ArtifactError, match=r"cannot read .*copy\.onnx: No such file"):

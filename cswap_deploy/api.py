@@ -1,0 +1,199 @@
+"""What Python code calls: :func:`prune`, :func:`build`, :func:`load`, :func:`check`.
+
+The README's section on Python has examples. Every error is a :class:`CswapError` with an
+``exit_code`` and, where it is known, a ``fix``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.plan import PrunePlan
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+
+    from cswap_deploy.gate.budgets import BudgetResult
+    from cswap_deploy.pruning.prune import Pruned
+    from cswap_deploy.runtime.classifier import Classifier
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A finished bundle on disk, its files held against their digests."""
+
+    path: Path
+    plan: PrunePlan
+    manifest: Manifest
+    results: tuple[BudgetResult, ...] = ()
+    """Results of the budgets that ``build`` was given."""
+
+    def module(self, architecture: nn.Module | None = None) -> nn.Module:
+        """The pruned network in PyTorch, in evaluation mode, its weights loaded strictly.
+
+        Args:
+            architecture: The dense network, any weights; not changed. Needed where the bundle was
+                built from a module in memory; else it is made from the model's name.
+
+        Raises:
+            UsageError: The network cannot be made from its name.
+            ArtifactError: The plan or the weights do not fit the architecture.
+        """
+        from cswap_deploy.network.deletion import load_pruned
+        from cswap_deploy.records.bundle import WEIGHTS
+
+        dense = self._dense(architecture)
+        return load_pruned(self.path / WEIGHTS, self.plan, dense, self._example())
+
+    def classifier(self, **options: Any) -> Classifier:
+        """What runs the bundle on this machine, pictures in, classes out.
+
+        Args:
+            **options: Of :meth:`cswap_deploy.runtime.classifier.Classifier.open`.
+        """
+        from cswap_deploy.runtime.classifier import Classifier
+
+        return Classifier.open(self.path, **options)
+
+    def _dense(self, architecture: nn.Module | None) -> nn.Module:
+        import copy
+
+        from cswap_deploy.errors import UsageError
+        from cswap_deploy.models.load import fresh_module
+
+        if architecture is not None:
+            return copy.deepcopy(architecture)
+        spec = self.manifest.model
+        if spec.source == "factory" and ":" not in spec.name:
+            raise UsageError(
+                f"{self.path} was built from a {spec.name} in memory, which no name makes again",
+                fix="pass the dense network: bundle.module(architecture)",
+            )
+        return fresh_module(spec)
+
+    def _example(self) -> Any:
+        import torch
+
+        return torch.zeros(2, *self.manifest.model.preprocessing.input_size)
+
+
+def prune(
+    module: nn.Module,
+    data: Any,
+    *,
+    ratio: float | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Pruned:
+    """Remove channels, attention heads and hidden neurons from a network, without training.
+
+    Args:
+        module: Maps (N, C, H, W) float32 to logits (N, classes); not changed.
+        data: Images to measure on, as the network takes them: ``(images, labels)`` as tensors or
+            arrays, (N, C, H, W) float32 and (N,) integers; an iterable of such batches, for example
+            a ``DataLoader``; or the path of a folder of class folders or of an ``.npz`` file, with
+            ``input_size``, ``mean`` and ``std``.
+        ratio: Fraction of the parameters to remove (see ``ratio_of``), 0 <= ratio < 1; 0.4 unless
+            said.
+        progress: Told of everything that takes time.
+        **settings: Fields of the sections ``model``, ``data``, ``prune`` and ``run`` of
+            :class:`cswap_deploy.config.Config`, for example ``ratio_of="macs"``.
+
+    Returns:
+        ``module``, of the same class, smaller, with its weights in place, float32, on the CPU and
+        in evaluation mode; and ``plan``.
+
+    Raises:
+        UsageError: A setting or the data is wrong.
+        PruneError: The ratio cannot be met, or nothing can be removed.
+        StageError: A prediction is not finite.
+    """
+    import copy
+
+    from cswap_deploy.config import load_config
+    from cswap_deploy.data import calibration_from
+    from cswap_deploy.pruning.prune import prune as run
+
+    config = load_config(model=type(module).__name__, ratio=ratio, **settings)
+    progress = progress if progress is not None else Silent()
+    module = copy.deepcopy(module).float().cpu().eval()
+    calibration = calibration_from(
+        data, module, model=config.model, config=config.data, seed=config.run.seed,
+        progress=progress,
+    )  # fmt: skip
+    return run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+
+
+def build(
+    model: str | nn.Module,
+    *,
+    ratio: float | None = None,
+    config: Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Bundle:
+    """Prune a pretrained classifier, export it, build engines, and check them.
+
+    The command ``cswap-deploy build`` does the same.
+
+    Args:
+        model: A demo or timm name, ``"package.module:factory"``, or a module in memory (then
+            ``input_size``, ``mean`` and ``std`` are needed).
+        ratio: Fraction of the parameters to remove (see ``ratio_of``), 0 <= ratio < 1; 0.4 unless
+            said here or in ``config``.
+        config: TOML file of settings; arguments win over it.
+        progress: Told of everything that takes time.
+        **settings: Any other setting of :class:`cswap_deploy.config.Config`, for example ``data``,
+            ``output``, ``target=("openvino",)``.
+
+    Raises:
+        CswapError: A subclass says what failed and how to mend it; see ``cswap_deploy.errors``.
+    """
+    from cswap_deploy.config import load_config
+    from cswap_deploy.pipeline import build as run
+
+    name = model if isinstance(model, str) else type(model).__name__
+    settings |= {"model": name, "ratio": ratio}
+    for source in ("data", "validation_data"):
+        settings[source] = None if settings.get(source) is None else str(settings[source])
+    module = None if isinstance(model, str) else model
+    built = run(load_config(config, **settings), module=module, progress=progress)
+    assert built.manifest is not None
+    return Bundle(built.path, built.plan, built.manifest, built.results)
+
+
+def load(path: str | os.PathLike[str]) -> Bundle:
+    """Open a bundle that ``build`` wrote; every file is held against its digest.
+
+    Raises:
+        ArtifactError: It is no bundle, or a file is missing or altered.
+    """
+    from cswap_deploy.records.bundle import read_plan, verify_bundle
+
+    folder = Path(path)
+    manifest = verify_bundle(folder).manifest
+    return Bundle(folder, read_plan(folder), manifest)
+
+
+def check(
+    bundle: Bundle | str | os.PathLike[str], budgets: str | os.PathLike[str]
+) -> tuple[BudgetResult, ...]:
+    """Hold a bundle's measurements against the limits of ``budgets.toml``.
+
+    The command ``cswap-deploy check`` exits with 3 where one of the results is not ``ok``.
+
+    Raises:
+        UsageError: The budgets cannot be read.
+        ArtifactError: The bundle is damaged.
+    """
+    from cswap_deploy.gate.budgets import check_budgets, read_budgets
+
+    limits = read_budgets(Path(budgets))
+    opened = bundle if isinstance(bundle, Bundle) else load(bundle)
+    return check_budgets(opened.manifest, limits)

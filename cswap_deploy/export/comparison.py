@@ -1,0 +1,152 @@
+"""A narrower graph's predictions against those of the float32 graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cswap_deploy.config import ExportConfig
+from cswap_deploy.errors import GateError, UsageError
+from cswap_deploy.export.names import is_meant
+from cswap_deploy.progress import Progress
+from cswap_deploy.records.engine import OnnxArtifact
+from cswap_deploy.records.measurements import KeptLayer, PrecisionTrial
+from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.runtime.session import Floats
+
+Labels = npt.NDArray[np.int64]
+RANGE_IMAGES = 64
+"""Calibration images on which ranges are taken."""
+COMPARED_IMAGES = 256
+"""Further ones on which predictions are compared."""
+FLIPS = 3
+"""Predictions may change on this multiple of the drop's limit: most changes are between classes
+that were close, and as often for the better."""
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A graph's predictions against the float32 graph's."""
+
+    finite: bool
+    kl: float
+    """Mean KL divergence (nats); infinite where a logit is not finite."""
+    agreement: float
+    """Fraction of the images with the same class."""
+    lost: int
+    """Images right before and wrong now, less those that became right."""
+
+
+def compare(reference: Floats, logits: Floats, labels: Labels) -> Comparison:
+    """Compare logits, (N, classes), with the float32 graph's; labels are (N,)."""
+    if not np.isfinite(logits).all():
+        return Comparison(finite=False, kl=float("inf"), agreement=0.0, lost=len(labels))
+    from scipy.special import log_softmax
+
+    before, after = (log_softmax(x.astype(np.float64), axis=1) for x in (reference, logits))
+    kl = float((np.exp(before) * (before - after)).sum(1).mean())
+    old, new = reference.argmax(1), logits.argmax(1)
+    lost = int((old == labels).sum()) - int((new == labels).sum())
+    return Comparison(finite=True, kl=max(kl, 0.0), agreement=float((old == new).mean()), lost=lost)
+
+
+def same_predictions(found: Comparison, *, images: int, drop_limit: float) -> bool:
+    """Whether predictions count as those of the float32 graph.
+
+        finite,  lost <= max(1, drop_limit · images),  changed <= max(1, 3 · drop_limit · images)
+
+    with ``drop_limit`` a fraction of top-1.
+    """
+    flips = max(1.0, FLIPS * drop_limit * images)
+    few_lost = found.lost <= max(1.0, drop_limit * images)
+    return found.finite and few_lost and (1 - found.agreement) * images <= flips + 1e-6
+
+
+class Comparer:
+    """Compares graphs of one precision with the float32 graph, and keeps a record for the report.
+
+    Arguments are those of :func:`cswap_deploy.export.precision.narrow`.
+
+    Raises:
+        UsageError: A pattern of ``config.keep_fp32`` matches no node.
+    """
+
+    def __init__(
+        self, onnx: OnnxArtifact, config: ExportConfig, images: Floats, labels: Labels,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        from onnx import load
+
+        self.onnx, self.config, self.progress = onnx, config, progress
+        self.ranged = images[:RANGE_IMAGES]
+        """Images for ranges; where there are few, comparisons share them."""
+        rest = images[RANGE_IMAGES:] if len(images) >= 2 * RANGE_IMAGES else images
+        labels = labels[len(images) - len(rest) :]
+        self._images, self._labels = rest[:COMPARED_IMAGES], labels[:COMPARED_IMAGES]
+        self._reference = _predictions(onnx.path, self._images)
+        self.tried: list[PrecisionTrial] = []
+        self._operators = {n.name: n.op_type for n in load(onnx.path).graph.node}
+        self.asked = _matching(self._operators, config.keep_fp32)
+        """Nodes that the user keeps in float32."""
+
+    @property
+    def images(self) -> int:
+        """Number of images that are compared."""
+        return len(self._reference)
+
+    def compare(self, model: bytes) -> Comparison:
+        """Run a graph on the images."""
+        logits = _predictions(model, self._images)
+        self.progress.advance(1)
+        return compare(self._reference, logits, self._labels)
+
+    def same(self, found: Comparison) -> bool:
+        """Whether the predictions count as those of the float32 graph."""
+        return same_predictions(found, images=self.images, drop_limit=self.config.drop_limit)
+
+    def record(self, what: str, found: Comparison) -> None:
+        """Keep a comparison for the report."""
+        kl, passes = found.kl if found.finite else None, self.same(found)
+        self.tried.append(
+            PrecisionTrial(what=what, kl=kl, agreement=found.agreement, passes=passes)
+        )
+
+    def kept(self, name: str, reason: Literal["range", "accuracy"], value: float) -> KeptLayer:
+        """A node that stays wide; a value that is not finite is not recorded."""
+        finite, operator = value if np.isfinite(value) else None, self._operators.get(name, "")
+        return KeptLayer(node=name, operator=operator, reason=reason, value=finite)
+
+    def refuse(self, found: Comparison) -> GateError:
+        """The error for when nothing that is left to try is good enough."""
+        words = f"{found.agreement:.2%} of the classes alike" if found.finite else "not finite"
+        return GateError(
+            f"{self.config.precision}: even with every layer kept that can be, predictions on "
+            f"{self.images} calibration images differ too much from float32: {words}",
+            fix="--precision fp16 or fp32, or raise --precision-drop",
+        )
+
+
+def _matching(operators: dict[str, str], patterns: tuple[str, ...]) -> list[KeptLayer]:
+    for pattern in patterns:
+        if not any(is_meant(name, pattern) for name in operators):
+            raise UsageError(
+                f"--keep-fp32 {pattern!r} matches none of the graph's {len(operators)} nodes, "
+                f"among them {', '.join(list(operators)[:3])}"
+            )
+    return [
+        KeptLayer(node=name, operator=operator, reason="asked")
+        for name, operator in operators.items()
+        if any(is_meant(name, pattern) for pattern in patterns)
+    ]
+
+
+def _predictions(graph: Path | bytes, images: Floats) -> Floats:
+    """(N, classes) logits."""
+    session = OnnxSession(graph, threads=None)
+    batches = (images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
+    return np.concatenate([session.run(np.ascontiguousarray(batch)) for batch in batches])

@@ -1,0 +1,163 @@
+"""Parity, accuracy and latency of one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from cswap_deploy.config import Config
+from cswap_deploy.errors import GateError
+from cswap_deploy.measure.evaluate import Classes, Evaluation, Predictions, torch_run
+from cswap_deploy.measure.latency import measure_latency
+from cswap_deploy.measure.parity import PARITY_BATCHES, Run, parity, require_parity
+from cswap_deploy.records.engine import EngineArtifact
+from cswap_deploy.records.manifest import TargetResult
+from cswap_deploy.records.measurements import AccuracyChange, Latency, Parity
+from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.runtime.preprocess import filled_up
+from cswap_deploy.runtime.session import Floats, Session
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTest:
+    """What engines are compared with, and how."""
+
+    pruned: nn.Module
+    predicted: Predictions
+    """Predictions of both networks in PyTorch."""
+    calibration: Floats
+    """(N, C, H, W) float32, normalised: the first calibration images, for parity and latency."""
+    evaluation: Evaluation
+    config: Config
+
+    def measure(
+        self, engine: EngineArtifact, session: Session, load_dense: Callable[[], Session]
+    ) -> TargetResult:
+        """Measure an engine that this machine can run.
+
+        ``load_dense`` builds and loads the dense float32 graph on the same runtime.
+
+        Raises:
+            ExportError: A float32 engine's logits differ from the pruned network's.
+            GateError: An engine of reduced precision loses too much accuracy.
+        """
+        batch, precision = self.config.engine.batch, self.config.export.precision
+
+        def network(images: Floats) -> Floats:
+            return session.run(filled_up(images, batch.min))[: len(images)]
+
+        compared = parity(
+            torch_run(self.pruned), network, self.calibration[: max(PARITY_BATCHES)],
+            reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
+            tolerance=self.config.export.parity_tolerance if precision == "fp32" else None,
+            batches=tuple(min(size, batch.max) for size in PARITY_BATCHES),
+        )  # fmt: skip
+        classes = self._classify(network, f"the engine of {engine.target}")
+        latency, dense_latency = self._latency(session, load_dense)
+        result = TargetResult(
+            engine=engine, parity=require_parity(compared), latency=latency,
+            accuracy=self.evaluation.change(self.predicted.dense, classes),
+            dense_latency=dense_latency,
+        )  # fmt: skip
+        return result if precision == "fp32" else self._reduced(result, classes, "this engine")
+
+    def emulate(self, engine: EngineArtifact, session: Session, name: str) -> TargetResult:
+        """Judge the precision of an engine that this machine cannot run.
+
+        ``session`` predicts as the engine would, and is ``name`` in the report; both are from
+        ``export.stage.Graphs.emulate``.
+
+        Raises:
+            GateError: The precision loses too much accuracy.
+        """
+        classes = self._classify(session.run, f"the {self.config.export.precision} graph")
+        return self._reduced(TargetResult(engine=engine), classes, name)
+
+    def _classify(self, network: Run, what: str) -> Classes:
+        largest = self.config.engine.batch.max
+        return self.evaluation.classify(network, what=what, largest=largest)
+
+    def _reduced(self, result: TargetResult, classes: Classes, name: str) -> TargetResult:
+        reduced = self.evaluation.change(self.predicted.pruned, classes)
+        export = self.config.export
+        require_precision(
+            reduced, result.engine.target, precision=export.precision, limit=export.drop_limit,
+            measured_on=name,
+        )  # fmt: skip
+        return result.model_copy(update={"reduced": reduced, "judged_by": name})
+
+    def _latency(
+        self, session: Session, load_dense: Callable[[], Session]
+    ) -> tuple[Latency, Latency]:
+        """The engine and the dense graph on the same runtime, interleaved."""
+        size, runs = self.config.timed_batch, self.config.measure.latency_runs
+        self.evaluation.progress.begin(f"timing {runs} calls of each network", 0)
+        dense, images = load_dense(), self.calibration[:size]
+        rows = np.arange(size) % len(images)
+        sessions = {"pruned": session, "dense": dense}
+        times = measure_latency(sessions, images=images[rows], runs=runs)
+        dense.close()
+        self.evaluation.progress.end()
+        return times["pruned"], times["dense"]
+
+
+def images_needed(config: Config) -> int:
+    """Calibration images that :class:`EngineTest` uses."""
+    return max(*PARITY_BATCHES, config.timed_batch)
+
+
+def check_graph(
+    module: nn.Module, graph: Path, name: str, *, images: Floats, tolerance: float
+) -> Parity:
+    """Compare a float32 graph in ONNX Runtime with its network in PyTorch.
+
+    ``name`` is the graph's in the report; of the images, (N, C, H, W) and normalised, the first 8
+    are used; ``tolerance`` is the largest difference of logits.
+
+    Raises:
+        ExportError: The difference exceeds the tolerance.
+    """
+    candidate, few = OnnxSession(graph, threads=None).run, images[: max(PARITY_BATCHES)]
+    compared = parity(
+        torch_run(module), candidate, few, reference_name="PyTorch", candidate_name=name,
+        tolerance=tolerance,
+    )  # fmt: skip
+    return require_parity(compared)
+
+
+def require_precision(
+    change: AccuracyChange, target: str, *, precision: str, limit: float, measured_on: str
+) -> None:
+    """The gate that every reduced precision must pass; a single image never fails it.
+
+    ``change`` is from the pruned float32 network to the engine; ``limit`` a fraction of top-1.
+
+    Raises:
+        GateError: More of the top-1 is lost than allowed.
+    """
+    images = change.dense.images
+    if change.drop * images > max(1.0, limit * images) + 1e-6:
+        raise GateError(
+            f"{target} in {precision} loses {100 * change.drop:.2f} points of top-1 against the "
+            f"pruned float32 network ({change.dense.top1:.2%} -> {change.pruned.top1:.2%} on "
+            f"{images} images, by {measured_on}); allowed are {100 * limit:.2f}",
+            fix="a wider --precision, --keep-fp32 for what is sensitive, or raise --precision-drop",
+        )
+
+
+def summary(result: TargetResult) -> str:
+    """One line for the screen."""
+    if result.accuracy is None or result.latency is None:
+        text = f"not run on this machine: {result.engine.reason}"
+        if result.reduced is not None:
+            text += f"; {result.reduced.pruned.top1:.2%} top-1 by {result.judged_by}"
+        return text
+    change = result.accuracy
+    text = f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}"
+    if result.dense_latency is not None:
+        text += f", p50 {result.dense_latency.p50_ms:.2f} -> {result.latency.p50_ms:.2f} ms"
+    return text

@@ -1,0 +1,84 @@
+"""One pruning: what it works on, with which settings, and where effects are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cswap_deploy.causal.cost import (
+    BUDGET_MACS,
+    MOST_IMAGES,
+    affordable_forwards,
+    affordable_images,
+    loop_macs,
+)
+from cswap_deploy.causal.measurement import LocalMeasurement, MeasurementFactory
+from cswap_deploy.causal.memory import Budget
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.progress import Phases, Silent
+from cswap_deploy.pruning.importance import Importance
+from cswap_deploy.pruning.prepare import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Where effects are measured: this process, a GPU, or workers."""
+
+    measurements: MeasurementFactory = LocalMeasurement
+    budget: Budget = field(default_factory=Budget.of)
+    """Memory; a third of what is free unless said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What ``auto`` comes to for one network and calibration set."""
+
+    rounds: int
+    scoring_samples: int
+    """Images that each unit's effect is known on, in each round."""
+    measuring: Literal["exact", "bf16", "adaptive"]
+    most_forwards: int | None
+    """Masked forwards of the first round, one for each unit and image; later rounds may take
+    ``cost.LATER_ROUNDS`` of it. ``None``: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one pruning works with, in all of its rounds."""
+
+    network: Prepared
+    """Used up: its units are masked and its sizes counted down."""
+    calibration: Calibration
+    config: PruneConfig
+    importance: Importance
+    """Ranks the units; :func:`importance.importance_of` the criterion, or another."""
+    seed: int = 0
+    backend: Backend = field(default_factory=Backend)
+    progress: Phases = field(default_factory=Silent)
+    resolved: Resolved = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = resolve(self.config, self.network, len(self.calibration.images), self.importance)
+        object.__setattr__(self, "resolved", found)
+
+
+def resolve(
+    config: PruneConfig, network: Prepared, images: int, importance: Importance
+) -> Resolved:
+    """Fill in what was left to the package, from what measuring costs on so many images."""
+    graph, groups = network.graph, network.groups
+    rounds = config.rounds if importance.needs_images else 1
+    if config.scoring_samples != "auto":
+        count = config.scoring_samples
+    elif config.measuring == "exact":
+        count = affordable_images(graph, groups, rounds=config.rounds)
+    else:
+        count = MOST_IMAGES
+    count = min(count, images)
+    if config.measuring != "auto":
+        return Resolved(rounds, count, config.measuring, None)
+    if loop_macs(graph, groups, images=count, rounds=config.rounds) <= BUDGET_MACS:
+        return Resolved(rounds, count, "exact", None)
+    most = affordable_forwards(graph, groups, rounds=config.rounds)
+    return Resolved(rounds, count, "adaptive", most)

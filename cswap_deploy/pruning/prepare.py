@@ -1,0 +1,147 @@
+"""A network made ready for pruning: traced, grouped, counted, and its ratio within reach."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.errors import PruneError
+from cswap_deploy.network.deletion import exact_groups
+from cswap_deploy.network.graph import Graph, trace
+from cswap_deploy.network.groups import find_groups
+from cswap_deploy.network.offsets import needs_bias
+from cswap_deploy.network.sizes import SizeModel, smallest
+from cswap_deploy.network.units import Group, give_bias
+from cswap_deploy.pruning.allocation import Limits
+from cswap_deploy.pruning.refit import solvable
+from cswap_deploy.records.plan import Size
+
+_ALIGNED = 8
+"""Widths that are no multiple of this run slower than wider ones that are: on ONNX Runtime's CPU
+kernels (measured, benchmarks/LOG.md) as on tensor cores."""
+_TINY = 32
+"""``--round-to auto`` leaves smaller groups alone: a step of 8 would be over a quarter of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A network ready to be pruned; its units are masked in ``graph.module``."""
+
+    graph: Graph
+    """Over a copy of the network with a bias on every consumer."""
+    dense: Graph
+    """The same over another copy, which stays as it is."""
+    groups: tuple[Group, ...]
+    excluded: dict[str, str]
+    """Root layer -> why its units cannot be removed."""
+    biased: tuple[str, ...]
+    """Layers that were given a bias."""
+    sizes: SizeModel
+    """Size of what is left in ``graph``."""
+    dense_size: Size
+    """Size of the network as the user gave it."""
+    limits: Limits
+    example: Tensor
+    """(2, C, H, W)."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network whose units are masked."""
+        return self.graph.module
+
+    def on(self, module: nn.Module) -> Self:
+        """The same with another module of the architecture to mask."""
+        return replace(self, graph=self.graph.on(module))
+
+    def copy(self) -> Self:
+        """One more to use up: preparing takes seconds, a copy does not."""
+        return replace(self.on(copy.deepcopy(self.module)), sizes=copy.deepcopy(self.sizes))
+
+
+def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:
+    """Find what can be removed and check that the ratio is within reach.
+
+    Args:
+        module: In eval mode, float32; not changed.
+        images: (N, C, H, W), N >= 2, real ones.
+        config: Of it ``ratio`` (above 0), ``ratio_of`` and ``round_to``.
+
+    Raises:
+        ExportError: The network cannot be traced.
+        PruneError: Nothing can be removed, or the ratio is out of reach; says the range.
+    """
+    example = images[:2]
+    structure = find_groups(module, example)
+    groups, inexact = exact_groups(module, torch.randn_like(example), structure.groups)
+    base = copy.deepcopy(module)
+    dense = trace(base, example)
+    changed = {c.layer for g in groups for c in g.consumers} | set(solvable(dense))
+    biased = [n for n in dense.layers() if n in changed and needs_bias(dense, n)]
+    for name in biased:
+        give_bias(base.get_submodule(name))  # type: ignore[arg-type]
+    if biased:
+        dense = trace(base, example)
+    hidden = {
+        g.name: "its weights are not read directly by a convolution or linear layer"
+        for g in groups
+        if any(not dense.readers(c.layer) for c in g.consumers)
+    }
+    groups = [g for g in groups if g.name not in hidden]
+    excluded = structure.excluded | inexact | hidden
+    if not groups:
+        why = "".join(f"\n    {name}: {reason}" for name, reason in excluded.items())
+        raise PruneError(
+            f"{type(module).__name__} has no structure that can be removed{why}",
+            fix="pass --ratio 0 to export the dense model",
+        )
+    work = copy.deepcopy(base)
+    prepared = Prepared(
+        dense.on(work), dense, tuple(groups), excluded, tuple(biased),
+        sizes=SizeModel(work, example, groups),
+        dense_size=SizeModel(module, example, groups).size(),
+        limits=_limits(groups, config.round_to),
+        example=example,
+    )  # fmt: skip
+    _check_reach(prepared, config)
+    return prepared
+
+
+def _limits(groups: list[Group], round_to: int | str) -> Limits:
+    alignments = {g.name: _alignment(g, round_to) for g in groups}
+    floors = {g.name: min(alignments[g.name], g.units) for g in groups}
+    return Limits(alignments, floors, split=round_to == "auto")
+
+
+def _alignment(group: Group, round_to: int | str) -> int:
+    if group.kind == "heads":
+        return 1
+    if isinstance(round_to, int):
+        return min(round_to, group.units)
+    return 1 if group.units < _TINY or group.units % _ALIGNED else _ALIGNED
+
+
+def _check_reach(net: Prepared, config: PruneConfig) -> None:
+    of, ratio, floors = config.ratio_of, config.ratio, net.limits.floors
+    total = net.dense_size.amount(of)
+    most = 1 - smallest(net.sizes, net.groups, floors).amount(of) / total
+    steps = {g.name: 1 if net.limits.split else net.limits.alignments[g.name] for g in net.groups}
+    savings = [
+        net.sizes.saving(g.name, range(g.units % steps[g.name] or steps[g.name]), of)
+        for g in net.groups
+        if g.units > floors[g.name]
+    ]
+    least = min(savings, default=0) / total
+    if ratio > most or ratio < least / 2:
+        what = {"params": "parameters", "channels": "units", "macs": "MACs"}[of]
+        raise PruneError(
+            f"--ratio {ratio:g} of the {what} cannot be met: this network can lose "
+            f"{least:.2%} to {most:.2%} of its {total:,} {what}",
+            fix=f"pass a ratio from {least:.4f} to {np.floor(most * 1e4) / 1e4:.4f}, or 0 to "
+            "export the dense model",
+        )

@@ -1,0 +1,160 @@
+"""From a network and a ratio to a smaller network and its plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cswap_deploy.causal.arithmetic import require_gpu
+from cswap_deploy.causal.experiment import independent
+from cswap_deploy.causal.measurement import LocalMeasurement
+from cswap_deploy.causal.memory import Budget, keep_freed_memory
+from cswap_deploy.causal.ray_workers import Recipe, pool_of
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.network.deletion import delete_removed
+from cswap_deploy.network.sizes import SizeModel
+from cswap_deploy.network.units import Group
+from cswap_deploy.progress import Progress
+from cswap_deploy.pruning.importance import importance_of
+from cswap_deploy.pruning.job import Backend, Job
+from cswap_deploy.pruning.prepare import Prepared, prepare
+from cswap_deploy.pruning.rounds import remove_in_rounds
+from cswap_deploy.pruning.state import RoundStore, State
+from cswap_deploy.records.model import ModelSpec
+from cswap_deploy.records.plan import GroupPlan, PrunePlan
+
+_DEPENDENT = (
+    "an image's prediction depends on the others of its batch: each unit is measured by "
+    "whole forwards of its own, which is slow"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The smaller network with its weights, and how it came about."""
+
+    module: nn.Module
+    plan: PrunePlan
+    notes: tuple[str, ...] = ()
+    """Fallbacks that were taken; for the manifest."""
+
+
+def prune(
+    module: nn.Module,
+    calibration: Calibration,
+    *,
+    config: PruneConfig,
+    seed: int = 0,
+    spec: ModelSpec | None = None,
+    rounds: RoundStore | None = None,
+    progress: Progress,
+) -> Pruned:
+    """Prune a network to its ratio, without training.
+
+    Args:
+        module: In eval mode, float32; not changed.
+        calibration: Images of the network's size.
+        config: With ratio 0 nothing is removed.
+        seed: Of the importance ``random``.
+        spec: How workers can build the network again; without it there are none.
+        rounds: Where finished rounds are kept; the latest one is gone on from.
+        progress: Told of phases, and of what the user should know.
+
+    Raises:
+        ExportError: The network cannot be traced.
+        PruneError: Nothing can be removed, the ratio is out of reach, or deleting what was masked
+            changed the outputs.
+        StageError: A prediction was not finite.
+        UsageError: An unknown criterion, or a network that workers cannot build.
+        MissingDependencyError: There is no GPU, no Ray or no cluster where one was asked for.
+    """
+    keep_freed_memory()
+    importance = importance_of(config.criterion)
+    images = calibration.images
+    if config.ratio == 0:
+        size = SizeModel(module, images[:2], ()).size()
+        settings = config.key() | {"criterion": "none"}
+        plan = PrunePlan(settings=settings, dense=size, pruned=size, groups=())
+        return Pruned(copy.deepcopy(module), plan)
+    progress.begin("tracing the network", 0)
+    network = prepare(module, images, config)
+    progress.end()
+    notes: list[str] = []
+    state = (rounds.load(network.module, most=config.rounds) if rounds else None) or State()
+    if state.round:
+        progress.note(f"going on after round {state.round} of an interrupted run")
+    with _backend(network, images, config, spec, progress, notes) as backend:
+        job = Job(network, calibration, config, importance, seed, backend, progress)
+        remove_in_rounds(job, state, rounds)
+    smaller = delete_removed(
+        network.module, network.example, state.removed, network.groups, images[:8]
+    )
+    plan = _plan(job, state)
+    assert sum(p.numel() for p in smaller.parameters()) == plan.pruned.params
+    return Pruned(smaller, plan, tuple(notes))
+
+
+def _plan(job: Job, state: State) -> PrunePlan:
+    network = job.network
+    too_wide = dict.fromkeys(state.not_refitted, "too wide to refit; means were folded")
+    return PrunePlan(
+        settings=job.config.key() | {"seed": job.seed} | asdict(job.resolved),
+        dense=network.dense_size,
+        pruned=network.sizes.size(),
+        groups=tuple(_group_plan(g, state) for g in network.groups),
+        excluded=network.excluded | too_wide,
+        biased=network.biased,
+        refitted=state.refitted,
+        producers=state.producers,
+        rounds=tuple(state.rounds),
+    )
+
+
+def _group_plan(group: Group, state: State) -> GroupPlan:
+    gone = set(state.removed.get(group.name, ()))
+    return GroupPlan(
+        name=group.name, kind=group.kind, units=group.units,
+        kept=tuple(u for u in range(group.units) if u not in gone),
+        effects=tuple(e for _, e in sorted(state.effects.get(group.name, {}).items())),
+    )  # fmt: skip
+
+
+@contextmanager
+def _backend(
+    network: Prepared, images: Tensor, config: PruneConfig, spec: ModelSpec | None,
+    progress: Progress, notes: list[str],
+) -> Iterator[Backend]:  # fmt: skip
+    """Where effects are measured: this process, its GPU, or workers; ``notes`` gets fallbacks."""
+    budget = Budget.of(config.memory_budget)
+    if len(images) >= 4 and not independent(network.graph, images):
+        progress.note(_DEPENDENT)
+        notes.append(_DEPENDENT)
+        yield Backend(partial(LocalMeasurement, together=False), budget)
+    elif config.scoring_device == "cuda":
+        yield _gpu(config, budget)
+    elif config.workers is None:
+        yield Backend(budget=budget)
+    else:
+        recipe = Recipe(spec, network.biased, network.example.numpy())
+        progress.begin(f"starting workers ({config.workers})", 0)
+        with pool_of(config.workers, recipe, memory_budget=config.memory_budget) as pool:
+            progress.end()
+            yield Backend(pool.measurement, budget)
+            if pool.lost:
+                notes.append(f"{pool.lost} worker(s) died; their pieces were measured again")
+
+
+def _gpu(config: PruneConfig, budget: Budget) -> Backend:
+    """Measures on the GPU, within a third of its free memory unless said."""
+    require_gpu()
+    free, _ = torch.cuda.mem_get_info()
+    own = Budget.of(config.memory_budget if config.memory_budget is not None else free // 3)
+    cuda = torch.device("cuda")
+    return Backend(lambda e: LocalMeasurement(replace(e, budget=own), device=cuda), budget)

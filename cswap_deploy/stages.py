@@ -1,0 +1,466 @@
+"""The stages: each finds its result in the store, or makes it there.
+
+A stage's key is over everything that shapes its result (see ``records.store``), so a second run of
+the same build only reads, and a changed input, weight, setting or tool version does not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.torch import save_file
+from torch import nn
+
+from cswap_deploy.causal.arithmetic import measured_on
+from cswap_deploy.config import Config
+from cswap_deploy.data import Calibration, Samples, calibration_set, load_samples
+from cswap_deploy.errors import ArtifactError
+from cswap_deploy.export import precision
+from cswap_deploy.export.modelopt import modelopt_version
+from cswap_deploy.export.stage import Graphs, export_networks
+from cswap_deploy.measure.device import describe_device
+from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
+from cswap_deploy.measure.evaluate import Evaluation, Predictions
+from cswap_deploy.measure.parity import PARITY_BATCHES
+from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
+from cswap_deploy.network.deletion import contiguous_state, load_pruned
+from cswap_deploy.network.graph import trace
+from cswap_deploy.progress import Progress
+from cswap_deploy.pruning.prune import prune as prune_network
+from cswap_deploy.pruning.state import RoundStore
+from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
+from cswap_deploy.records.files import require_files
+from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
+from cswap_deploy.records.manifest import TargetResult
+from cswap_deploy.records.measurements import AccuracyChange, Device
+from cswap_deploy.records.plan import PrunePlan
+from cswap_deploy.records.store import Store, stage_key
+from cswap_deploy.records.value import read_value, sha256_file, sha256_text
+from cswap_deploy.targets import (
+    MOST_INT8_IMAGES,
+    BuildRequest,
+    Int8,
+    build_and_load,
+    get_target,
+)
+
+State = Literal["run", "reused"]
+_VERSIONS = {
+    "prune": 5, "export": 3, "precision": 4, "engine": 5, "score": 4, "validate": 4,
+}  # fmt: skip
+"""Raised when a stage's code changes what it writes."""
+
+
+@dataclass
+class Run:
+    """One build: its settings and inputs, the store, and how far it is."""
+
+    config: Config
+    loaded: LoadedModel
+    samples: Samples
+    store: Store
+    progress: Progress
+    stages: dict[str, State] = field(default_factory=dict)
+    """Stage -> whether it ran or was found."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Stage -> its key in the store."""
+    fallbacks: list[str] = field(default_factory=list)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Normalised once, when a stage first asks."""
+        return calibration_set(self.samples.calibration, self.loaded.spec.preprocessing)
+
+    def images(self, most: int) -> Any:
+        """The first calibration images as an array, (N, C, H, W) float32."""
+        return self.calibration.images[:most].contiguous().numpy()
+
+    @cached_property
+    def device(self) -> Device:
+        """This machine."""
+        return describe_device()
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Evaluates networks on the validation images."""
+        preprocessing = self.loaded.spec.preprocessing
+        return Evaluation(self.samples.validation, preprocessing, self.progress)
+
+    @property
+    def calibration_key(self) -> dict[str, Any]:
+        """For the keys of stages that see calibration images."""
+        return {
+            "calibration": self.samples.calibration.spec.sha256,
+            "preprocessing": self.loaded.spec.preprocessing.model_dump(mode="json"),
+        }
+
+    def stage(
+        self,
+        name: str,
+        make: Callable[[Path], None],
+        *,
+        inputs: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        tools: Mapping[str, str],
+    ) -> Path:
+        """A stage's folder: found in the store, or made there.
+
+        Args:
+            name: Of the stage; a target may follow after a slash.
+            make: Fills an empty folder.
+            inputs: Digests of what the stage reads.
+            settings: Those that it obeys.
+            tools: Name -> version of the libraries that affect what it makes.
+        """
+        key = stage_key(
+            name.partition("/")[0],
+            version=_VERSIONS[name.partition("/")[0]],
+            inputs=inputs,
+            settings=settings,
+            tools=tools,
+        )
+        self.keys[name] = key
+        found = self.store.find(key) if self.config.run.resume else None
+        self.stages[name] = "run" if found is None else "reused"
+        if found is None:
+            self.store.remove(key)  # what is there is not wanted, or create() would keep it
+            with self.store.create(key) as out:
+                make(out)
+            found = self.store.find(key)
+            assert found is not None
+        return found
+
+    def done(self, name: str, told: str) -> None:
+        """Say what a stage came to."""
+        self.progress.done(told, reused=self.stages[name] == "reused")
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """Installed versions; ``absent`` where a package is not installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+def load(
+    config: Config, module: nn.Module | None, progress: Progress
+) -> tuple[LoadedModel, Samples]:
+    """The network and its images."""
+    progress.stage("load", config.model.model)
+    progress.begin(f"loading {config.model.model}", 0)
+    if module is not None:
+        loaded = wrap_module(module, config.model)
+    else:
+        loaded = load_model(config.model, seed=config.run.seed)
+    progress.end()
+    samples = load_samples(config.data, model=loaded.spec, seed=config.run.seed, progress=progress)
+    calibration, validation = samples.calibration.spec, samples.validation.spec
+    progress.done(
+        f"{loaded.spec.weights}; {calibration.count} calibration and {validation.count} "
+        f"validation images",
+        reused=False,
+    )
+    for note in samples.notes():
+        progress.note(note)
+    return loaded, samples
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedFiles:
+    """``plan.json`` and ``pruned.safetensors`` in a folder."""
+
+    folder: Path
+    plan: PrunePlan
+
+    def module(self, run: Run) -> nn.Module:
+        """The pruned network, made from the dense architecture, the plan and the weights."""
+        dense, example = copy.deepcopy(run.loaded.module), run.calibration.images[:2]
+        return load_pruned(self.folder / WEIGHTS, self.plan, dense, example)
+
+
+def prune(run: Run) -> PrunedFiles:
+    """Measure, remove, refit."""
+    config = run.config.prune
+    run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
+
+    def make(out: Path) -> None:
+        rounds = RoundStore(run.store, run.keys["prune"], resume=run.config.run.resume)
+        done = prune_network(
+            run.loaded.module, run.calibration, config=config, seed=run.config.run.seed,
+            spec=run.loaded.spec, rounds=rounds, progress=run.progress,
+        )  # fmt: skip
+        run.fallbacks += done.notes
+        (out / PLAN).write_text(done.plan.model_dump_json(indent=1))
+        save_file(contiguous_state(done.module), out / WEIGHTS, metadata={"format": "pt"})
+
+    folder = run.stage(
+        "prune",
+        make,
+        inputs=run.calibration_key
+        | {
+            "weights": run.loaded.spec.weights_sha256,
+            "architecture": _architecture(run),
+            "measured_on": measured_on(config.scoring_device),
+        },
+        settings=config.key() | {"seed": run.config.run.seed},
+        tools=tool_versions("cswap-deploy", "torch", "timm", "torch-pruning", "scipy"),
+    )
+    if run.stages["prune"] == "run":
+        RoundStore(run.store, run.keys["prune"]).forget(config.rounds)
+    plan = read_plan(folder)
+    run.done(
+        "prune",
+        f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters "
+        f"({plan.effective('params'):.1%} removed)",
+    )
+    return PrunedFiles(folder, plan)
+
+
+def take_pruned(run: Run, folder: Path) -> PrunedFiles:
+    """The pruned network that an earlier build left in a folder, checked.
+
+    Raises:
+        ArtifactError: A file is missing or changed, or the model is not the one that was pruned.
+    """
+    record, spec = read_build(folder), run.loaded.spec
+    require_files(folder, record.files, fix="copy the folder again, or prune again")
+    if record.dense_weights_sha256 != spec.weights_sha256:
+        raise ArtifactError(
+            f"{folder} was pruned from other weights of {spec.name}: sha256 "
+            f"{record.dense_weights_sha256[:12]}…, these are {spec.weights_sha256[:12]}…",
+            fix="put the same weights there, or prune again",
+        )
+    run.keys["prune"], run.stages["prune"] = record.prune_key, "reused"
+    return PrunedFiles(folder, read_plan(folder))
+
+
+def _architecture(run: Run) -> dict[str, Any]:
+    """What, beside the weights, decides what a network computes."""
+    spec = run.loaded.spec
+    if spec.source != "factory":
+        return {"name": spec.name, "arguments": spec.arguments}
+    # A user's forward can change while its weights stay; the graph shows it.
+    graph = trace(run.loaded.module, run.calibration.images[:2])
+    return {"graph": sha256_text(graph.code)}
+
+
+def export(run: Run, pruned: PrunedFiles) -> Graphs:
+    """Both networks as ONNX; the pruned one in the number formats that the engine is to have."""
+    config = run.config.export
+    run.progress.stage("export", f"ONNX opset {config.graph_opset}")
+
+    def make(out: Path) -> None:
+        check = partial(
+            check_graph, images=run.images(max(PARITY_BATCHES)), tolerance=config.parity_tolerance
+        )
+        record = export_networks(
+            pruned.module(run), run.loaded.module, config=config,
+            input_size=run.loaded.spec.preprocessing.input_size, check=check, folder=out,
+            progress=run.progress,
+        )  # fmt: skip
+        (out / "export.json").write_text(record.canonical_json())
+
+    folder = run.stage(
+        "export",
+        make,
+        inputs={"pruned": run.keys["prune"], "weights": sha256_file(pruned.folder / WEIGHTS)},
+        settings=config.export_key(),
+        tools=tool_versions(
+            "cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"
+        ),
+    )
+    record = read_value(folder / "export.json", ExportRecord)
+    run.fallbacks += record.model.notes
+    run.done(
+        "export",
+        f"{record.model.size_bytes / 2**20:.2f} MiB, {record.model.nodes} nodes, logits within "
+        f"{max(p.max_abs for p in record.parity):.1e}",
+    )
+    graphs = Graphs.exported(folder, record)
+    return graphs if config.precision == "fp32" else narrow(run, graphs)
+
+
+def narrow(run: Run, graphs: Graphs) -> Graphs:
+    """The pruned network's graph in the number formats that the engine is to have."""
+    config = run.config.export
+    run.progress.stage("precision", config.precision)
+    tools = tool_versions("cswap-deploy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+    if config.int8_quantizer == "modelopt":
+        tools |= {"modelopt": modelopt_version()}
+
+    def make(out: Path) -> None:
+        record = precision.narrow(
+            graphs.float32, config=config, images=run.images(precision.PRECISION_IMAGES),
+            labels=run.samples.calibration.labels[: precision.PRECISION_IMAGES], path=out / MODEL,
+            progress=run.progress,
+        )  # fmt: skip
+        (out / "precision.json").write_text(record.canonical_json())
+
+    folder = run.stage(
+        "precision",
+        make,
+        inputs={"onnx": graphs.float32.sha256} | run.calibration_key,
+        settings=config.precision_key(),
+        tools=tools,
+    )
+    record = read_value(folder / "precision.json", PrecisionRecord)
+    run.done("precision", precision.summary(record))
+    return graphs.narrowed(folder, record)
+
+
+def engine(run: Run, target: str, graphs: Graphs) -> Path:
+    """One target's engine: a folder with ``result.json`` and, where it has one, its file."""
+    config = run.config
+    run.progress.stage("engine", target)
+    adapter = get_target(target)
+    # Such a runtime quantises by itself: the layers it fuses are not those of TensorRT.
+    itself = adapter.own_int8 and config.export.int8
+    graph = graphs.float32 if itself else graphs.model
+    settings: dict[str, Any] = {"target": target} | {
+        "batch": str(config.engine.batch),
+        "options": config.engine.options.model_dump(mode="json"),
+    }
+    inputs: dict[str, Any] = {"onnx": graph.sha256}
+    if itself:
+        settings |= {"precision": config.export.precision, "keep_fp32": config.export.keep_fp32}
+        inputs |= run.calibration_key
+
+    def make(out: Path) -> None:
+        run.progress.begin(f"building the {target} engine", 0)
+        int8 = Int8(run.images(MOST_INT8_IMAGES), config.export.keep_fp32) if itself else None
+        built = adapter.build(
+            BuildRequest(
+                onnx=graph, batch=config.engine.batch,
+                options=config.engine.options, out_dir=out, int8=int8,
+                progress=run.progress, store=run.store.root,
+            )
+        )  # fmt: skip
+        run.progress.end()
+        inside = built.path.is_relative_to(out)
+        relative = built.path.relative_to(out) if inside else Path("..") / MODEL
+        result = TargetResult(engine=built.model_copy(update={"path": relative}))
+        (out / "result.json").write_text(result.canonical_json())
+
+    name = f"engine/{target}"
+    folder = run.stage(name, make, inputs=inputs, settings=settings, tools=adapter.fingerprint())
+    built = read_value(folder / "result.json", TargetResult).engine
+    run.fallbacks += built.notes
+    state = "" if built.runnable else f"; not run here: {built.reason}"
+    run.done(name, f"{built.size_bytes / 2**20:.2f} MiB in {built.build_seconds:.1f} s{state}")
+    return folder
+
+
+def score(run: Run, pruned: PrunedFiles) -> Path:
+    """What both networks predict in PyTorch: ``classes.npz`` and ``accuracy.json``."""
+    run.progress.stage("score", "PyTorch, dense and pruned")
+
+    def make(out: Path) -> None:
+        found = run.evaluation.networks(
+            run.loaded.module, pruned.module(run), largest=run.config.engine.batch.max
+        )
+        np.savez(out / "classes.npz", dense=found.dense, pruned=found.pruned)
+        change = run.evaluation.change(found.dense, found.pruned)
+        (out / "accuracy.json").write_text(change.canonical_json())
+
+    folder = run.stage(
+        "score",
+        make,
+        inputs={"pruned": run.keys["prune"], "validation": run.samples.validation.spec.sha256},
+        settings={},
+        tools=tool_versions("cswap-deploy", "torch", "timm"),
+    )
+    change = read_value(folder / "accuracy.json", AccuracyChange)
+    run.done("score", f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}")
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What engines are measured against: the stages before."""
+
+    pruned: PrunedFiles
+    graphs: Graphs
+    scores: Path
+    """See :func:`score`."""
+
+
+def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResult:
+    """Accuracy, parity and latency of one engine; what stands for it where it does not run here.
+
+    Args:
+        run: The build.
+        target: Of the engine.
+        built: See :func:`engine`.
+        before: What the engine is measured against.
+    """
+    config, graphs, name = run.config, before.graphs, f"validate/{target}"
+    run.progress.stage("validate", target)
+
+    def make(out: Path) -> None:
+        result = _measure(run, read_value(built / "result.json", TargetResult), built, before)
+        (out / "result.json").write_text(result.canonical_json())
+
+    folder = run.stage(
+        name,
+        make,
+        inputs={
+            "onnx": graphs.model.sha256,
+            "dense": graphs.dense.sha256,
+            "validation": run.samples.validation.spec.sha256,
+            "device": sha256_text(run.device.canonical_json()),
+            "engine": run.keys[f"engine/{target}"],
+            "scores": run.keys["score"],
+        },
+        settings=config.measure.key()
+        | {
+            "timed_batch": config.timed_batch,
+            "parity_tolerance": config.export.parity_tolerance,
+            "precision": config.export.precision,
+            "drop_limit": config.export.drop_limit,
+        },
+        tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
+    )
+    result = read_value(folder / "result.json", TargetResult)
+    run.done(name, summary(result))
+    return result
+
+
+def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> TargetResult:
+    config, graphs = run.config, before.graphs
+    classes = np.load(before.scores / "classes.npz")
+    test = EngineTest(
+        before.pruned.module(run), Predictions(classes["dense"], classes["pruned"]),
+        run.images(images_needed(config)), run.evaluation, config,
+    )  # fmt: skip
+    if not result.engine.runnable:
+        if config.export.precision == "fp32":
+            return result
+        return test.emulate(result.engine, *graphs.emulate())
+    own = built / result.engine.path.name
+    path = own if own.is_file() else graphs.folder / result.engine.path.name
+    here = result.engine.model_copy(update={"path": path})
+    adapter, threads = get_target(result.engine.target), config.measure.threads
+    with run.store.scratch() as scratch:
+        dense = BuildRequest(
+            graphs.dense, batch=config.engine.batch, options=config.engine.options,
+            out_dir=scratch, store=run.store.root,
+        )  # fmt: skip
+        return test.measure(
+            result.engine,
+            adapter.load(here, threads=threads, onnx=graphs.model.path),
+            partial(build_and_load, adapter, dense, threads=threads),
+        )
