@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 
 from cswap_deploy.errors import UsageError, missing
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.units import Group, Member, channel_dim
+from cswap_deploy.network.units import Group, Reader, channel_dim
 from cswap_deploy.pruning.allocation import Values
 from cswap_deploy.pruning.importance import Importance, View
 
@@ -109,7 +109,7 @@ def wanda(view: View) -> Values:
     """Norm of the weights that read a position, times the norm of what they read."""
     sizes = _input_norms(view, power=2)
 
-    def score(consumer: Member) -> Tensor:
+    def score(consumer: Reader) -> Tensor:
         layer = view.graph.module.get_submodule(consumer.layer)
         return _input_weight_norms(layer) * sizes[consumer.layer].sqrt()
 
@@ -230,7 +230,7 @@ def _by_library(view: View, module: nn.Module, importance: str, **settings: Any)
 # --- what consumers read -------------------------------------------------------------------------
 
 
-def _over_consumers(groups: tuple[Group, ...], score: Callable[[Member], Tensor]) -> Values:
+def _over_consumers(groups: tuple[Group, ...], score: Callable[[Reader], Tensor]) -> Values:
     """Sum, over a unit's consumers and positions, of a score for each input of a consumer."""
     totals = {}
     for group in groups:
@@ -349,7 +349,7 @@ def _seen(node: fx.Node, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def removal_errors(
-    layer: nn.Module, covariance: Tensor, consumer: Member, *, ridge: float = 1e-3
+    layer: nn.Module, covariance: Tensor, consumer: Reader, *, ridge: float = 1e-3
 ) -> tuple[np.ndarray, float]:
     """Least squared error of a layer's output without each unit, the rest solved again.
 

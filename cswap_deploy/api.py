@@ -62,13 +62,12 @@ class Bundle:
         return Classifier.open(self.path, **options)
 
     def _dense(self, architecture: nn.Module | None) -> nn.Module:
-        import copy
-
         from cswap_deploy.errors import UsageError
         from cswap_deploy.models.load import fresh_module
+        from cswap_deploy.models.plain import plain
 
         if architecture is not None:
-            return copy.deepcopy(architecture)
+            return plain(architecture)[0]
         spec = self.manifest.model
         if spec.source == "factory" and ":" not in spec.name:
             raise UsageError(
@@ -114,20 +113,44 @@ def prune(
         PruneError: The ratio cannot be met, or nothing can be removed.
         StageError: A prediction is not finite.
     """
-    import copy
-
     from cswap_deploy.config import load_config
     from cswap_deploy.data import calibration_from
+    from cswap_deploy.models.plain import plain
     from cswap_deploy.pruning.prune import prune as run
 
     config = load_config(model=type(module).__name__, ratio=ratio, **settings)
     progress = progress if progress is not None else Silent()
-    module = copy.deepcopy(module).float().cpu().eval()
+    module, notes = plain(module)
+    for note in notes:
+        progress.note(note)
     calibration = calibration_from(
         data, module, model=config.model, config=config.data, seed=config.run.seed,
         progress=progress,
     )  # fmt: skip
     return run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+
+
+def groups_of(
+    model: str, *, input_size: str | tuple[int, int, int] | None = None
+) -> dict[str, Any]:
+    """What can be removed from a model, and what stays whole and why, as plain data.
+
+    Args:
+        model: As for :func:`build`; no weights are loaded.
+        input_size: (C, H, W); the model's own unless given, needed for a factory.
+    """
+    import torch
+
+    from cswap_deploy.config import load_config
+    from cswap_deploy.models.load import load_model
+    from cswap_deploy.network.overview import describe_groups
+
+    settings: dict[str, Any] = {"model": model, "pretrained": False, "input_size": input_size}
+    if ":" in model:  # what pictures look like does not matter here
+        channels = int(str(input_size).strip("( ").split(",")[0]) if input_size else 3
+        settings |= {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    loaded = load_model(load_config(**settings).model)
+    return describe_groups(loaded.module, torch.randn(2, *loaded.spec.preprocessing.input_size))
 
 
 def build(

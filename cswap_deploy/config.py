@@ -112,6 +112,12 @@ class PruneConfig(Section):
     """Fills in what is not given; see :data:`METHODS`."""
     criterion: Annotated[str, Flag("Importance: cswap, magnitude, lamp, random.")] = "cswap"
     rounds: Annotated[int, Field(ge=1), Flag("Steps of measuring and removing.")] = 4
+    exclude: Annotated[
+        tuple[str, ...], Flag("Layers whose outputs stay, as 'layer4.*'; repeat.", metavar="GLOB")
+    ] = ()
+    include: Annotated[
+        tuple[str, ...], Flag("Only these may lose outputs; repeat.", metavar="GLOB")
+    ] = ()
     round_to: Annotated[int | Literal["auto"], Flag("Multiple to which widths are kept.")] = "auto"
     effect: Annotated[Literal["kl", "true-class"], Flag("What ranks the units.")] = "kl"
     intervention: Annotated[

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Stage = Literal["prune", "export", "engine", "validate"]
 _ORDER: tuple[Stage, ...] = ("prune", "export", "engine", "validate")
 _TOOLS = (
-    "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxscript", "onnxsim", "onnxruntime",
+    "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime",
     "onnxruntime-gpu", "onnx-ir", "openvino", "nncf", "tensorrt", "tensorrt-rtx", "pycuda", "numpy",
     "scipy", "pillow", "safetensors",
 )  # fmt: skip
@@ -106,6 +106,7 @@ def build(
 
     loaded, samples = stages.load(config, module, progress)
     run = stages.Run(config, loaded, samples, Store(config.run.store), progress)
+    run.fallbacks += loaded.notes
     pruned = stages.prune(run) if source is None else stages.take_pruned(run, source)
     graphs = stages.export(run, pruned) if _reached(until, "export") else None
     engines: dict[str, Path] = {}

@@ -6,7 +6,6 @@ the same build only reads, and a changed input, weight, setting or tool version 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -30,6 +29,7 @@ from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, 
 from cswap_deploy.measure.evaluate import Evaluation, Predictions
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
+from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
 from cswap_deploy.progress import Progress
@@ -174,7 +174,7 @@ def load(
         f"validation images",
         reused=False,
     )
-    for note in samples.notes():
+    for note in (*loaded.notes, *samples.notes()):
         progress.note(note)
     return loaded, samples
 
@@ -188,7 +188,7 @@ class PrunedFiles:
 
     def module(self, run: Run) -> nn.Module:
         """The pruned network, made from the dense architecture, the plan and the weights."""
-        dense, example = copy.deepcopy(run.loaded.module), run.calibration.images[:2]
+        dense, example = copied(run.loaded.module), run.calibration.images[:2]
         return load_pruned(self.folder / WEIGHTS, self.plan, dense, example)
 
 
@@ -217,7 +217,7 @@ def prune(run: Run) -> PrunedFiles:
             "measured_on": measured_on(config.scoring_device),
         },
         settings=config.key() | {"seed": run.config.run.seed},
-        tools=tool_versions("cswap-deploy", "torch", "timm", "torch-pruning", "scipy"),
+        tools=tool_versions("cswap-deploy", "torch", "timm", "scipy"),
     )
     if run.stages["prune"] == "run":
         RoundStore(run.store, run.keys["prune"]).forget(config.rounds)

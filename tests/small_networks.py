@@ -93,7 +93,7 @@ def pictures(n: int, size: int = 16) -> tuple[Tensor, Tensor]:
 def traced(make: Callable[[], nn.Module]) -> tuple[Graph, dict[str, Group]]:
     """A network's graph, and its groups by name; shared: who changes weights works on a copy."""
     module, (images, _) = make(), pictures(2)
-    return trace(module, images), {g.name: g for g in find_groups(module, images).groups}
+    return trace(module, images), {g.name: g for g in find_groups(trace(module, images)).groups}
 
 
 def slow_means(module: nn.Module, layers: set[str], images: Tensor) -> dict[str, Tensor]:

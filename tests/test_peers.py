@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data import Calibration
 from cswap_deploy.errors import MissingDependencyError
-from cswap_deploy.network.units import Member
+from cswap_deploy.network.units import Reader
 from cswap_deploy.pruning.allocation import Values
 from cswap_deploy.pruning.importance import View
 from cswap_deploy.pruning.prepare import Prepared, prepare
@@ -222,7 +222,7 @@ def test_obs_of_grouped_convolutions_adds_up_their_parts() -> None:
     layer = nn.Conv2d(4, 4, 1, groups=2, bias=False)
     x = torch.randn(2, 500, 2, dtype=torch.float64)
     covariance = torch.stack([torch.cov(part.T, correction=0) for part in x])
-    unit = Member("layer", "in", ((0, 2), (1, 3)))  # one slot of each group
+    unit = Reader("layer", ((0, 2), (1, 3)))  # one slot of each group
     errors, _ = peers.removal_errors(layer, covariance, unit, ridge=1e-12)
     weight = layer.weight.detach().double().flatten(1).view(2, 2, 2)
     for slot in range(2):

@@ -152,7 +152,7 @@ def test_parity_and_latency_are_recorded(manifest: Manifest) -> None:
     assert len(result.latency.samples_ms) == len(result.dense_latency.samples_ms) == 10
     assert result.latency.provider == "CPUExecutionProvider"
     assert result.latency.p50_ms == pytest.approx(np.median(result.latency.samples_ms))
-    assert {"torch", "onnx", "torch-pruning"} <= manifest.versions.keys()
+    assert {"torch", "onnx", "timm"} <= manifest.versions.keys()
 
 
 def test_an_engine_that_cannot_run_here_says_so(made: Made, manifest: Manifest) -> None:

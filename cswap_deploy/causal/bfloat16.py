@@ -10,12 +10,12 @@ Source: PyTorch documentation, "Automatic Mixed Precision" (which operations kee
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from cswap_deploy.models.plain import copied
 from cswap_deploy.network.graph import Env, Graph
 
 _NORMS = {torch.ops.aten.batch_norm.default, torch.ops.aten.layer_norm.default}
@@ -25,7 +25,7 @@ class Bfloat16Graph(Graph):
     """A graph whose large values are bfloat16; later changes of the weights are not seen."""
 
     def __init__(self, graph: Graph) -> None:
-        super().__init__(graph.program, copy.deepcopy(graph.module).to(torch.bfloat16))
+        super().__init__(graph.program, copied(graph.module).to(torch.bfloat16))
         self._whole = graph
         self._large = {node for node in self.nodes if _has_positions(node)}
 

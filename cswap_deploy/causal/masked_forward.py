@@ -23,7 +23,14 @@ from cswap_deploy.causal.interventions import (
 )  # fmt: skip
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.graph import Env, Graph
-from cswap_deploy.network.nodes import batched, bytes_of, elements, input_of, memory_format_of
+from cswap_deploy.network.nodes import (
+    batch_dim,
+    batched,
+    bytes_of,
+    elements,
+    input_of,
+    memory_format_of,
+)
 from cswap_deploy.network.units import Consumer, Group, channel_dim
 
 
@@ -65,6 +72,8 @@ class MaskedForward:
         self._first = {node for node, _, _ in self.consumers if input_of(node) not in inside}
         self.epilogue = self._find_epilogue(inside) if fused else None
         """What one kernel computes behind the consumer; ``None`` where each operation runs."""
+        self._apart = any(not batched(node) for node, _, _ in self.consumers)
+        """Whether variants cannot share a batch, since a layer has another dimension first."""
         keep = {*self._first, *(input_of(node) for node in self._first)}
         if self.epilogue is not None:
             self._suffix = graph.suffix([self.epilogue.last], given=True)
@@ -108,12 +117,13 @@ class MaskedForward:
         Raises:
             StageError: A prediction is not finite.
         """
+        together = together and not self._apart
         per_image = (2 if rounded is not None else 4) * self.largest
         chunk = max(1, min(len(logits), variant_bytes // per_image)) if together else len(logits)
         found = []
         for begin in range(0, len(logits), chunk):
             part = slice(begin, begin + chunk)
-            values = {n: v[part] if batched(n) else v for n, v in kept.items() if n in self.keep}
+            values = self._part(kept, part, len(logits))
             count = len(logits[part])
             step = max(1, variant_bytes // (per_image * count)) if together else 1
             graph: Graph = self.graph if rounded is None else rounded
@@ -128,6 +138,30 @@ class MaskedForward:
             found.append([torch.cat(e) for e in zip(*effects, strict=True)])
         xi, divergence = (torch.cat(e, 1) for e in zip(*found, strict=True))
         return xi, divergence
+
+    def outputs(self, kept: Env, images: int, *, together: bool = True) -> Tensor:
+        """(units, N, classes) of the network without each unit.
+
+        In one batch for each image, or (not ``together``) for each unit.
+        """
+        units = range(len(self.units))
+        if not together or self._apart:
+            found = [self._run(self.graph, kept, [u], images) for u in units]
+            return torch.stack(found)
+        parts = [self._part(kept, slice(n, n + 1), images) for n in range(images)]
+        return torch.stack([self._run(self.graph, part, units, 1) for part in parts], 1)
+
+    def _part(self, kept: Env, part: slice, images: int) -> Env:
+        """Of the values that are kept for N images, those for some of them."""
+        found = {}
+        for node in self.keep:
+            dim, value = batch_dim(node), kept[node]
+            if dim is not None:
+                each = value.shape[dim] // images
+                begin, end, _ = part.indices(images)
+                value = value.narrow(dim, begin * each, (end - begin) * each)
+            found[node] = value
+        return found
 
     def _run(self, graph: Graph, kept: Env, chosen: Sequence[int] | None, images: int) -> Tensor:
         """Logits of some variants, or (``None``) of the network without any intervention."""

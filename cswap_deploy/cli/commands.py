@@ -163,15 +163,27 @@ def check(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_ONNX")],
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_ONNX_OR_MODEL")],
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Of a MODEL: what can be removed, and what stays.")
+    ] = False,
+    input_size: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="With --groups: what the network takes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a bundle or an ONNX file holds; a bundle's digests are verified."""
+    """Say what a bundle or an ONNX file holds (digests are verified), or a model's groups."""
     from cswap_deploy.export.onnx import describe_onnx
     from cswap_deploy.records.bundle import describe, verify_bundle
 
     console = _console(as_json=as_json)
-    if path.is_dir():
+    if groups:
+        from cswap_deploy.api import groups_of
+
+        with console.waiting("following the network"):
+            told = groups_of(str(path), input_size=input_size)
+        console.groups(told)
+    elif path.is_dir():
         checked = verify_bundle(path)
         console.result(describe(checked.manifest) | {"unlisted_files": list(checked.extra)})
     else:

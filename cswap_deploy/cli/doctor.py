@@ -318,7 +318,6 @@ CHECKS = {
     "torch": replace(package("torch"), run=_torch),
     "torchvision": Check(_torchvision, "torchvision", "pip install torchvision", _BELONGS),
     "timm": Check(_timm, "timm", "pip install timm"),
-    "torch-pruning": package("torch-pruning", "torch_pruning"),
     "onnx": package("onnx"),
     "onnxscript": package("onnxscript"),
     "onnxsim": package("onnxsim"),

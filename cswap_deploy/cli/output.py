@@ -79,6 +79,17 @@ class Console:
         heads = [column.replace("_", " ") for column in rows[0]]
         self._columns(heads, [[escape(_text(v)) for v in row.values()] for row in rows])
 
+    def groups(self, told: dict[str, Any]) -> None:
+        """What can be removed from a network, and what stays whole."""
+        if self.as_json:
+            print(json.dumps(told))
+            return
+        if told["groups"]:
+            self.table("groups", told["groups"])
+            self.out.print()
+        rows = [[escape(name), escape(why)] for name, why in told["whole"].items()]
+        self._columns(["stays whole", "why"], rows)
+
     def findings(self, rows: list[dict[str, Any]]) -> None:
         """What ``doctor`` saw."""
         if self.as_json:

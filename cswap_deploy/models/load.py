@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from cswap_deploy.config import ModelConfig
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.models import demos, factory, timm_models
 from cswap_deploy.models.checkpoints import load_into, not_finite, read_checkpoint
+from cswap_deploy.models.plain import plain
 from cswap_deploy.records.model import ModelSpec, Preprocessing
 
 
@@ -24,6 +24,8 @@ class LoadedModel:
 
     spec: ModelSpec
     module: nn.Module
+    notes: tuple[str, ...] = ()
+    """What was done to make it plain; see :func:`models.plain.plain`."""
 
 
 def load_model(config: ModelConfig, *, seed: int = 0) -> LoadedModel:
@@ -58,7 +60,7 @@ def wrap_module(module: nn.Module, config: ModelConfig) -> LoadedModel:
         UsageError: ``input_size``, ``mean`` or ``std`` is absent or does not fit.
     """
     _check_sizes(config)
-    return _own_module(copy.deepcopy(module), config, weights="as passed by the caller")
+    return _own_module(module, config, weights="as passed by the caller")
 
 
 def fresh_module(spec: ModelSpec) -> nn.Module:
@@ -73,7 +75,7 @@ def fresh_module(spec: ModelSpec) -> nn.Module:
         module = factory.call(spec.name)
     else:
         module = timm_models.create(spec.name, pretrained=False, arguments=spec.arguments)
-    return module.float().cpu().eval()
+    return plain(module)[0]
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -122,7 +124,7 @@ def _load_factory(config: ModelConfig, seed: int) -> LoadedModel:
 
 def _own_module(module: nn.Module, config: ModelConfig, *, weights: str) -> LoadedModel:
     preprocessing = _require_preprocessing(config)
-    module = module.float().cpu().eval()
+    module, _ = plain(module)
     classes = factory.count_classes(module, preprocessing.input_size, name=config.model)
     return _finished(
         module, name=config.model, source="factory", weights=weights, num_classes=classes,
@@ -178,14 +180,14 @@ def _load_checkpoint(module: nn.Module, path: Path, name: str) -> str:
 
 
 def _finished(module: nn.Module, **fields: Any) -> LoadedModel:
-    module = module.float().cpu().eval()
+    module, notes = plain(module)
     state = module.state_dict()
     if broken := not_finite(state):
         raise StageError(
             f"{fields['name']} has values that are not finite in {len(broken)} of {len(state)} "
             f"tensors ({fields['weights']}): {', '.join(broken[:5])}"
         )
-    return LoadedModel(ModelSpec(weights_sha256=weights_digest(module), **fields), module)
+    return LoadedModel(ModelSpec(weights_sha256=weights_digest(module), **fields), module, notes)
 
 
 def _check_sizes(config: ModelConfig) -> None:

@@ -7,16 +7,25 @@ A pruned network is saved as its plan and a state dict, never as a pickled modul
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, PruneError
-from cswap_deploy.network.groups import find_groups, remove_units
-from cswap_deploy.network.units import Group, give_bias, mask_weight
+from cswap_deploy.models.plain import copied
+from cswap_deploy.network.graph import trace
+from cswap_deploy.network.groups import by_itself, find_groups
+from cswap_deploy.network.units import (
+    CONVOLUTIONS,
+    Group,
+    give_bias,
+    mask_weight,
+    members_of,
+)
 from cswap_deploy.records.plan import PrunePlan
 
 TOLERANCE = 1e-4
@@ -36,8 +45,8 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
     Raises:
         ArtifactError: The plan does not fit this architecture.
     """
-    found = {g.name: g for g in find_groups(module, example).groups}
-    removed = {}
+    found = {g.name: g for g in find_groups(trace(copied(module), example)).groups}
+    removed, groups = {}, []
     for entry in plan.groups:
         group = found.get(entry.name)
         if group is None or group.units != entry.units:
@@ -45,15 +54,105 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
             said = f"{entry.name} should have {entry.units} units, the module has {has}"
             raise ArtifactError(f"the plan does not fit this architecture: {said}", fix=_FIX)
         removed[entry.name] = sorted(set(range(entry.units)) - set(entry.kept))
+        wanted = tuple(a for a in group.attributes if f"{a.module}.{a.name}" in entry.attributes)
+        groups.append(replace(group, attributes=wanted))
     for name in plan.biased:
         give_bias(module.get_submodule(name))  # type: ignore[arg-type]
-    remove_units(module, example, removed, found.values())
+    remove_units(module, removed, groups)
     return module.eval()
+
+
+def remove_units(
+    module: nn.Module, removed: Mapping[str, Iterable[int]], groups: Iterable[Group]
+) -> None:
+    """Delete units physically, in place.
+
+    Args:
+        module: Of the architecture the groups were found in.
+        removed: Group name -> units to delete, in the dense numbering.
+        groups: All groups.
+
+    Raises:
+        PruneError: A group would lose all its units.
+    """
+    lost: dict[str, dict[int, set[int]]] = {}
+    for group in groups:
+        gone = set(removed.get(group.name, ()))
+        if not gone:
+            continue
+        if len(gone) == group.units:
+            raise PruneError(f"all {group.units} units of {group.name} would go")
+        for member in members_of(module, group):
+            positions = {i for u in gone for i in member.indices[u]}
+            lost.setdefault(member.tensor, {}).setdefault(member.dim, set()).update(positions)
+        for attribute in group.attributes:
+            owner: Any = module.get_submodule(attribute.module)
+            now = getattr(owner, attribute.name)
+            setattr(owner, attribute.name, now - attribute.each * len(gone))
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in _tensors(module):
+        aliases.setdefault(id(tensor), []).append(name)
+    every = {name: names for names in aliases.values() for name in names}
+    for name, dims in lost.items():
+        shrunk = _without(_get(module, name), dims)
+        for alias in every[name]:
+            _set(module, alias, shrunk)
+            _resize(module.get_submodule(alias.rpartition(".")[0]))
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(owner), last)
+    return found
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, value)
+
+
+def _without(tensor: Tensor, dims: Mapping[int, set[int]]) -> Tensor:
+    """A tensor without some positions; a parameter stays one."""
+    found = tensor.detach()
+    for dim, positions in dims.items():
+        kept = [i for i in range(found.shape[dim]) if i not in positions]
+        found = found.index_select(dim, torch.tensor(kept))
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(found, requires_grad=tensor.requires_grad)
+    return found
+
+
+def _resize(layer: Any) -> None:
+    """Let a layer say the sizes that its tensors have."""
+    if isinstance(layer, CONVOLUTIONS):
+        first, second = layer.weight.shape[:2]
+        if layer.transposed:
+            layer.in_channels, layer.out_channels = first, second * layer.groups
+            return
+        if by_itself(layer):
+            layer.groups = first // (layer.out_channels // layer.in_channels)
+        layer.in_channels, layer.out_channels = second * layer.groups, first
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        sized = layer.weight if layer.weight is not None else layer.running_mean
+        if sized is not None:
+            layer.num_features = len(sized)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_groups = layer.num_channels = len(layer.weight)
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(layer.weight)
 
 
 def delete_removed(
     masked: nn.Module,
-    example: Tensor,
     removed: dict[str, list[int]],
     groups: Sequence[Group],
     images: Tensor,
@@ -62,7 +161,6 @@ def delete_removed(
 
     Args:
         masked: The network with its removed units masked.
-        example: (N, C, H, W), any values.
         removed: Group name -> units.
         groups: All groups.
         images: (N, C, H, W), real ones, for the check.
@@ -70,8 +168,8 @@ def delete_removed(
     Raises:
         PruneError: The outputs differ by more than ``TOLERANCE``.
     """
-    smaller = copy.deepcopy(masked)
-    remove_units(smaller, example, removed, groups)
+    smaller = copied(masked)
+    remove_units(smaller, removed, groups)
     difference, scale = _difference(masked, smaller, images)
     if not difference <= TOLERANCE * max(1.0, scale):
         raise PruneError(
@@ -107,17 +205,24 @@ def load_pruned(weights: Path, plan: PrunePlan, dense: nn.Module, example: Tenso
 
 def contiguous_state(module: nn.Module) -> dict[str, Tensor]:
     """A state dict as safetensors takes it: detached, each tensor dense in memory."""
-    return {name: value.detach().contiguous() for name, value in module.state_dict().items()}
+    state, seen = {}, set()
+    for name, value in module.state_dict().items():
+        dense = value.detach().contiguous()
+        # Two names of one tensor are two tensors in a file.
+        state[name] = dense.clone() if dense.data_ptr() in seen else dense
+        seen.add(dense.data_ptr())
+    return state
 
 
 def exact_groups(
     module: nn.Module, example: Tensor, groups: Sequence[Group]
 ) -> tuple[list[Group], dict[str, str]]:
-    """Keep the groups for which masking a unit and deleting it really are the same.
+    """Keep the groups for which masking units and deleting them really are the same.
 
-    The dependency graph may be wrong about operations it does not know (padding in a shortcut,
-    channel shuffles). So one unit of every group is masked and deleted, all groups together; only
-    if the outputs differ is the culprit searched by halves.
+    A graph shows what a forward did, not what it would do with other sizes. So half of the units of
+    every group are masked and deleted, all groups together; only if the outputs differ is the
+    culprit searched by halves. A number that a module's forward reads, such as ``num_heads``, is
+    changed with the units where that makes the outputs agree.
 
     Args:
         module: In eval mode; not changed.
@@ -127,39 +232,64 @@ def exact_groups(
     Returns:
         The groups that can be trusted, and the reason against each other one.
     """
+    counted = [_with_numbers(module, example, g) if g.attributes else g for g in groups]
+    return _exact(module, example, counted)
+
+
+def _exact(
+    module: nn.Module, example: Tensor, groups: Sequence[Group]
+) -> tuple[list[Group], dict[str, str]]:
     reason = _fault(module, example, groups)
     if reason is None:
         return list(groups), {}
     if len(groups) == 1:
         return [], {groups[0].name: reason}
     half = len(groups) // 2
-    left, out = exact_groups(module, example, groups[:half])
-    right, right_out = exact_groups(module, example, groups[half:])
+    left, out = _exact(module, example, groups[:half])
+    right, right_out = _exact(module, example, groups[half:])
     return left + right, out | right_out
+
+
+def _with_numbers(module: nn.Module, example: Tensor, group: Group) -> Group:
+    """A group with those numbers of the network that really count its units.
+
+    The fewest that make the outputs agree: none, those of heads, all, or one.
+    """
+    every = group.attributes
+    choices = [(), tuple(a for a in every if "head" in a.name), every, *((a,) for a in every)]
+    for attributes in dict.fromkeys(choices):
+        chosen = replace(group, attributes=attributes)
+        if _fault(module, example, [chosen]) is None:
+            return chosen
+    return group
 
 
 def _fault(module: nn.Module, example: Tensor, groups: Sequence[Group]) -> str | None:
     if not groups:
         return None
-    masked = copy.deepcopy(module)
-    removed = {g.name: [g.units // 2] for g in groups}
+    masked = copied(module)
+    generator = torch.Generator().manual_seed(0)
+    removed = {
+        g.name: sorted(torch.randperm(g.units, generator=generator)[: g.units // 2].tolist())
+        for g in groups
+    }
     for group in groups:
-        for entry in group.consumers:
-            index = torch.tensor(entry.indices[group.units // 2])
-            mask_weight(masked.get_submodule(entry.layer), index)  # type: ignore[arg-type]
-    smaller = copy.deepcopy(masked)
+        for reader in group.consumers:
+            index = torch.tensor([i for u in removed[group.name] for i in reader.indices[u]])
+            mask_weight(masked.get_submodule(reader.layer), index)  # type: ignore[arg-type]
+    smaller = copied(masked)
     try:
-        remove_units(smaller, example, removed, groups)
+        remove_units(smaller, removed, groups)
         difference, scale = _difference(masked, smaller, example)
-    except (RuntimeError, IndexError, AssertionError, ValueError) as err:
+    except (RuntimeError, IndexError, AssertionError, ValueError, TypeError, KeyError) as err:
         words = str(err).strip().splitlines() or [type(err).__name__]
-        return f"deleting a unit breaks the network: {words[0]}"
+        return f"deleting units breaks the network: {words[0]}"
     if not difference <= TOLERANCE * max(1.0, scale):
-        return f"deleting a unit is not the same as masking it (logits differ by {difference:.1e})"
+        return f"deleting units is not the same as masking them (logits differ by {difference:.1e})"
     return None
 
 
 def _difference(a: nn.Module, b: nn.Module, images: Tensor) -> tuple[float, float]:
     with torch.no_grad():
-        left, right = a(images), b(images)
+        left, right = a(images.contiguous()), b(images.contiguous())
     return float((left - right).abs().max()), float(left.abs().max())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,8 +22,16 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from cswap_deploy.errors import ExportError
+from cswap_deploy.models.plain import copied
 from cswap_deploy.network.branches import streams_first
-from cswap_deploy.network.nodes import CONSUMING, ancestors, batched, elements, memory_format_of
+from cswap_deploy.network.nodes import (
+    CONSUMING,
+    ancestors,
+    batch_dim,
+    elements,
+    memory_format_of,
+    size_at,
+)
 from cswap_deploy.network.units import Consumer
 from cswap_deploy.progress import captured
 
@@ -30,6 +39,13 @@ Env = dict[fx.Node, Any]
 
 _MANY_ROWS = 256
 """Rows from which a convolution is worth its set-up."""
+
+_RECURRENT = {
+    torch.ops.aten.lstm.input,
+    torch.ops.aten.gru.input,
+    torch.ops.aten.rnn_tanh.input,
+    torch.ops.aten.rnn_relu.input,
+}
 
 _ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
@@ -53,21 +69,32 @@ class Graph:
         """What was exported; other modules of the architecture can be bound to it."""
         self.nodes: list[fx.Node] = []
         """Operations, in the order in which they run."""
-        self._bound: dict[fx.Node, Callable[[], Any]] = {}
-        self._targets: dict[fx.Node, Callable[..., Any]] = {}
+        self.bound: dict[fx.Node, Callable[[], Any]] = {}
+        """Placeholder -> reads the parameter, buffer or constant."""
+        self.names: dict[fx.Node, str] = {}
+        """Placeholder -> dotted name of the parameter or buffer."""
+        self.targets: dict[fx.Node, Callable[..., Any]] = {}
+        """Operation -> what computes it."""
         self._bind_inputs(program)
         for node in program.graph.nodes:
             if node.op == "output":
                 self.output: fx.Node = node.args[0][0]
             elif node.op == "call_function":
                 self.nodes.append(node)
-                self._targets[node] = _functional(node.target)
+                self.targets[node] = _functional(node.target)
         self.nodes = streams_first(self.nodes)
-        self._sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        self.sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        """Operations on sizes that depend on the batch."""
+        self._sizes_at: dict[tuple[fx.Node, int], int] = {}
         self._last_use = _last_uses(self.nodes)
         self._readers = self._find_readers()
         self.code = program.graph_module.code
         """The graph as text; part of what identifies a model."""
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """What the network returns."""
+        return (self.output,)
 
     def on(self, module: nn.Module) -> Graph:
         """The same graph on another module of the same architecture; no new export."""
@@ -78,7 +105,7 @@ class Graph:
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(copy.deepcopy(self.program), device)
-        return Graph(program, copy.deepcopy(self.module).to(device))
+        return Graph(program, copied(self.module).to(device))
 
     def readers(self, layer: str) -> Sequence[fx.Node]:
         """The convolution or linear nodes that read a layer's weight itself."""
@@ -94,7 +121,7 @@ class Graph:
 
     def owner(self, node: fx.Node) -> nn.Module:
         """The module whose parameter or buffer a placeholder is."""
-        return self.module.get_submodule(self._owners[node])
+        return self.module.get_submodule(self.names[node].rpartition(".")[0])
 
     def suffix(self, changed: Iterable[fx.Node], *, given: bool = False) -> Suffix:
         """Everything that depends on some nodes' outputs, those nodes first.
@@ -112,10 +139,10 @@ class Graph:
         nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
         inputs = {a for n in nodes if not (given and n in first) for a in n.all_input_nodes}
         cached = tuple(
-            n for n in self.nodes if n in inputs and n not in dirty and n not in self._sizes
+            n for n in self.nodes if n in inputs and n not in dirty and n not in self.sizes
         )
-        if self._input in inputs:
-            cached = (self._input, *cached)
+        if self.input in inputs:
+            cached = (self.input, *cached)
         return Suffix(nodes, cached)
 
     def macs(self, nodes: Iterable[fx.Node]) -> int:
@@ -150,10 +177,10 @@ class Graph:
 
         The values of ``keep`` stay in the environment after their last use.
         """
-        env: Env = {self._input: images}
+        env: Env = {self.input: images}
         for node in self.nodes:
             yield node, env
-            env[node] = self.execute(node, env)
+            env[node] = self.execute(node, env, batch=len(images))
             for dead in self._last_use.get(node, ()):
                 if dead not in keep:
                     env.pop(dead, None)
@@ -180,7 +207,7 @@ class Graph:
             Logits (V * N, classes).
         """
         env: Env = {
-            node: _Repeated(value, variants) if batched(node) else value
+            node: value if (dim := batch_dim(node)) is None else _Repeated(value, variants, dim)
             for node, value in cached.items()
         }
         last = _last_uses(suffix.nodes)
@@ -197,13 +224,13 @@ class Graph:
         """One node, on values from ``env`` and on live parameters."""
 
         def read(n: fx.Node) -> Any:
-            return self._size(n, env, batch) if n in self._sizes else self.argument(n, env, node)
+            return self._size(n, env, batch) if n in self.sizes else self.argument(n, env, node)
 
-        if node in self._sizes:
+        if node in self.sizes:
             return self._size(node, env, batch)
         args = fx.node.map_arg(node.args, read)
         kwargs = fx.node.map_arg(node.kwargs, read)
-        return self._targets[node](*args, **kwargs)
+        return self.targets[node](*args, **kwargs)
 
     def argument(self, source: fx.Node, env: Env, reader: fx.Node) -> Any:
         """A value as one of the nodes that read it gets it."""
@@ -211,8 +238,8 @@ class Graph:
 
     def value(self, node: fx.Node, env: Env) -> Any:
         """A node's value: a live parameter, or what was computed."""
-        if node in self._bound:
-            return self._bound[node]()
+        if node in self.bound:
+            return self.bound[node]()
         found = env[node]
         if isinstance(found, _Repeated):
             found = env[node] = found.tensor()
@@ -220,11 +247,13 @@ class Graph:
 
     def _size(self, node: fx.Node, env: Env, batch: int | None) -> Any:
         """A scalar that depends on the batch only."""
+        if batch is not None:
+            if (node, batch) not in self._sizes_at:
+                self._sizes_at[node, batch] = size_at(node.meta["val"], batch)
+            return self._sizes_at[node, batch]
         if node.target is torch.ops.aten.sym_size.int:
             source, dim = node.args
             assert isinstance(source, fx.Node)
-            if dim == 0 and batch is not None:
-                return batch
             return env[node] if node in env else env[source].shape[dim]
         args = fx.node.map_arg(node.args, lambda n: self._size(n, env, batch))
         assert callable(node.target)
@@ -232,28 +261,31 @@ class Graph:
 
     def _bind_inputs(self, program: ExportedProgram) -> None:
         """Connect placeholders to the module's live tensors, and the one user input."""
-        self._owners: dict[fx.Node, str] = {}
-        self._parameters: dict[fx.Node, str] = {}
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
             target = str(spec.target)
-            if spec.kind is InputKind.PARAMETER:
-                self._parameters[node] = target
+            if spec.kind in {InputKind.PARAMETER, InputKind.BUFFER}:
+                self.names[node] = target
             if spec.kind is InputKind.USER_INPUT:
-                self._input = node
+                self.input = node
             elif target in program.constants:  # buffers that are not persistent, too
-                self._bound[node] = partial(program.constants.__getitem__, target)
+                self.bound[node] = partial(program.constants.__getitem__, target)
             else:
                 owner, _, name = target.rpartition(".")
-                self._owners[node] = owner
-                self._bound[node] = partial(getattr, self.module.get_submodule(owner), name)
+                self.bound[node] = partial(getattr, self.module.get_submodule(owner), name)
+
+    def reader_of(self, node: fx.Node) -> str | None:
+        """The layer whose weight a convolution or linear node reads itself, if there is one."""
+        weight = node.args[1] if node.target in CONSUMING else None
+        name = self.names.get(weight, "") if isinstance(weight, fx.Node) else ""
+        layer, _, last = name.rpartition(".")
+        own = last == "weight" and isinstance(self.module.get_submodule(layer), Consumer)
+        return layer if own else None
 
     def _find_readers(self) -> dict[str, list[fx.Node]]:
         readers: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
-            weight = node.args[1] if node.target in CONSUMING else None
-            if isinstance(weight, fx.Node) and weight in self._parameters:
-                layer = self._parameters[weight].removesuffix(".weight")
+            if (layer := self.reader_of(node)) is not None:
                 readers.setdefault(layer, []).append(node)
         return readers
 
@@ -269,9 +301,9 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
         ExportError: ``torch.export`` cannot trace the module; the message has its words.
     """
     try:
-        with torch.no_grad(), captured():
+        with torch.no_grad(), captured(), _plain_attention():
             program = torch.export.export(
-                module, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
+                module, (example.contiguous(),), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
         if _mutates_shared_values(program.graph):
             program = program.run_decompositions({})
@@ -291,16 +323,28 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
     return Graph(program, module)
 
 
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fused encoder layer, in which nothing can be followed."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 class _Repeated:
     """A cached value that is repeated for every variant only when something reads it."""
 
-    __slots__ = ("value", "variants")
+    __slots__ = ("dim", "value", "variants")
 
-    def __init__(self, value: Tensor, variants: int) -> None:
-        self.value, self.variants = value, variants
+    def __init__(self, value: Tensor, variants: int, dim: int) -> None:
+        self.value, self.variants, self.dim = value, variants, dim
 
     def tensor(self) -> Tensor:
-        out = self.value.repeat([self.variants] + [1] * (self.value.ndim - 1))
+        times = [self.variants if d == self.dim else 1 for d in range(self.value.ndim)]
+        out = self.value.repeat(times)
         return out.contiguous(memory_format=memory_format_of(self.value))
 
 
@@ -322,10 +366,26 @@ def _functional(target: Any) -> Callable[..., Any]:
     """What computes a node; out of place, since cached values must survive a suffix run."""
     if target is torch.ops.aten.linear.default:
         return _linear
+    if target is torch.ops.aten.view.default:
+        return torch.ops.aten.reshape.default  # values may be laid out otherwise than when traced
+    if target in _RECURRENT:
+        return partial(_recurrent, target)
     if _in_place(target):
         _, name, overload = str(target).split(".")
         target = getattr(getattr(torch.ops.aten, name.removesuffix("_")), overload)
     return cast(Callable[..., Any], target)
+
+
+def _recurrent(target: Any, x: Tensor, state: Any, weights: Any, *args: Any) -> Any:
+    """A recurrent layer; one whose state is of another batch would write where it must not."""
+    batch_first = bool(args[-1])
+    for part in state if isinstance(state, list | tuple) else [state]:
+        if x.ndim == 3 and part.shape[1] != x.shape[0 if batch_first else 1]:
+            raise RuntimeError(
+                f"the state of a recurrent layer is of {part.shape[1]} images, its input of "
+                f"{x.shape[0 if batch_first else 1]}"
+            )
+    return target(x, state, weights, *args)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,26 +1,26 @@
-"""Coupled groups, found by torch-pruning's dependency graph; the only importer of torch_pruning.
+"""Coupled groups: the units of a network, from what its graph couples.
 
-Of torch-pruning only the dependency graph is used: which layers must lose which indices together.
-What to remove, how much and in what order is decided elsewhere.
-
-Source: Fang et al. 2023, "DepGraph: Towards Any Structural Pruning" (arXiv:2301.12900).
+Source: the idea that coupled layers must be pruned together, and that a graph shows which they are:
+Fang et al. 2023, "DepGraph: Towards Any Structural Pruning" (arXiv:2301.12900).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.errors import PruneError
-from cswap_deploy.models.adapters import Adapter, Heads, find_heads
-from cswap_deploy.network.units import Group, Kind, Member, depthwise
-from cswap_deploy.progress import captured
+from cswap_deploy.network.coupling import FIXED, Coupling, compressed
+from cswap_deploy.network.follow import follow
+from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.units import LAYERS, TRANSPOSED, Attribute, Group, Kind, Member, Reader
 
-_MIXING = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+_SIZED = (*LAYERS, nn.modules.batchnorm._NormBase)
+"""Modules whose sizes follow their weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,204 +33,160 @@ class Removable:
     """Root layer -> why its units stay."""
 
 
-def find_groups(module: nn.Module, example: Tensor) -> Removable:
+def find_groups(graph: Graph) -> Removable:
     """Find every coupled group whose units can be deleted without touching other outputs.
 
-    Args:
-        module: In eval mode; not changed.
-        example: (N, C, H, W), any values.
+    What was found is checked by :func:`network.deletion.exact_groups`: a forward may spell out a
+    width that the graph cannot tell from one that it computes.
     """
-    names = {m: n for n, m in module.named_modules()}
-    attention = _attention(module)
-    dependencies = _dependency_graph(module, example)
-    groups: list[Group] = []
-    excluded: dict[str, str] = {}
-    seen: set[str] = set()
-    for root, name in names.items():
-        if not (root in dependencies.module2node and isinstance(root, nn.Conv2d | nn.Linear)):
-            continue
-        if name in seen or depthwise(root):
-            continue
-        items = _items(dependencies, root)
-        seen |= {names[i.layer] for i in items if i.layer in names and not i.reads}
-        heads = attention[name].heads if name in attention else None
-        reason = _refusal(items, root, heads)
-        if reason is None:
-            groups.append(_group(name, root, items, names, heads))
-        elif reason:
-            excluded[name] = reason
-    return Removable(tuple(groups), excluded)
+    return _Finder(graph, follow(graph)).find()
 
 
-def remove_units(
-    module: nn.Module,
-    example: Tensor,
-    removed: Mapping[str, Iterable[int]],
-    groups: Iterable[Group],
-) -> None:
-    """Delete units physically, in place.
-
-    Args:
-        module: Of the architecture the groups were found in.
-        example: (N, C, H, W), any values.
-        removed: Group name -> units to delete, in the dense numbering.
-        groups: All groups.
-
-    Raises:
-        PruneError: A group would lose all its units.
-    """
-    dependencies = _dependency_graph(module, example)
-    attention = _attention(module)
-    for group in groups:
-        gone = sorted(set(removed.get(group.name, ())))
-        if not gone:
-            continue
-        if len(gone) == group.units:
-            raise PruneError(f"all {group.units} units of {group.name} would go")
-        root = module.get_submodule(group.name)
-        positions = [i for u in gone for i in group.root_indices[u]]
-        with captured():
-            pruner = dependencies.get_pruner_of_module(root)
-            dependencies.get_pruning_group(root, pruner.prune_out_channels, positions).prune()
-        if group.name in attention:
-            found = attention[group.name]
-            found.adapter.shrink(found.owner, group.units - len(gone))
+_Key = tuple[str, int]
+"""(tensor, dimension); of a layer's inputs (layer, _INPUTS)."""
+_INPUTS = -1
 
 
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    owner: nn.Module
-    adapter: Adapter
-    heads: Heads
+class _Finder:
+    def __init__(self, graph: Graph, coupling: Coupling) -> None:
+        self.graph, self.coupling = graph, coupling
+        found = coupling.resolve()
+        self._unit, self._blocked = found.unit, dict(found.reasons)
+        self._layers = {
+            f"{name}.weight".lstrip("."): layer
+            for name, layer in graph.module.named_modules(remove_duplicate=False)
+            if isinstance(layer, LAYERS)
+        }
+        self._outputs: dict[str, Tensor] = {}
+        """Weight of a layer, or bare weight -> the unit of each output."""
+        self._places: dict[int, dict[_Key, list[int]]] = defaultdict(dict)
+        """Unit -> its positions in everything that has some."""
+        for (tensor, dim), labels in coupling.axes.items():
+            self._place((tensor, dim), self._unit[labels])
+            if dim == self._out_dim(tensor):
+                self._outputs[tensor] = self._unit[labels]
+        for name, labels in coupling.cells.items():
+            self._place_cells(name, compressed(self._unit[labels]))
+        for read in coupling.reads:
+            if self._place((read.layer, _INPUTS), self._unit[read.labels]):
+                self._differ(read.layer, self._unit[read.labels])
+        self._begin = {(weight, self._out_dim(weight)) for weight in self._outputs}
+        self._spelled = [(s, compressed(self._unit[s.value.labels])) for s in coupling.spelled]
 
+    def _place(self, key: _Key, units: Tensor) -> bool:
+        """Note where units are; whether some were there already, at other positions."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for position, unit in enumerate(units.tolist()):
+            if unit != FIXED:
+                found[unit].append(position)
+        again = False
+        for unit, positions in found.items():
+            again |= self._places[unit].setdefault(key, positions) != positions
+        return again
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One entry of torch-pruning's group, freed of its classes."""
+    def _differ(self, layer: str, units: Tensor) -> None:
+        for unit in torch.unique(units).tolist():
+            self._blocked.setdefault(unit, f"is read by {layer} in more than one way")
 
-    layer: Any
-    """A module, or a parameter."""
-    parameter: str | None
-    operation: str
-    """Class name of torch-pruning's placeholder where this is no layer of the model."""
-    reads: bool
-    """Whether the layer loses inputs."""
-    positions: tuple[int, ...]
-    roots: tuple[int, ...]
-    """For each position the root's output it came from."""
+    def _place_cells(self, name: str, units: Tensor) -> None:
+        """Other parameters and buffers can be cut along one dimension."""
+        dims = [d for d, size in enumerate(units.shape) if size > 1]
+        if len(dims) == 1:
+            self._place((name, dims[0]), units.reshape(-1))
+            return
+        values, counts = torch.unique(units, return_counts=True)
+        for unit in values[counts > 1].tolist():
+            self._blocked.setdefault(unit, f"does not go through {name} evenly")
 
+    def find(self) -> Removable:
+        groups: list[Group] = []
+        excluded: dict[str, str] = {}
+        seen: set[str] = set()
+        for weight in self._roots():
+            if weight in seen:
+                continue
+            own = list(dict.fromkeys(self._outputs[weight].tolist()))
+            seen |= {t for u in own for t, dim in self._places[u] if (t, dim) in self._begin}
+            name = weight.removesuffix(".weight") if weight in self._layers else weight
+            group, reason = self._group(name, weight, own)
+            if group is not None:
+                groups.append(group)
+            if reason:
+                excluded[name] = reason
+        return Removable(tuple(groups), excluded)
 
-def _dependency_graph(module: nn.Module, example: Tensor) -> Any:
-    import torch_pruning
+    def _roots(self) -> list[str]:
+        """Weights whose outputs begin something new, in the order of the module tree."""
+        new = [
+            w for w, layer in self._layers.items() if w in self._outputs and not by_itself(layer)
+        ]
+        return [*new, *(w for w in self._outputs if w not in self._layers)]
 
-    with captured(), torch.enable_grad():
-        frozen = [p for p in module.parameters() if not p.requires_grad]
-        for p in frozen:
-            p.requires_grad_(True)  # the trace follows gradients
-        graph = torch_pruning.DependencyGraph()
-        # Fresh containers: the library's mutable defaults leak from one graph to the next.
-        graph.build_dependency(
-            module, example, unwrapped_parameters=[], ignored_layers=[], ignored_params=[],
-            customized_pruners={}, verbose=False,
+    def _group(self, name: str, weight: str, own: Sequence[int]) -> tuple[Group | None, str]:
+        """The root's units that lie alike in all layers; and why others stay, if some do."""
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for unit in own:
+            places = self._places[unit]
+            if unit not in self._blocked and any(dim == _INPUTS for _, dim in places):
+                alike[tuple((k, len(p)) for k, p in places.items())].append(unit)
+        units = max(alike.values(), key=len, default=[])
+        chosen = set(units)
+        rest = [u for u in own if u not in chosen]
+        why = next((self._blocked[u] for u in rest if self._blocked.get(u)), "")
+        if not units:
+            return None, why
+        if len(units) < 2:
+            return None, why or "has a single unit: all of it would go"
+        at = {key: self._indices(units, key) for key in self._places[units[0]]}
+        group = Group(
+            name, self._kind(weight, units),
+            root_indices=self._indices(units, (weight, self._out_dim(weight))),
+            consumers=tuple(Reader(t, of) for (t, dim), of in at.items() if dim == _INPUTS),
+            members=tuple(Member(t, dim, of) for (t, dim), of in at.items() if dim != _INPUTS),
+            product_macs=self._product_macs(units[0]),
+            attributes=self._attributes(units[0]),
         )  # fmt: skip
-        for p in frozen:
-            p.requires_grad_(False)
-    return graph
+        if not rest:
+            return group, ""
+        return group, f"{len(rest)} of its {len(own)} units stay: {why or 'they go elsewhere'}"
+
+    def _out_dim(self, weight: str) -> int:
+        return int(isinstance(self._layers.get(weight), TRANSPOSED))
+
+    def _indices(self, units: Sequence[int], key: _Key) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(self._places[u][key]) for u in units)
+
+    def _kind(self, weight: str, units: Sequence[int]) -> Kind:
+        if self._product_macs(units[0]):
+            return "heads"
+        layer = self._layers.get(weight)
+        return "neurons" if layer is None or isinstance(layer, nn.Linear) else "channels"
+
+    def _attributes(self, unit: int) -> tuple[Attribute, ...]:
+        """Numbers that may count such units: those with the size of a value that loses some."""
+        found: dict[tuple[str, str], Attribute] = {}
+        for spelled, units in self._spelled:
+            where = units == unit
+            module = self.graph.module.get_submodule(spelled.module)
+            if isinstance(module, _SIZED) or not where.any():
+                continue
+            for dim in range(units.ndim):
+                each = int(where.movedim(dim, 0).flatten(1).any(1).sum())
+                for name, value in vars(module).items() if units.shape[dim] > 1 else ():
+                    if type(value) is int and value == spelled.value.shape[dim]:
+                        found[spelled.module, name] = Attribute(spelled.module, name, each)
+        return tuple(found.values())
+
+    def _product_macs(self, unit: int) -> int:
+        """What the products of activations in which a unit takes part cost, its share."""
+        total = 0
+        for product in self.coupling.products:
+            labels = self._unit[product.labels]
+            total += round(product.macs * int((labels == unit).sum()) / labels.numel())
+        return total
 
 
-def _items(graph: Any, root: nn.Module) -> list[_Item]:
-    with captured():
-        pruner = graph.get_pruner_of_module(root)
-        found = graph.get_pruning_group(
-            root, pruner.prune_out_channels, list(range(_outputs(root)))
-        )
-    items = []
-    for entry in found.items:
-        layer = entry.dep.target.module
-        parameter = graph._param_to_name.get(layer) if isinstance(layer, nn.Parameter) else None
-        reads = (
-            isinstance(layer, nn.Conv2d | nn.Linear)
-            and not depthwise(layer)
-            and (entry.dep.handler == graph.get_pruner_of_module(layer).prune_in_channels)
-        )
-        operation = type(layer).__name__ + entry.dep.target.name
-        positions, roots = tuple(entry.idxs), tuple(entry.root_idxs)
-        items.append(_Item(layer, parameter, operation, reads, positions, roots))
-    return items
-
-
-def _refusal(items: list[_Item], root: nn.Module, heads: Heads | None) -> str | None:
-    """Why a group cannot be pruned exactly; empty for the classifier, ``None`` if it can."""
-    if not any(i.reads for i in items):
-        return ""
-    if _outputs(root) < 2:
-        return "has a single output"
-    for item in items:
-        if isinstance(item.layer, _MIXING):
-            return f"feeds {type(item.layer).__name__}, which normalises across channels"
-        if isinstance(item.layer, nn.MultiheadAttention):
-            return "feeds nn.MultiheadAttention, for which there is no adapter"
-    operations = " ".join(i.operation for i in items)
-    mixes = any(w in operations for w in ("Unbind", "Softmax", "Attention", "Bmm"))
-    if mixes and heads is None:
-        return "feeds an attention layer for which there is no adapter"
-    if len({i.layer.groups for i in items if _grouped(i.layer)}) > 1:
-        return "couples grouped convolutions with different numbers of groups"
-    return None
-
-
-def _group(
-    name: str,
-    root: nn.Module,
-    items: list[_Item],
-    names: Mapping[nn.Module, str],
-    heads: Heads | None,
-) -> Group:
-    kind: Kind = "heads" if heads else "channels" if isinstance(root, nn.Conv2d) else "neurons"
-    root_indices = _root_indices(root, items, heads)
-    unit_of = {position: u for u, where in enumerate(root_indices) for position in where}
-    members: list[Member] = []
-    for item in items:
-        layer = item.parameter or names.get(item.layer)
-        if layer is None:
-            continue
-        where: list[list[int]] = [[] for _ in root_indices]
-        for position, source in zip(item.positions, item.roots, strict=True):
-            where[unit_of[source]].append(position)
-        indices = tuple(tuple(sorted(w)) for w in where)
-        members.append(Member(layer, "in" if item.reads else "out", indices))
-    consumers = tuple(member for member in members if member.side == "in")
-    head_dim = heads.head_dim if heads else 1
-    return Group(name, kind, root_indices, consumers, tuple(members), head_dim=head_dim)
-
-
-def _root_indices(
-    root: nn.Module, items: list[_Item], heads: Heads | None
-) -> tuple[tuple[int, ...], ...]:
-    """Units as positions in the root's output: heads, slots of convolution groups, or channels."""
-    if heads is not None:
-        width = heads.count * heads.head_dim
-        parts = torch.arange(3 * width).view(3, heads.count, heads.head_dim)
-        return tuple(map(tuple, parts.movedim(1, 0).flatten(1).tolist()))
-    # A grouped convolution keeps equal groups: the same slot leaves each of them.
-    groups = next((i.layer.groups for i in items if _grouped(i.layer)), 1)
-    return tuple(map(tuple, torch.arange(_outputs(root)).view(groups, -1).T.tolist()))
-
-
-def _attention(module: nn.Module) -> dict[str, _Attention]:
-    """Name of each qkv layer -> the attention module around it."""
-    found = {}
-    for name, layer in module.named_modules():
-        adapted = find_heads(layer)
-        if adapted is not None:
-            adapter, heads = adapted
-            found[f"{name}.{heads.qkv}".lstrip(".")] = _Attention(layer, adapter, heads)
-    return found
-
-
-def _outputs(layer: Any) -> int:
-    return int(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features)
-
-
-def _grouped(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not depthwise(layer)
+def by_itself(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution each of whose outputs reads one input."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == getattr(layer, "in_channels", 0)

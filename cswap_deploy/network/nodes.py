@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+FEW = 2
+"""Images of the batch that labels and sizes are looked at with."""
 CONSUMING = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
 """Operations that read units through a weight."""
 
@@ -22,10 +26,39 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def batched(node: fx.Node) -> bool:
-    """Whether a value's first dimension is the batch."""
+def opname(node: fx.Node) -> str:
+    """An operation's name without its namespace, overload and the mark of in-place ones."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2].rstrip("_")
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def batch_dim(node: fx.Node) -> int | None:
+    """The dimension of a value that grows with the batch; the first one, if there are several."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)
+    if not isinstance(value, Tensor):
+        return None
+    sizes: list[Any] = list(value.shape)
+    return next((d for d, s in enumerate(sizes) if isinstance(s, torch.SymInt)), None)
+
+
+def batched(node: fx.Node) -> bool:
+    """Whether a value's first dimension grows with the batch."""
+    return batch_dim(node) == 0
+
+
+def size_at(size: Any, batch: int) -> int:
+    """A size of the graph for a batch of so many images."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        size = expression.xreplace(dict.fromkeys(expression.free_symbols, batch))
+    return int(size)
+
+
+def shape_in(sizes: Tensor | Iterable[Any], batch: int = FEW) -> tuple[int, ...]:
+    """The shape of a value of the graph for a batch of two images, unless said."""
+    found = sizes.shape if isinstance(sizes, Tensor) else sizes
+    return tuple(size_at(size, batch) for size in found)
 
 
 def input_of(node: fx.Node) -> fx.Node:
@@ -46,7 +79,7 @@ def elements(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim == 0:
         return 1
-    return math.prod(s for s in value.shape[1:] if isinstance(s, int))
+    return math.prod(size_at(s, 1) for s in value.shape)
 
 
 def bytes_of(node: fx.Node) -> int:

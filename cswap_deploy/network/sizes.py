@@ -7,6 +7,7 @@ each side, never by adding up units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,30 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.config import RatioOf
-from cswap_deploy.network.units import Group
+from cswap_deploy.network.units import LAYERS, TRANSPOSED, Group, members_of
 from cswap_deploy.records.plan import Size
 
 
 @dataclass(slots=True)
-class _Layer:
-    """A layer whose size changes."""
+class _Sizes:
+    """A parameter whose size changes."""
 
-    inputs: int
-    outputs: int
-    per_pair: float
-    """Parameters for each (input, output) pair: kernel positions over convolution groups."""
-    per_output: int
-    """Parameters for each output: bias, batch norm's two."""
-    positions: int
-    """Output positions of one image; MACs = pairs * kernel * positions."""
+    shape: list[int]
+    """What is left along each dimension."""
+    positions: int = 0
+    """Output positions of one image, if it is a layer's weight; MACs = elements * positions."""
 
     @property
     def params(self) -> int:
-        return round(self.inputs * self.outputs * self.per_pair) + self.outputs * self.per_output
+        return math.prod(self.shape)
 
     @property
     def macs(self) -> int:
-        return round(self.inputs * self.outputs * self.per_pair) * self.positions
+        return self.params * self.positions
 
 
 class SizeModel:
@@ -54,32 +51,29 @@ class SizeModel:
             groups: Every group that may lose units.
         """
         self._groups = {g.name: g for g in groups}
-        self._positions = positions = _positions(module, example)
-        parameters = dict(module.named_parameters())
-        layers = dict(module.named_modules())
-        self._layers = {
-            name: _describe(
-                parameters[name] if name in parameters else layers[name], positions.get(name, 0)
-            )
-            for name in {m.layer for g in self._groups.values() for m in g.members}
+        positions = _positions(module, example)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._members = {
+            name: [m for m in members_of(module, g) if m.tensor in parameters]
+            for name, g in self._groups.items()
+        }
+        changing = {m.tensor for members in self._members.values() for m in members}
+        self._sizes = {
+            name: _Sizes(list(parameters[name].shape), positions.get(name, 0)) for name in changing
         }
         params = sum(p.numel() for p in module.parameters())
-        macs = sum(
-            layer.weight.numel() * positions.get(name, 0)
-            for name, layer in layers.items()
-            if isinstance(layer, nn.Conv2d | nn.Linear)
-        )
-        self._fixed_params = params - sum(e.params for e in self._layers.values())
-        self._fixed_macs = macs - sum(e.macs for e in self._layers.values())
-        self._head_total = sum(self._head_macs(g) * g.units for g in self._groups.values())
+        macs = sum(parameters[name].numel() * count for name, count in positions.items())
+        self._fixed_params = params - sum(s.params for s in self._sizes.values())
+        self._fixed_macs = macs - sum(s.macs for s in self._sizes.values())
+        self._product_macs = sum(g.product_macs * g.units for g in self._groups.values())
         self.units = sum(g.units for g in self._groups.values())
 
     def size(self) -> Size:
         """What is left now."""
         return Size(
             units=self.units,
-            params=self._fixed_params + sum(e.params for e in self._layers.values()),
-            macs=self._fixed_macs + sum(e.macs for e in self._layers.values()) + self._head_total,
+            params=self._fixed_params + sum(s.params for s in self._sizes.values()),
+            macs=self._fixed_macs + self._product_macs + sum(s.macs for s in self._sizes.values()),
         )
 
     def remove(self, group: str, units: Iterable[int]) -> None:
@@ -95,36 +89,25 @@ class SizeModel:
         chosen = list(units)
         if of == "channels":
             return len(chosen)
-        names = {m.layer for m in self._groups[group].members}
+        names = {m.tensor for m in self._members[group]}
         before = self._partial(names, of)
         self.remove(group, chosen)
         after = self._partial(names, of)
         self.restore(group, chosen)
-        heads = self._head_macs(self._groups[group]) * len(chosen) if of == "macs" else 0
-        return before - after + heads
+        products = self._groups[group].product_macs * len(chosen) if of == "macs" else 0
+        return before - after + products
 
     def _partial(self, names: Iterable[str], of: RatioOf) -> int:
-        layers = [self._layers[n] for n in names]
-        return sum(layer.params if of == "params" else layer.macs for layer in layers)
+        found = [self._sizes[n] for n in names]
+        return sum(s.params if of == "params" else s.macs for s in found)
 
     def _change(self, name: str, units: Iterable[int], sign: int) -> None:
-        group = self._groups[name]
-        chosen = list(units)
-        for member in group.members:
-            count = sign * sum(len(member.indices[u]) for u in chosen)
-            entry = self._layers[member.layer]
-            if member.side == "in":
-                entry.inputs += count
-            else:
-                entry.outputs += count
+        group, chosen = self._groups[name], list(units)
+        for member in self._members[name]:
+            count = sum(len(member.indices[u]) for u in chosen)
+            self._sizes[member.tensor].shape[member.dim] += sign * count
         self.units += sign * len(chosen)
-        self._head_total += sign * self._head_macs(group) * len(chosen)
-
-    def _head_macs(self, group: Group) -> int:
-        """Query times key, and attention times value."""
-        if group.kind != "heads":
-            return 0
-        return 2 * self._positions.get(group.name, 0) ** 2 * group.head_dim
+        self._product_macs += sign * group.product_macs * len(chosen)
 
 
 def smallest(model: SizeModel, groups: Iterable[Group], floors: Mapping[str, int]) -> Size:
@@ -138,35 +121,19 @@ def smallest(model: SizeModel, groups: Iterable[Group], floors: Mapping[str, int
     return size
 
 
-def _describe(layer: nn.Module | nn.Parameter, positions: int) -> _Layer:
-    if isinstance(layer, nn.Parameter):
-        return _Layer(1, layer.shape[-1], layer.numel() / layer.shape[-1], 0, 0)
-    if isinstance(layer, nn.Conv2d):
-        kernel = layer.weight[0, 0].numel()
-        bias = int(layer.bias is not None)
-        if layer.groups == layer.out_channels and layer.groups > 1:
-            depth = layer.weight.shape[1] * kernel
-            return _Layer(1, layer.out_channels, depth, bias, positions)
-        return _Layer(layer.in_channels, layer.out_channels, kernel / layer.groups, bias, positions)
-    if isinstance(layer, nn.Linear):
-        bias = int(layer.bias is not None)
-        return _Layer(layer.in_features, layer.out_features, 1.0, bias, positions)
-    own = list(layer.parameters(recurse=False))
-    outputs = own[0].shape[-1] if own else getattr(layer, "num_features", 0)
-    return _Layer(0, outputs, 0.0, len(own), 0)
-
-
 def _positions(module: nn.Module, example: Tensor) -> dict[str, int]:
-    """Output positions (pixels or tokens) of every convolution and linear layer, one image."""
+    """Output positions (pixels or tokens, one image) of the layer that each weight belongs to."""
     found: dict[str, int] = {}
 
-    def record(name: str, layer: nn.Module, _: object, output: Tensor) -> None:
-        channels = output.shape[1] if isinstance(layer, nn.Conv2d) else output.shape[-1]
-        found[name] = found.get(name, 0) + output.numel() // len(output) // channels
+    def record(name: str, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        value = args[0] if isinstance(layer, TRANSPOSED) else output
+        channels = value.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        weight = f"{name}.weight".lstrip(".")
+        found[weight] = found.get(weight, 0) + value.numel() // len(example[:1]) // channels
 
     with ExitStack() as hooks, torch.no_grad():
         for name, layer in module.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, LAYERS):
                 hooks.enter_context(layer.register_forward_hook(partial(record, name)))
-        module(example[:1])
+        module(example[:1].contiguous())
     return found

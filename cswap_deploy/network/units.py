@@ -8,7 +8,7 @@ for "masked network equals pruned network".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,17 +17,41 @@ from torch import Tensor, nn
 
 Kind = Literal["channels", "heads", "neurons"]
 Consumer = nn.Conv2d | nn.Linear
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+"""Layers that produce units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A layer that reads a group's units, where they are masked."""
+
+    layer: str
+    """Dotted name of a convolution or linear layer."""
+    indices: tuple[tuple[int, ...], ...]
+    """For each unit the inputs it is, in the dense layer's numbering."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a group's units lie in one tensor dimension of one layer."""
+    """Where a group's units lie in one dimension of one parameter or buffer."""
 
-    layer: str
-    """Dotted name of a module, or of a bare parameter."""
-    side: Literal["in", "out"]
+    tensor: str
+    """Its dotted name. The bias of a layer goes with the layer's outputs and is not listed."""
+    dim: int
     indices: tuple[tuple[int, ...], ...]
-    """For each unit the positions it occupies, in the dense layer's numbering."""
+    """For each unit the positions it occupies, in the dense numbering."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """A number that a module's forward reads, and that counts units, such as ``num_heads``."""
+
+    module: str
+    name: str
+    each: int
+    """How much of it one unit is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +59,35 @@ class Group:
     """The units of one coupled set of layers."""
 
     name: str
-    """The root: the first layer that produces the units."""
+    """The root: the first layer (or bare parameter) that produces the units."""
     kind: Kind
     root_indices: tuple[tuple[int, ...], ...]
     """For each unit its output positions in the root layer."""
-    consumers: tuple[Member, ...]
-    """Layers that read the units, in no particular order; ``side`` is "in"."""
+    consumers: tuple[Reader, ...]
+    """Layers that read the units, in no particular order."""
     members: tuple[Member, ...]
-    """Every layer whose size changes, consumers included."""
-    head_dim: int = 1
-    """Attention: the dimension of a head; its query, key and value are (tokens, head_dim)."""
+    """Every tensor whose size changes."""
+    product_macs: int = 0
+    """Multiply-accumulates for one image of the products of activations, such as an attention's
+    scores, that leave with each unit."""
+    attributes: tuple[Attribute, ...] = ()
+    """Numbers in the network's modules that change with the units."""
 
     @property
     def units(self) -> int:
         """How many."""
         return len(self.root_indices)
+
+
+def members_of(module: nn.Module, group: Group) -> Iterator[Member]:
+    """A group's members in a network, with the biases that its layers have there."""
+    for member in group.members:
+        yield member
+        owner, _, last = member.tensor.rpartition(".")
+        layer = module.get_submodule(owner)
+        outputs = isinstance(layer, LAYERS) and member.dim == int(isinstance(layer, TRANSPOSED))
+        if outputs and last == "weight" and layer.bias is not None:
+            yield Member(f"{owner}.bias".lstrip("."), 0, member.indices)
 
 
 def consumers(groups: Iterable[Group]) -> list[str]:
@@ -64,7 +102,7 @@ def channel_dim(layer: nn.Module) -> int:
 
 def depthwise(layer: nn.Module) -> bool:
     """Whether a layer is a convolution that reads one input for each group of its own."""
-    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.out_channels
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
 
 
 def weight_columns(layer: Consumer, indices: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import resolve
 from cswap_deploy.pruning.prepare import Prepared, prepare
@@ -33,6 +34,7 @@ def forecast_pruning(
         PruneError: The ratio is out of reach.
     """
     images = calibration.images
+    require_steady(module, images)
     prepared = prepare(module, images, config)
     resolved = resolve(config, prepared, len(images), importance_of(config.criterion))
     count = resolved.scoring_samples
@@ -63,7 +65,8 @@ def _macs_per_second(prepared: Prepared, few: Calibration) -> float:
     for group in groups[:: max(1, len(groups) // _GROUPS)]:
         units = range(min(_UNITS, group.units))
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]
-        measurement = LocalMeasurement(Experiment(graph, few.images, few.labels))
+        experiment = Experiment(graph, few.images, few.labels)
+        measurement = LocalMeasurement(experiment, together=prepared.together)
         begun = time.perf_counter()
         measurement.effects({group: units})
         seconds += time.perf_counter() - begun

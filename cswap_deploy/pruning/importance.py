@@ -112,16 +112,14 @@ def _norm(
     layers = dict(module.named_modules(remove_duplicate=False))
     total = torch.zeros(group.units, dtype=torch.float64)
     for member in group.members:
-        layer = layers.get(member.layer)
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or member.side not in sides:
+        owner, _, last = member.tensor.rpartition(".")
+        side = "in" if member.dim == 1 else "out"
+        layer = layers.get(owner)
+        if last != "weight" or not isinstance(layer, nn.Conv2d | nn.Linear) or side not in sides:
             continue
         weight = layer.weight.detach().double()
         for unit, positions in enumerate(member.indices):
-            index = torch.tensor(positions)
-            if member.side == "in":
-                part = weight[:, torch.unique(index % weight.shape[1])]
-            else:
-                part = weight[index]
+            part = weight.index_select(member.dim, torch.tensor(positions, dtype=torch.int64))
             total[unit] += part.abs().pow(power).sum()
     values: np.ndarray = total.pow(1 / power).numpy()
     return values / max(float(values.mean()), 1e-30)

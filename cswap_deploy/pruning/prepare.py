@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cswap_deploy.causal.consistency import try_masking
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.errors import PruneError
+from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import exact_groups
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.offsets import needs_bias
+from cswap_deploy.network.selection import select
 from cswap_deploy.network.sizes import SizeModel, smallest
 from cswap_deploy.network.units import Group, give_bias
 from cswap_deploy.pruning.allocation import Limits
@@ -49,6 +52,10 @@ class Prepared:
     limits: Limits
     example: Tensor
     """(2, C, H, W)."""
+    together: bool = True
+    """Whether masked forwards of several variants may share a batch."""
+    notes: tuple[str, ...] = ()
+    """What ``--exclude`` and ``--include`` matched."""
 
     @property
     def module(self) -> nn.Module:
@@ -61,7 +68,7 @@ class Prepared:
 
     def copy(self) -> Self:
         """One more to use up: preparing takes seconds, a copy does not."""
-        return replace(self.on(copy.deepcopy(self.module)), sizes=copy.deepcopy(self.sizes))
+        return replace(self.on(copied(self.module)), sizes=copy.deepcopy(self.sizes))
 
 
 def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:
@@ -70,43 +77,40 @@ def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:
     Args:
         module: In eval mode, float32; not changed.
         images: (N, C, H, W), N >= 2, real ones.
-        config: Of it ``ratio`` (above 0), ``ratio_of`` and ``round_to``.
+        config: Of it ``ratio`` (above 0), ``ratio_of``, ``round_to``, ``exclude``, ``include``.
 
     Raises:
         ExportError: The network cannot be traced.
         PruneError: Nothing can be removed, or the ratio is out of reach; says the range.
     """
-    example = images[:2]
-    structure = find_groups(module, example)
-    groups, inexact = exact_groups(module, torch.randn_like(example), structure.groups)
-    base = copy.deepcopy(module)
+    example = images[:2].contiguous()
+    base = copied(module)
     dense = trace(base, example)
+    structure = find_groups(dense)
+    asked = select(dense, structure.groups, exclude=config.exclude, include=config.include)
+    groups, inexact = exact_groups(base, torch.randn_like(example), asked.groups)
     changed = {c.layer for g in groups for c in g.consumers} | set(solvable(dense))
     biased = [n for n in dense.layers() if n in changed and needs_bias(dense, n)]
     for name in biased:
         give_bias(base.get_submodule(name))  # type: ignore[arg-type]
     if biased:
         dense = trace(base, example)
-    hidden = {
-        g.name: "its weights are not read directly by a convolution or linear layer"
-        for g in groups
-        if any(not dense.readers(c.layer) for c in g.consumers)
-    }
-    groups = [g for g in groups if g.name not in hidden]
-    excluded = structure.excluded | inexact | hidden
+    trusted = try_masking(dense, groups, example)
+    groups = [g for g in groups if g.name not in trusted.excluded]
+    excluded = structure.excluded | asked.excluded | inexact | trusted.excluded
     if not groups:
         why = "".join(f"\n    {name}: {reason}" for name, reason in excluded.items())
         raise PruneError(
             f"{type(module).__name__} has no structure that can be removed{why}",
             fix="pass --ratio 0 to export the dense model",
         )
-    work = copy.deepcopy(base)
+    work = copied(base)
     prepared = Prepared(
         dense.on(work), dense, tuple(groups), excluded, tuple(biased),
         sizes=SizeModel(work, example, groups),
         dense_size=SizeModel(module, example, groups).size(),
         limits=_limits(groups, config.round_to),
-        example=example,
+        example=example, together=trusted.together, notes=asked.notes,
     )  # fmt: skip
     _check_reach(prepared, config)
     return prepared

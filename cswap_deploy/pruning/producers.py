@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import input_of
@@ -73,6 +73,10 @@ class Chain:
         return found
 
 
+def _one_for_one(layer: nn.Module) -> bool:
+    return depthwise(layer) and layer.in_channels == getattr(layer, "out_channels", None)
+
+
 def find_chains(graph: Graph, consumers: Iterable[str]) -> list[Chain]:
     """The chains that end in some layers; layers that other things feed have none."""
     layers = {node: name for name in graph.layers() for node in graph.readers(name)}
@@ -90,7 +94,7 @@ def find_chains(graph: Graph, consumers: Iterable[str]) -> list[Chain]:
         if (
             len(graph.readers(producer)) == 1
             and getattr(graph.layer(name), "groups", 1) == 1
-            and (getattr(layer, "groups", 1) == 1 or depthwise(layer))
+            and (getattr(layer, "groups", 1) == 1 or _one_for_one(layer))
             and not needs_bias(graph, producer)
         ):
             found.append(Chain(node, producer, tuple(path), consumer, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +17,10 @@ from cswap_deploy.causal.memory import Budget, keep_freed_memory
 from cswap_deploy.causal.ray_workers import Recipe, pool_of
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import delete_removed
 from cswap_deploy.network.sizes import SizeModel
+from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.network.units import Group
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.importance import importance_of
@@ -31,8 +32,8 @@ from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.records.plan import GroupPlan, PrunePlan
 
 _DEPENDENT = (
-    "an image's prediction depends on the others of its batch: each unit is measured by "
-    "whole forwards of its own, which is slow"
+    "an image's prediction depends on the others of its batch, or on the batch's size: each unit "
+    "is measured by forwards of its own, which is slow"
 )
 
 
@@ -71,21 +72,24 @@ def prune(
         ExportError: The network cannot be traced.
         PruneError: Nothing can be removed, the ratio is out of reach, or deleting what was masked
             changed the outputs.
-        StageError: A prediction was not finite.
+        StageError: A prediction was not finite, or outputs differ from run to run.
         UsageError: An unknown criterion, or a network that workers cannot build.
         MissingDependencyError: There is no GPU, no Ray or no cluster where one was asked for.
     """
     keep_freed_memory()
     importance = importance_of(config.criterion)
     images = calibration.images
+    require_steady(module, images)
     if config.ratio == 0:
         size = SizeModel(module, images[:2], ()).size()
         settings = config.key() | {"criterion": "none"}
         plan = PrunePlan(settings=settings, dense=size, pruned=size, groups=())
-        return Pruned(copy.deepcopy(module), plan)
+        return Pruned(copied(module), plan)
     progress.begin("tracing the network", 0)
     network = prepare(module, images, config)
     progress.end()
+    for note in network.notes:
+        progress.note(note)
     notes: list[str] = []
     state = (rounds.load(network.module, most=config.rounds) if rounds else None) or State()
     if state.round:
@@ -93,9 +97,7 @@ def prune(
     with _backend(network, images, config, spec, progress, notes) as backend:
         job = Job(network, calibration, config, importance, seed, backend, progress)
         remove_in_rounds(job, state, rounds)
-    smaller = delete_removed(
-        network.module, network.example, state.removed, network.groups, images[:8]
-    )
+    smaller = delete_removed(network.module, state.removed, network.groups, images[:8])
     plan = _plan(job, state)
     assert sum(p.numel() for p in smaller.parameters()) == plan.pruned.params
     return Pruned(smaller, plan, tuple(notes))
@@ -123,6 +125,7 @@ def _group_plan(group: Group, state: State) -> GroupPlan:
         name=group.name, kind=group.kind, units=group.units,
         kept=tuple(u for u in range(group.units) if u not in gone),
         effects=tuple(e for _, e in sorted(state.effects.get(group.name, {}).items())),
+        attributes=tuple(f"{a.module}.{a.name}" for a in group.attributes),
     )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def _backend(
 ) -> Iterator[Backend]:  # fmt: skip
     """Where effects are measured: this process, its GPU, or workers; ``notes`` gets fallbacks."""
     budget = Budget.of(config.memory_budget)
-    if len(images) >= 4 and not independent(network.graph, images):
+    if not network.together or (len(images) >= 4 and not independent(network.graph, images)):
         progress.note(_DEPENDENT)
         notes.append(_DEPENDENT)
         yield Backend(partial(LocalMeasurement, together=False), budget)

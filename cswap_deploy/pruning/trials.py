@@ -8,7 +8,6 @@ in the refit, as they are and lightly mixed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.causal.interventions import Moments, ablation_values, fold
 from cswap_deploy.causal.mixtures import lightly_mixed
+from cswap_deploy.models.plain import copied
 from cswap_deploy.network.nodes import elements
 from cswap_deploy.network.units import Group
 from cswap_deploy.progress import Phases, Silent
@@ -68,7 +68,7 @@ class Trials:
             (images that evaluate,) float64, nats: means of an image's own divergence and its
             mixtures'.
         """
-        trial = self.network.on(copy.deepcopy(self.network.module))
+        trial = self.network.on(copied(self.network.module))
         remove(trial, gone, moments)
         if ridge is not None:
             removed = {

@@ -46,6 +46,8 @@ class GroupPlan(Value):
     kept: tuple[int, ...]
     """Indices of the units that stay, ascending, in the dense model's numbering."""
     effects: tuple[UnitEffect, ...] = ()
+    attributes: tuple[str, ...] = ()
+    """Numbers in the network's modules that count these units, ``blocks.0.attn.num_heads``."""
 
 
 class Size(Value):
@@ -101,7 +103,7 @@ class ScoringCost(Value):
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     settings: dict[str, Any]
     """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
     dense: Size

@@ -130,7 +130,7 @@ def dependent(*, linear: bool) -> tuple[Graph, Group]:
         p[2] = 0.5 * p[0] - p[1]
     module.units.bias.data[2] += 3.0
     images = pictures(2)[0]
-    (group,) = find_groups(module, images).groups
+    (group,) = find_groups(trace(module, images)).groups
     return trace(module, images), group
 
 
@@ -241,7 +241,7 @@ def test_of_two_that_are_the_same_each_alone_is_neutral_and_the_last_is_critical
     module = Planted().eval()
     images, _ = planted_images()
     graph = trace(module, images[:2])
-    (group,) = find_groups(module, images[:2]).groups
+    (group,) = find_groups(trace(module, images[:2])).groups
     before = measured(graph, group, "predicted")
     assert verdicts(before)[:2] == ("neutral", "neutral")
     assert np.abs(before.true_class[:2]).max() < 1e-3

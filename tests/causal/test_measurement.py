@@ -212,7 +212,7 @@ def test_images_that_see_each_other_are_measured_by_whole_forwards() -> None:
     graph = trace(module, IMAGES[:2])
     assert not independent(graph, IMAGES)
     assert independent(traced(small_cnn)[0], IMAGES)
-    groups = [g for g in find_groups(module, IMAGES[:2]).groups if g.name == "first"]
+    groups = [g for g in find_groups(trace(module, IMAGES[:2])).groups if g.name == "first"]
     experiment = Experiment(graph, IMAGES, LABELS)
     (effects,) = LocalMeasurement(experiment, together=False).effects({groups[0]: list(range(8))})
     (batched,) = LocalMeasurement(experiment).effects({groups[0]: list(range(8))})

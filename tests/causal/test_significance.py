@@ -297,7 +297,7 @@ def planted() -> tuple[Effects, np.ndarray]:
     images[:, 3] = 1.0
     images *= 1 + 0.05 * torch.rand(24, 4, 4, 4, generator=g)
     module = Planted().eval()
-    (group,) = find_groups(module, images[:2]).groups
+    (group,) = find_groups(trace(module, images[:2])).groups
     found = measure_group(
         trace(module, images[:2]), group, range(4), images=images, labels=labels, moments={}
     )

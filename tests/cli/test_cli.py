@@ -32,7 +32,7 @@ HERE = Path(__file__).parents[1]
 OFF = {"--no-pretrained", "--no-refit", "--fresh"}
 HEAVY = (
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime", "tensorrt",
-    "tensorrt_rtx", "matplotlib", "scipy", "datasets", "torch_pruning", "safetensors", "pydantic",
+    "tensorrt_rtx", "matplotlib", "scipy", "datasets", "safetensors", "pydantic",
     "cswap_deploy.config",
 )  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
 
     removed = remove_at_random(prepared)
     masked = logits(prepared.module)
-    smaller = delete_removed(prepared.module, prepared.example, removed, prepared.groups, IMAGES)
+    smaller = delete_removed(prepared.module, removed, prepared.groups, IMAGES)
     deleted = logits(smaller)
     scale = max(1.0, float(masked.abs().max()))
     assert (masked - dense).abs().max() > 0.05 * dense.abs().max(), "removing did nothing"
@@ -57,6 +57,7 @@ def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
             GroupPlan(
                 name=g.name, kind=g.kind, units=g.units,
                 kept=tuple(u for u in range(g.units) if u not in removed[g.name]),
+                attributes=tuple(f"{a.module}.{a.name}" for a in g.attributes),
             )
             for g in prepared.groups
         ),

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cswap_deploy.network.groups import find_groups, remove_units
+from cswap_deploy.network.deletion import remove_units
+from cswap_deploy.network.graph import trace
+from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.sizes import SizeModel, smallest
 from cswap_deploy.network.units import Group
 
@@ -45,7 +47,7 @@ class Mixed(nn.Module):
 def mixed() -> tuple[nn.Module, tuple[Group, ...]]:
     torch.manual_seed(0)
     module = Mixed().eval()
-    return module, find_groups(module, EXAMPLE).groups
+    return module, find_groups(trace(module, EXAMPLE)).groups
 
 
 @st.composite
@@ -136,7 +138,7 @@ def test_foretold_size_is_the_deleted_networks(order: list[tuple[str, int]]) -> 
         sizes.remove(name, [unit])
         removed.setdefault(name, []).append(unit)
     smaller = copy.deepcopy(module)
-    remove_units(smaller, EXAMPLE, removed, groups)
+    remove_units(smaller, removed, groups)
     assert sizes.size().params == sum(p.numel() for p in smaller.parameters())
     assert sizes.size().macs == SizeModel(smaller, EXAMPLE, ()).size().macs
     smaller(EXAMPLE)

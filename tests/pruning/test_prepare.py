@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data import Calibration
 from cswap_deploy.errors import ExportError, PruneError, UsageError
-from cswap_deploy.network.deletion import exact_groups
-from cswap_deploy.network.groups import find_groups, remove_units
+from cswap_deploy.network.deletion import exact_groups, remove_units
+from cswap_deploy.network.graph import trace
+from cswap_deploy.network.groups import find_groups
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.pruning.prune import Pruned, prune
@@ -109,30 +110,30 @@ def logits(module: nn.Module) -> Tensor:
 # --- deleting is not masking ---------------------------------------------------------------------
 
 
-def test_padded_shortcut_is_left_out_by_name_and_the_rest_is_pruned() -> None:
+def test_channels_that_meet_padding_stay_by_name_and_the_rest_is_pruned() -> None:
     module = made(Padded())
     prepared = ready(module, ratio=0.3)
-    coupled = {n for n in prepared.excluded if n.startswith(("stem", "second.2"))}
-    assert coupled, prepared.excluded
-    assert all("deleting a unit" in prepared.excluded[n] for n in coupled)
-    names = {g.name for g in prepared.groups}
-    assert names >= {"first.0.0", "second.0.0"}
-    assert not names & coupled
+    assert prepared.excluded == {
+        "second.2.0": "8 of its 16 units stay: meets values whose size is fixed"
+    }
+    groups = {g.name: g for g in prepared.groups}
+    assert groups.keys() == {"stem.0", "first.0.0", "second.0.0"}
+    # The stream goes on between the padding.
+    assert {m.tensor for m in groups["stem.0"].members} >= {"second.2.0.weight", "linear.weight"}
     result = pruned(module, ratio=0.3)
     assert result.plan.effective("params") == pytest.approx(0.3, abs=0.03)
-    assert result.plan.excluded.keys() >= coupled
-    # The residual streams are as wide as before.
-    assert result.module.stem[0].out_channels == 8
-    assert result.module.second[2][0].out_channels == 16
+    stem, wide = result.module.stem[0].out_channels, result.module.second[2][0].out_channels
+    assert stem < 8
+    assert wide == stem + 8
 
 
 def test_what_the_guard_leaves_out_would_really_have_been_wrong() -> None:
     """Without the guard, deleting a shuffled channel changes the output: the guard is needed."""
     module = made(Shuffled())
-    structure = find_groups(module, IMAGES[:2])
+    structure = find_groups(trace(module, IMAGES[:2]))
     wrong = {g.name: g for g in structure.groups}
     kept, left_out = exact_groups(module, IMAGES[:2], structure.groups)
-    assert left_out, "torch-pruning handles this shuffle now: plant another fault"
+    assert left_out, "this shuffle can be pruned now: plant another fault"
     assert {g.name for g in kept} | left_out.keys() == wrong.keys()
     for name in left_out:
         assert _difference_of_deleting(wrong[name], made(Shuffled())) > 1e-2
@@ -148,7 +149,7 @@ def _difference_of_deleting(group: Any, module: nn.Module) -> float:
         module.get_submodule(entry.layer).weight.data[:, list(entry.indices[unit])] = 0.0
     before = logits(module)
     try:
-        remove_units(module, IMAGES[:2], {group.name: [unit]}, [group])
+        remove_units(module, {group.name: [unit]}, [group])
         return float((logits(module) - before).abs().max())
     except (RuntimeError, ValueError):
         return float("inf")
@@ -156,7 +157,7 @@ def _difference_of_deleting(group: Any, module: nn.Module) -> float:
 
 def test_groups_that_delete_as_they_mask_are_all_kept() -> None:
     module = plain()
-    groups = find_groups(module, IMAGES[:2]).groups
+    groups = find_groups(trace(module, IMAGES[:2])).groups
     kept, left_out = exact_groups(module, IMAGES[:2], groups)
     assert [g.name for g in kept] == ["0", "2"]
     assert left_out == {}

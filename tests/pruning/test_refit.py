@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cswap_deploy.causal.interventions import Moments, ablation_values, fold, input_moments
 from cswap_deploy.network.graph import Graph, trace
-from cswap_deploy.network.units import Group, Member, give_bias, input_sum, mask_weight
+from cswap_deploy.network.units import Group, Reader, give_bias, input_sum, mask_weight
 from cswap_deploy.pruning.refit import MAX_FEATURES, MAX_ROWS, refit
 
 CONSUMERS = {
@@ -82,8 +82,8 @@ def grouping(module: Pair) -> Group:
     """Units as the consumer reads them: single inputs, or a slot of each convolution group."""
     groups = getattr(module.consumer, "groups", 1)
     indices = tuple(tuple(range(u, 6, 6 // groups)) for u in range(6 // groups))
-    reads = Member(module.consumer_name, "in", indices)
-    return Group("units", "channels", indices, (reads,), (reads,))
+    reads = Reader(module.consumer_name, indices)
+    return Group("units", "channels", indices, (reads,), ())
 
 
 def logits(module: nn.Module, images: Tensor = IMAGES) -> Tensor:

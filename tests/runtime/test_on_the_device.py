@@ -135,7 +135,7 @@ print(json.dumps(sorted(tops() - before - sys.stdlib_module_names)), file=sys.st
 sys.exit(code)
 """
 ABSENT = (
-    "torch,torchvision,timm,torch_pruning,onnx,onnxscript,safetensors,pydantic,typer,rich,scipy,"
+    "torch,torchvision,timm,onnx,onnxscript,safetensors,pydantic,typer,rich,scipy,"
     "matplotlib,platformdirs,filelock,psutil,jinja2,datasets,tensorrt,tensorrt_rtx,pycuda"
 )
 
