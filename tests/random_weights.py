@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -49,30 +51,33 @@ def matrix_network(name: str) -> nn.Module:
     return module.eval()
 
 
+_MIXERS = (
+    nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+    nn.modules.conv._ConvNd,
+)  # fmt: skip
+_NORMS = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+)  # fmt: skip
+_SCALE = re.compile(r"(gamma|scale|weight|temperature|alpha)[_\d]*$")
+"""Of a parameter with a value for each channel: it multiplies."""
+
+
 def lively(module: nn.Module, images: Tensor) -> nn.Module:
     """Give a fresh network weights under which every branch shapes the output.
 
     timm starts residual branches at or near nothing (a last batch norm of zero, a layer scale of
     1e-6) and every batch norm as the identity. Here scales are near one, statistics are those of
-    the images and then shaken, so that each channel has its own.
+    the images and then shaken, so that each channel has its own. What a parametrisation computes
+    is left alone, and so is a network that is not in float32.
     """
     g = torch.Generator().manual_seed(5)
-
-    def uniform(tensor: Tensor, low: float, high: float) -> None:
-        tensor.data.copy_(low + (high - low) * torch.rand(tensor.shape, generator=g))
-
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    for name, parameter in module.named_parameters():
-        if name.endswith("gamma"):  # layer scale
-            uniform(parameter, 0.5, 1.5)
-        elif name.endswith(("bias", "pos_embed", "cls_token")):
-            uniform(parameter, -0.3, 0.4)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
-            uniform(layer.weight, 0.5, 1.5)
-        elif isinstance(layer, nn.Linear | nn.Conv2d):
-            fan_in = layer.weight[0].numel()
-            layer.weight.data.normal_(0.0, (1.5 / fan_in) ** 0.5, generator=g)
+    owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "parametrizations" not in name and not name.endswith(("_orig", "_g", "_v")):
+                _enliven(name, parameter, owners[id(parameter)], g)
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m for m in norms if m.track_running_stats]
     for norm in norms:
         norm.momentum = None  # the plain mean over what it sees
         norm.reset_running_stats()
@@ -89,7 +94,38 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
         spread = norm.running_var.sqrt()
         norm.running_mean += 0.2 * spread * torch.randn(spread.shape, generator=g)
         norm.running_var *= 0.7 + 0.6 * torch.rand(spread.shape, generator=g)
-    last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
-    with torch.no_grad():  # no prediction is certain
-        last.weight *= 4.0 / (module(images) - last.bias).abs().max()
+    _calm(module, images)
     return module
+
+
+def _enliven(name: str, parameter: Tensor, owner: nn.Module, g: torch.Generator) -> None:
+    """Draw one parameter, by what it is for."""
+    last, ones = name.rpartition(".")[2], max(parameter.shape, default=1) == parameter.numel()
+    if last.startswith("bias") or last.endswith(("bias", "biases", "bias_table", "token", "embed")):
+        low, high = -0.3, 0.4
+    elif isinstance(owner, _NORMS) or (ones and _SCALE.search(last)):
+        low, high = 0.5, 1.5
+    elif isinstance(owner, _MIXERS) or not ones:
+        sources = parameter[0].numel()
+        if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+            sources = parameter[:, 0].numel() // owner.groups // math.prod(owner.stride)
+        parameter.normal_(0.0, (1.5 / max(sources, 1)) ** 0.5, generator=g)
+        return
+    else:
+        low, high = -0.3, 0.4
+    parameter.copy_(low + (high - low) * torch.rand(parameter.shape, generator=g))
+
+
+def _calm(module: nn.Module, images: Tensor) -> None:
+    """Scale the last layer so that no prediction is certain."""
+    with torch.no_grad():
+        logits = module(images)
+        linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+        heads = [m for m in linear if m.out_features == logits.shape[1]]  # two where distilled
+        if not heads:
+            last = [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1:]
+            heads = [m for m in last if m.out_channels == logits.shape[1]]
+        for head in heads:
+            if not nn.utils.parametrize.is_parametrized(head):
+                constant = head.bias if len(heads) == 1 and head.bias is not None else 0.0
+                head.weight *= 4.0 / (logits - constant).abs().max()
