@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from cswap_deploy.causal.arithmetic import measured_on
 from cswap_deploy.config import Config
 from cswap_deploy.data import Calibration, Samples, calibration_set, load_samples
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.export import precision
 from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.stage import Graphs, export_networks
@@ -32,6 +33,7 @@ from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
+from cswap_deploy.network.outputs import FEW, outputs_of
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
 from cswap_deploy.pruning.state import RoundStore
@@ -43,6 +45,8 @@ from cswap_deploy.records.measurements import AccuracyChange, Device
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file, sha256_text
+from cswap_deploy.runtime import outputs
+from cswap_deploy.runtime.preprocess import normalise
 from cswap_deploy.targets import (
     MOST_INT8_IMAGES,
     BuildRequest,
@@ -53,7 +57,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 5, "export": 3, "precision": 4, "engine": 5, "score": 4, "validate": 4,
+    "prune": 6, "export": 4, "precision": 5, "engine": 5, "score": 4, "validate": 5,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -174,9 +178,25 @@ def load(
         f"validation images",
         reused=False,
     )
-    for note in samples.notes():
+    loaded = _with_outputs(loaded, samples)
+    for note in (*samples.notes(), *loaded.notes):
         progress.note(note)
     return loaded, samples
+
+
+def _with_outputs(loaded: LoadedModel, samples: Samples) -> LoadedModel:
+    """Say what the network gives on real images, and note it where that is not logits."""
+    spec = loaded.spec
+    pixels = samples.calibration.images[:FEW]
+    images = torch.from_numpy(normalise(pixels, spec.preprocessing))
+    try:
+        kind = outputs_of(loaded.module, images)
+    except Exception as err:  # the user's code may raise anything
+        raise UsageError(
+            f"{spec.name} does not run on images {tuple(images.shape)}: {err}"
+        ) from err
+    notes = (*loaded.notes, outputs.note(kind)) if kind != "logits" else loaded.notes
+    return replace(loaded, spec=spec.model_copy(update={"outputs": kind}), notes=notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +285,9 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
 
     def make(out: Path) -> None:
         check = partial(
-            check_graph, images=run.images(max(PARITY_BATCHES)), tolerance=config.parity_tolerance
-        )
+            check_graph, images=run.images(max(PARITY_BATCHES)),
+            tolerance=config.parity_tolerance, outputs=run.loaded.spec.outputs,
+        )  # fmt: skip
         record = export_networks(
             pruned.module(run), run.loaded.module, config=config,
             input_size=run.loaded.spec.preprocessing.input_size, check=check, folder=out,
@@ -306,7 +327,7 @@ def narrow(run: Run, graphs: Graphs) -> Graphs:
         record = precision.narrow(
             graphs.float32, config=config, images=run.images(precision.PRECISION_IMAGES),
             labels=run.samples.calibration.labels[: precision.PRECISION_IMAGES], path=out / MODEL,
-            progress=run.progress,
+            progress=run.progress, outputs=run.loaded.spec.outputs,
         )  # fmt: skip
         (out / "precision.json").write_text(record.canonical_json())
 
@@ -444,7 +465,7 @@ def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> T
     classes = np.load(before.scores / "classes.npz")
     test = EngineTest(
         before.pruned.module(run), Predictions(classes["dense"], classes["pruned"]),
-        run.images(images_needed(config)), run.evaluation, config,
+        run.images(images_needed(config)), run.evaluation, config, run.loaded.spec.outputs,
     )  # fmt: skip
     if not result.engine.runnable:
         if config.export.precision == "fp32":

@@ -34,6 +34,7 @@ from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.graphs import PrecisionRecord
 from cswap_deploy.records.measurements import KeptLayer, PrecisionResult
+from cswap_deploy.runtime.outputs import Outputs
 from cswap_deploy.runtime.session import Floats
 
 PRECISION_IMAGES = RANGE_IMAGES + COMPARED_IMAGES
@@ -46,7 +47,7 @@ ROUNDED = "rounded.onnx"
 
 def narrow(
     onnx: OnnxArtifact, *, config: ExportConfig, images: Floats, labels: Labels, path: Path,
-    progress: Progress | None = None,
+    progress: Progress | None = None, outputs: Outputs = "logits",
 ) -> PrecisionRecord:  # fmt: skip
     """Give a graph the dtypes that the engine will have.
 
@@ -59,6 +60,7 @@ def narrow(
         labels: (N,).
         path: File to write.
         progress: Told of what takes time.
+        outputs: What the network gives.
 
     Returns:
         The graph, its path relative to its folder, and what was kept wide and why. Beside a 16-bit
@@ -72,7 +74,7 @@ def narrow(
         ExportError: The graph has control flow, or every layer is to be left out of int8.
         GateError: Even the widest graph of this precision predicts too differently.
     """
-    comparer = Comparer(onnx, config, images, labels, progress or Silent())
+    comparer = Comparer(onnx, config, images, labels, progress or Silent(), outputs)
     if config.int8:
         with tempfile.TemporaryDirectory(prefix="precision-", dir=path.parent) as scratch:
             done = _quantised(comparer, Path(scratch))

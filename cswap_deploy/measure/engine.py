@@ -13,11 +13,18 @@ from cswap_deploy.config import Config
 from cswap_deploy.errors import GateError
 from cswap_deploy.measure.evaluate import Classes, Evaluation, Predictions, torch_run
 from cswap_deploy.measure.latency import measure_latency
-from cswap_deploy.measure.parity import PARITY_BATCHES, Run, parity, require_parity
+from cswap_deploy.measure.parity import (
+    PARITY_BATCHES,
+    Run,
+    logits_of,
+    parity,
+    require_parity,
+)
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange, Latency, Parity
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.runtime.outputs import Outputs
 from cswap_deploy.runtime.preprocess import filled_up
 from cswap_deploy.runtime.session import Floats, Session
 
@@ -33,6 +40,8 @@ class EngineTest:
     """(N, C, H, W) float32, normalised: the first calibration images, for parity and latency."""
     evaluation: Evaluation
     config: Config
+    outputs: Outputs = "logits"
+    """What the networks give."""
 
     def measure(
         self, engine: EngineArtifact, session: Session, load_dense: Callable[[], Session]
@@ -51,7 +60,8 @@ class EngineTest:
             return session.run(filled_up(images, batch.min))[: len(images)]
 
         compared = parity(
-            torch_run(self.pruned), network, self.calibration[: max(PARITY_BATCHES)],
+            logits_of(torch_run(self.pruned), self.outputs), logits_of(network, self.outputs),
+            self.calibration[: max(PARITY_BATCHES)],
             reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
             tolerance=self.config.export.parity_tolerance if precision == "fp32" else None,
             batches=tuple(min(size, batch.max) for size in PARITY_BATCHES),
@@ -111,19 +121,22 @@ def images_needed(config: Config) -> int:
 
 
 def check_graph(
-    module: nn.Module, graph: Path, name: str, *, images: Floats, tolerance: float
-) -> Parity:
+    module: nn.Module, graph: Path, name: str,
+    *, images: Floats, tolerance: float, outputs: Outputs = "logits",
+) -> Parity:  # fmt: skip
     """Compare a float32 graph in ONNX Runtime with its network in PyTorch.
 
     ``name`` is the graph's in the report; of the images, (N, C, H, W) and normalised, the first 8
-    are used; ``tolerance`` is the largest difference of logits.
+    are used; ``tolerance`` is the largest difference of logits, which are made of the networks'
+    ``outputs`` where these are others.
 
     Raises:
         ExportError: The difference exceeds the tolerance.
     """
     candidate, few = OnnxSession(graph, threads=None).run, images[: max(PARITY_BATCHES)]
     compared = parity(
-        torch_run(module), candidate, few, reference_name="PyTorch", candidate_name=name,
+        logits_of(torch_run(module), outputs), logits_of(candidate, outputs), few,
+        reference_name="PyTorch", candidate_name=name,
         tolerance=tolerance,
     )  # fmt: skip
     return require_parity(compared)

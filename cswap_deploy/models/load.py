@@ -24,6 +24,8 @@ class LoadedModel:
 
     spec: ModelSpec
     module: nn.Module
+    notes: tuple[str, ...] = ()
+    """What the user should know of it; for the manifest."""
 
 
 def load_model(config: ModelConfig, *, seed: int = 0) -> LoadedModel:

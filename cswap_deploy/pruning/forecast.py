@@ -12,6 +12,7 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.network.outputs import giving_logits, outputs_of
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import resolve
 from cswap_deploy.pruning.prepare import Prepared, prepare
@@ -33,7 +34,8 @@ def forecast_pruning(
         PruneError: The ratio is out of reach.
     """
     images = calibration.images
-    prepared = prepare(module, images, config)
+    with giving_logits(module, outputs_of(module, images)):
+        prepared = prepare(module, images, config)
     resolved = resolve(config, prepared, len(images), importance_of(config.criterion))
     count = resolved.scoring_samples
     macs = loop_macs(

@@ -275,7 +275,10 @@ def _parity(manifest: Manifest) -> Section | None:
         )
         for p in compared
     )  # fmt: skip
-    words = "Largest absolute difference of logits between a network and what was made of it."
+    what = "logits"
+    if manifest.model.outputs != "logits":
+        what = f"log-probabilities (the network gives {manifest.model.outputs})"
+    words = f"Largest absolute difference of {what} between a network and what was made of it."
     heads = (
         "reference | candidate | within tolerance | largest difference | tolerance | images | "
         "batch sizes"
@@ -328,6 +331,7 @@ def _reproduce(manifest: Manifest, plan: PrunePlan) -> Section | None:
         ("created", manifest.created),
         ("cswap-deploy", manifest.tool_version),
         ("model", f"{model.name} ({model.source})"),
+        ("outputs", model.outputs),
         ("weights", model.weights),
         ("weights sha256", c.Digest(model.weights_sha256)),
         ("CPU", f"{device.cpu}, {device.cores} cores, {device.memory_mib:,} MiB"),
