@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from cswap_deploy.errors import UsageError
+from cswap_deploy.settings import BatchRange as BatchRange  # noqa: PLC0414 - its place for users
 from cswap_deploy.settings import Flag, Section, read_toml
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
@@ -59,6 +60,9 @@ class ModelConfig(Section):
     checkpoint: Annotated[
         Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True)
     ] = None
+    checkpoint_key: Annotated[
+        str | None, Flag("Which of its weights, as state_dict_ema.", metavar="KEY")
+    ] = None
     pretrained: Annotated[bool, Flag("timm's own weights, or random ones.")] = True
     input_size: Annotated[
         tuple[int, int, int] | None, Flag("What the network takes.", metavar="C,H,W")
@@ -72,6 +76,8 @@ class ModelConfig(Section):
     def _both(self) -> Self:
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together")
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError("checkpoint_key chooses among the weights of a checkpoint; pass one")
         return self
 
 
@@ -279,35 +285,6 @@ class ExportConfig(Section):
         return {n: v for n, v in own.items() if n not in ("opset", "parity_tolerance")} | {
             "precision_drop": self.drop_limit
         }
-
-
-class BatchRange(BaseModel):
-    """Smallest, tuned-for and largest batch (samples); as text ``1:8:64``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min: int = 1
-    opt: int = 1
-    max: int = 16
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        parts = value.split(":")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
-            raise ValueError("MIN:OPT:MAX is wanted, for example 1:8:64")
-        return dict(zip(("min", "opt", "max"), map(int, parts), strict=True))
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"batches must ascend from 1: {self}")
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
 
 
 class BuilderOptions(Section):
