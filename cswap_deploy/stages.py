@@ -37,6 +37,7 @@ from cswap_deploy.network.outputs import FEW, outputs_of
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
 from cswap_deploy.pruning.state import RoundStore
+from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
 from cswap_deploy.records.files import require_files
 from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
@@ -215,7 +216,7 @@ class PrunedFiles:
 def prune(run: Run) -> PrunedFiles:
     """Measure, remove, refit."""
     config = run.config.prune
-    run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
+    run.progress.stage("prune", f"{percent(config.ratio, 0)} of {config.ratio_of}")
 
     def make(out: Path) -> None:
         rounds = RoundStore(run.store, run.keys["prune"], resume=run.config.run.resume)
@@ -245,7 +246,7 @@ def prune(run: Run) -> PrunedFiles:
     run.done(
         "prune",
         f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters "
-        f"({plan.effective('params'):.1%} removed)",
+        f"({percent(plan.effective('params'), 1)} removed)",
     )
     return PrunedFiles(folder, plan)
 
@@ -308,7 +309,7 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
     run.fallbacks += record.model.notes
     run.done(
         "export",
-        f"{record.model.size_bytes / 2**20:.2f} MiB, {record.model.nodes} nodes, logits within "
+        f"{mebibytes(record.model.size_bytes)}, {record.model.nodes} nodes, logits within "
         f"{max(p.max_abs for p in record.parity):.1e}",
     )
     graphs = Graphs.exported(folder, record)
@@ -381,7 +382,8 @@ def engine(run: Run, target: str, graphs: Graphs) -> Path:
     built = read_value(folder / "result.json", TargetResult).engine
     run.fallbacks += built.notes
     state = "" if built.runnable else f"; not run here: {built.reason}"
-    run.done(name, f"{built.size_bytes / 2**20:.2f} MiB in {built.build_seconds:.1f} s{state}")
+    seconds = fixed(built.build_seconds, 1)
+    run.done(name, f"{mebibytes(built.size_bytes)} in {seconds} s{state}")
     return folder
 
 
@@ -405,7 +407,8 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
         tools=tool_versions("cswap-deploy", "torch", "timm"),
     )
     change = read_value(folder / "accuracy.json", AccuracyChange)
-    run.done("score", f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}")
+    dense, smaller = percent(change.dense.top1, 2), percent(change.pruned.top1, 2)
+    run.done("score", f"top-1 {dense} -> {smaller}")
     return folder
 
 
@@ -456,7 +459,7 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
         tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
     )
     result = read_value(folder / "result.json", TargetResult)
-    run.done(name, summary(result))
+    run.done(name, summary(result, pruned=config.prune.ratio > 0))
     return result
 
 

@@ -13,6 +13,7 @@ from cswap_deploy.config import ExportConfig
 from cswap_deploy.errors import GateError, UsageError
 from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import Progress
+from cswap_deploy.records.amounts import percent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.measurements import KeptLayer, PrecisionTrial
 from cswap_deploy.runtime.onnx_session import OnnxSession
@@ -125,7 +126,9 @@ class Comparer:
 
     def refuse(self, found: Comparison) -> GateError:
         """The error for when nothing that is left to try is good enough."""
-        words = f"{found.agreement:.2%} of the classes alike" if found.finite else "not finite"
+        words = (
+            f"{percent(found.agreement, 2)} of the classes alike" if found.finite else "not finite"
+        )
         return GateError(
             f"{self.config.precision}: even with every layer kept that can be, predictions on "
             f"{self.images} calibration images differ too much from float32: {words}",

@@ -31,6 +31,7 @@ from cswap_deploy.export.quantize import OnnxRuntimeQuantiser, Quantiser
 from cswap_deploy.export.ranges import too_large
 from cswap_deploy.export.search import shortest_prefix, smallest_set
 from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.amounts import mebibytes, percent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.graphs import PrecisionRecord
 from cswap_deploy.records.measurements import KeptLayer, PrecisionResult
@@ -101,7 +102,7 @@ def narrow(
 def summary(record: PrecisionRecord) -> str:
     """One line for the screen."""
     model, result = record.model, record.result
-    text = f"{model.size_bytes / 2**20:.2f} MiB, {result.agreement:.2%} of {result.images} "
+    text = f"{mebibytes(model.size_bytes)}, {percent(result.agreement, 2)} of {result.images} "
     text += "predictions as in float32"
     if result.calibration:
         text += f", ranges by {result.calibration}"

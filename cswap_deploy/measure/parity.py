@@ -79,7 +79,7 @@ def require_parity(compared: Parity) -> Parity:
         raise ExportError(
             f"{compared.candidate} does not agree with {compared.reference}: logits differ by up "
             f"to {compared.max_abs:.2e} on {compared.images} images, allowed "
-            f"{compared.tolerance:.0e}",
+            f"{compared.tolerance:g}",
             fix="try another --opset, or raise --parity-tolerance (of build) if accuracy counts",
         )
     return compared
