@@ -15,6 +15,8 @@ Shapes = Mapping[str, tuple[Shape, Shape]]
 """Tensor -> its shape in the file, and in the network."""
 _POSITIONS = re.compile(r"pos|attention_bias|attn_mask|attn_bias|rope|freqs|rel_h|rel_w", re.I)
 """Names of what depends on the number of positions, so on the size of images."""
+_FEW_TOKENS = 8
+"""Class tokens, distillation tokens and registers, at most."""
 
 
 @dataclass(slots=True)
@@ -65,6 +67,8 @@ def misfit(
             f"{channels}"
         )
     positions = [k for k in rest if _POSITIONS.search(k)]
+    if any(_other_tokens(module, k, *rest[k]) for k in positions):
+        return Misfit()
     side = None
     if positions:
         side = next(filter(None, (_side(module, k, *rest[k]) for k in positions)), None)
@@ -130,6 +134,12 @@ def _side(module: Any, key: str, theirs: Shape, ours: Shape) -> int | None:
     others = ours[1] - math.prod(grid)  # class tokens and registers
     root = math.isqrt(max(theirs[1] - others, 0))
     return root * int(patch[0]) if root and root * root == theirs[1] - others else None
+
+
+def _other_tokens(module: Any, key: str, theirs: Shape, ours: Shape) -> bool:
+    """Whether the file's network has other tokens beside the image's, not another image."""
+    near = len(theirs) == len(ours) == 3 and abs(theirs[1] - ours[1]) <= _FEW_TOKENS
+    return near and _side(module, key, theirs, ours) is None
 
 
 def _size_fix(size: list[int], channels: int, unknown: Any, name: str, by_flags: bool) -> str:

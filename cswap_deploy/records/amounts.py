@@ -48,4 +48,4 @@ def speed(speedup: float, low: float | None, high: float | None) -> tuple[bool, 
         return True, times
     if low is None or high is None or not low <= 1 < high:
         return False, f"not faster: {times}"
-    return False, f"not faster: {times}, within the noise ({low:.2f}x to {high:.2f}x)"
+    return False, f"not faster: {times}, within the noise: {low:.2f}x to {high:.2f}x"

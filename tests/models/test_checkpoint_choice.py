@@ -246,6 +246,20 @@ def test_a_timm_network_of_other_inputs(
     assert loaded.spec.preprocessing.input_size == flags["input_size"]
 
 
+def test_other_tokens_are_no_other_size_of_images(tmp_path: Path) -> None:
+    path = timm_file(tmp_path / "w.safetensors", "deit_tiny_distilled_patch16_224")
+    with pytest.raises(UsageError, match=TRAINED):
+        load_model(ModelConfig(model="deit_tiny_patch16_224", checkpoint=path))
+
+
+def test_a_wrapped_timm_network_of_other_classes(tmp_path: Path) -> None:
+    module = import_timm().create_model("test_resnet", num_classes=5)
+    torch.save({"state_dict": under("model.", module.state_dict()) | LOSS}, tmp_path / "w.ckpt")
+    loaded = load_model(ModelConfig(model="test_resnet", checkpoint=tmp_path / "w.ckpt"))
+    assert loaded.spec.num_classes == 5
+    assert "loss.weight" in loaded.notes[0]
+
+
 class Flat(nn.Module):
     """Its linear layer reads the whole map."""
 

@@ -51,8 +51,8 @@ def test_units() -> None:
         ((0.98, None, None), False, "not faster: 0.98x"),
         ((0.9, 0.85, 0.95), False, "not faster: 0.90x"),
         ((1.0, None, None), False, "not faster: 1.00x"),
-        ((1.02, 0.99, 1.05), False, "not faster: 1.02x, within the noise (0.99x to 1.05x)"),
-        ((0.99, 0.95, 1.02), False, "not faster: 0.99x, within the noise (0.95x to 1.02x)"),
+        ((1.02, 0.99, 1.05), False, "not faster: 1.02x, within the noise: 0.99x to 1.05x"),
+        ((0.99, 0.95, 1.02), False, "not faster: 0.99x, within the noise: 0.95x to 1.02x"),
     ],
 )
 def test_a_network_that_is_not_faster(
