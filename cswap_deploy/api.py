@@ -6,7 +6,7 @@ The README's section on Python has examples. Every error is a :class:`CswapError
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def prune(
     """Remove channels, attention heads and hidden neurons from a network, without training.
 
     Args:
-        module: Maps (N, C, H, W) float32 to logits (N, classes); not changed.
+        module: Maps (N, C, H, W) float32 to logits or probabilities (N, classes); not changed.
         data: Images to measure on, as the network takes them: ``(images, labels)`` as tensors or
             arrays, (N, C, H, W) float32 and (N,) integers; an iterable of such batches, for example
             a ``DataLoader``; or the path of a folder of class folders or of an ``.npz`` file, with
@@ -116,18 +116,23 @@ def prune(
     from cswap_deploy.config import load_config
     from cswap_deploy.data import calibration_from
     from cswap_deploy.models.plain import plain
+    from cswap_deploy.network.outputs import outputs_of
     from cswap_deploy.pruning.prune import prune as run
+    from cswap_deploy.runtime.outputs import note
 
     config = load_config(model=type(module).__name__, ratio=ratio, **settings)
     progress = progress if progress is not None else Silent()
     module, notes = plain(module)
-    for note in notes:
-        progress.note(note)
     calibration = calibration_from(
         data, module, model=config.model, config=config.data, seed=config.run.seed,
         progress=progress,
     )  # fmt: skip
-    return run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+    if told := note(outputs_of(module, calibration.images)):
+        notes += (told,)
+    for each in notes:
+        progress.note(each)
+    done = run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+    return replace(done, notes=(*notes, *done.notes))
 
 
 def groups_of(

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from cswap_deploy.errors import UsageError
+from cswap_deploy.settings import BatchRange as BatchRange  # noqa: PLC0414 - its place for users
 from cswap_deploy.settings import Flag, Section, read_toml
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
@@ -59,6 +60,8 @@ class ModelConfig(Section):
     checkpoint: Annotated[
         Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True)
     ] = None
+    checkpoint_key: Annotated[str | None, Flag("Which of its weights.", metavar="KEY")] = None
+    """Where they lie in the file, as ``state_dict_ema``; see :mod:`models.checkpoints`."""
     pretrained: Annotated[bool, Flag("timm's own weights, or random ones.")] = True
     input_size: Annotated[
         tuple[int, int, int] | None, Flag("What the network takes.", metavar="C,H,W")
@@ -72,6 +75,8 @@ class ModelConfig(Section):
     def _both(self) -> Self:
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together")
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError("checkpoint_key chooses among the weights of a checkpoint; pass one")
         return self
 
 
@@ -240,14 +245,21 @@ class ExportConfig(Section):
     @classmethod
     def _known_opset(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 18:
-            raise ValueError("must be 18 or higher, or auto")
+            raise ValueError(
+                "must be 18 or higher, or auto\n"
+                "    torch's exporter writes opset 18 and for some networks leaves it at that "
+                "without a word when a lower one is asked for\n"
+                "  fix: leave --opset out; a runtime that reads no opset 18 needs a later version"
+            )
         return value
 
     @model_validator(mode="after")
     def _fits_precision(self) -> Self:
         if isinstance(self.opset, int) and self.opset < OPSETS[self.precision]:
             raise ValueError(
-                f"{self.precision} needs opset {OPSETS[self.precision]} or higher, got {self.opset}"
+                f"{self.precision} needs opset {OPSETS[self.precision]} or higher, got "
+                f"{self.opset}: the operators of lower ones do not take its types\n"
+                f"  fix: leave --opset out, or pass {OPSETS[self.precision]}"
             )
         needless: tuple[str, ...] = () if self.int8 else ("int8_calibration", "int8_quantizer")
         needless += ("keep_fp32", "precision_drop") if self.precision == "fp32" else ()
@@ -285,35 +297,6 @@ class ExportConfig(Section):
         return {n: v for n, v in own.items() if n not in ("opset", "parity_tolerance")} | {
             "precision_drop": self.drop_limit
         }
-
-
-class BatchRange(BaseModel):
-    """Smallest, tuned-for and largest batch (samples); as text ``1:8:64``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min: int = 1
-    opt: int = 1
-    max: int = 16
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        parts = value.split(":")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
-            raise ValueError("MIN:OPT:MAX is wanted, for example 1:8:64")
-        return dict(zip(("min", "opt", "max"), map(int, parts), strict=True))
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"batches must ascend from 1: {self}")
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
 
 
 class BuilderOptions(Section):
@@ -500,6 +483,8 @@ def _problem(problem: Any) -> str:
     place = [part for part in problem["loc"][:2] if isinstance(part, str)]
     if not place or (len(place) == 1 and place[0] in sections()):
         return str(problem["msg"])
-    text = f"--{place[-1].replace('_', '-')}: {problem['msg']}"
-    said = problem["type"] in ("missing", "extra_forbidden")
-    return text if said else f"{text} (got {problem['input']!r})"
+    first, *more = problem["msg"].splitlines()  # why, and the fix, follow
+    text = f"--{place[-1].replace('_', '-')}: {first}"
+    if problem["type"] not in ("missing", "extra_forbidden"):
+        text += f" (got {problem['input']!r})"
+    return "\n".join([text, *more])

@@ -217,7 +217,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         settings=run.config.settings(),
         versions=stages.tool_versions(*_TOOLS),
         device=run.device,
-        fallbacks=tuple(dict.fromkeys(run.fallbacks + run.store.damaged)),
+        fallbacks=tuple(dict.fromkeys([*run.loaded.notes, *run.fallbacks, *run.store.damaged])),
         stages=dict(run.stages),
     )
 

@@ -7,20 +7,21 @@ the same build only reads, and a changed input, weight, setting or tool version 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from cswap_deploy.causal.arithmetic import measured_on
 from cswap_deploy.config import Config
 from cswap_deploy.data import Calibration, Samples, calibration_set, load_samples
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.export import precision
 from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.stage import Graphs, export_networks
@@ -32,9 +33,11 @@ from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
+from cswap_deploy.network.outputs import FEW, outputs_of
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
 from cswap_deploy.pruning.state import RoundStore
+from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
 from cswap_deploy.records.files import require_files
 from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
@@ -43,6 +46,8 @@ from cswap_deploy.records.measurements import AccuracyChange, Device
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file, sha256_text
+from cswap_deploy.runtime import outputs
+from cswap_deploy.runtime.preprocess import normalise
 from cswap_deploy.targets import (
     MOST_INT8_IMAGES,
     BuildRequest,
@@ -53,7 +58,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 5, "export": 3, "precision": 4, "engine": 5, "score": 4, "validate": 4,
+    "prune": 6, "export": 4, "precision": 5, "engine": 5, "score": 4, "validate": 5,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -174,9 +179,25 @@ def load(
         f"validation images",
         reused=False,
     )
-    for note in (*loaded.notes, *samples.notes()):
+    loaded = _with_outputs(loaded, samples)
+    for note in (*samples.notes(), *loaded.notes):
         progress.note(note)
     return loaded, samples
+
+
+def _with_outputs(loaded: LoadedModel, samples: Samples) -> LoadedModel:
+    """Say what the network gives on real images, and note it where that is not logits."""
+    spec = loaded.spec
+    pixels = samples.calibration.images[:FEW]
+    images = torch.from_numpy(normalise(pixels, spec.preprocessing))
+    try:
+        kind = outputs_of(loaded.module, images)
+    except Exception as err:  # the user's code may raise anything
+        raise UsageError(
+            f"{spec.name} does not run on images {tuple(images.shape)}: {err}"
+        ) from err
+    notes = (*loaded.notes, outputs.note(kind)) if kind != "logits" else loaded.notes
+    return replace(loaded, spec=spec.model_copy(update={"outputs": kind}), notes=notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +216,7 @@ class PrunedFiles:
 def prune(run: Run) -> PrunedFiles:
     """Measure, remove, refit."""
     config = run.config.prune
-    run.progress.stage("prune", f"{config.ratio:.0%} of {config.ratio_of}")
+    run.progress.stage("prune", f"{percent(config.ratio, 0)} of {config.ratio_of}")
 
     def make(out: Path) -> None:
         rounds = RoundStore(run.store, run.keys["prune"], resume=run.config.run.resume)
@@ -225,7 +246,7 @@ def prune(run: Run) -> PrunedFiles:
     run.done(
         "prune",
         f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters "
-        f"({plan.effective('params'):.1%} removed)",
+        f"({percent(plan.effective('params'), 1)} removed)",
     )
     return PrunedFiles(folder, plan)
 
@@ -265,8 +286,9 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
 
     def make(out: Path) -> None:
         check = partial(
-            check_graph, images=run.images(max(PARITY_BATCHES)), tolerance=config.parity_tolerance
-        )
+            check_graph, images=run.images(max(PARITY_BATCHES)),
+            tolerance=config.parity_tolerance, outputs=run.loaded.spec.outputs,
+        )  # fmt: skip
         record = export_networks(
             pruned.module(run), run.loaded.module, config=config,
             input_size=run.loaded.spec.preprocessing.input_size, check=check, folder=out,
@@ -287,7 +309,7 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
     run.fallbacks += record.model.notes
     run.done(
         "export",
-        f"{record.model.size_bytes / 2**20:.2f} MiB, {record.model.nodes} nodes, logits within "
+        f"{mebibytes(record.model.size_bytes)}, {record.model.nodes} nodes, logits within "
         f"{max(p.max_abs for p in record.parity):.1e}",
     )
     graphs = Graphs.exported(folder, record)
@@ -306,7 +328,7 @@ def narrow(run: Run, graphs: Graphs) -> Graphs:
         record = precision.narrow(
             graphs.float32, config=config, images=run.images(precision.PRECISION_IMAGES),
             labels=run.samples.calibration.labels[: precision.PRECISION_IMAGES], path=out / MODEL,
-            progress=run.progress,
+            progress=run.progress, outputs=run.loaded.spec.outputs,
         )  # fmt: skip
         (out / "precision.json").write_text(record.canonical_json())
 
@@ -360,7 +382,8 @@ def engine(run: Run, target: str, graphs: Graphs) -> Path:
     built = read_value(folder / "result.json", TargetResult).engine
     run.fallbacks += built.notes
     state = "" if built.runnable else f"; not run here: {built.reason}"
-    run.done(name, f"{built.size_bytes / 2**20:.2f} MiB in {built.build_seconds:.1f} s{state}")
+    seconds = fixed(built.build_seconds, 1)
+    run.done(name, f"{mebibytes(built.size_bytes)} in {seconds} s{state}")
     return folder
 
 
@@ -384,7 +407,8 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
         tools=tool_versions("cswap-deploy", "torch", "timm"),
     )
     change = read_value(folder / "accuracy.json", AccuracyChange)
-    run.done("score", f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}")
+    dense, smaller = percent(change.dense.top1, 2), percent(change.pruned.top1, 2)
+    run.done("score", f"top-1 {dense} -> {smaller}")
     return folder
 
 
@@ -435,7 +459,7 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
         tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
     )
     result = read_value(folder / "result.json", TargetResult)
-    run.done(name, summary(result))
+    run.done(name, summary(result, pruned=config.prune.ratio > 0))
     return result
 
 
@@ -444,7 +468,7 @@ def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> T
     classes = np.load(before.scores / "classes.npz")
     test = EngineTest(
         before.pruned.module(run), Predictions(classes["dense"], classes["pruned"]),
-        run.images(images_needed(config)), run.evaluation, config,
+        run.images(images_needed(config)), run.evaluation, config, run.loaded.spec.outputs,
     )  # fmt: skip
     if not result.engine.runnable:
         if config.export.precision == "fp32":

@@ -70,6 +70,16 @@ def small() -> nn.Module:
     return module
 
 
+def with_softmax() -> nn.Module:
+    """The same network with the softmax inside."""
+    return nn.Sequential(small(), nn.Softmax(dim=1))
+
+
+def with_log_softmax() -> nn.Module:
+    """The same with a log-softmax."""
+    return nn.Sequential(small(), nn.LogSoftmax(dim=-1))
+
+
 def other() -> nn.Module:
     """The same architecture with other weights."""
     module = small()

@@ -66,6 +66,9 @@ def test_the_environment_names_defaults_that_a_file_and_arguments_win_over(
         ({"ratio": 1.0}, "--ratio: Input should be less than 1 (got 1.0)"),
         ({"round_to": 0}, "--round-to: Value error, must be 1 or more, or auto (got 0)"),
         ({"opset": 17}, "--opset: Value error, must be 18 or higher, or auto (got 17)"),
+        ({"opset": 13}, "torch's exporter writes opset 18 and for some networks leaves it at that"),
+        ({"opset": 11}, "\n  fix: leave --opset out"),
+        ({"precision": "bf16", "opset": 20, "target": ("tensorrt-rtx",)}, "or pass 22"),
         ({"precision": "fp64"}, "--precision: Input should be 'fp32', 'fp16', 'bf16', 'int8' or"),
         ({"mean": (0.5,)}, "mean and std go together"),
         (

@@ -155,6 +155,15 @@ def test_parity_and_latency_are_recorded(manifest: Manifest) -> None:
     assert {"torch", "onnx", "timm"} <= manifest.versions.keys()
 
 
+def test_a_speed_up_has_its_interval(manifest: Manifest) -> None:
+    timed = [r for r in manifest.targets if r.latency is not None]
+    assert timed
+    for result in timed:
+        assert result.speedup_low is not None
+        assert result.speedup_high is not None
+        assert 0 < result.speedup_low <= result.speedup_high
+
+
 def test_an_engine_that_cannot_run_here_says_so(made: Made, manifest: Manifest) -> None:
     pytest.importorskip("tensorrt_rtx")
     result = next(r for r in manifest.targets if r.engine.target == "tensorrt-rtx")

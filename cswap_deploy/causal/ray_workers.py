@@ -33,6 +33,7 @@ from cswap_deploy.errors import MissingDependencyError, StageError, UsageError, 
 from cswap_deploy.models.load import fresh_module, weights_digest
 from cswap_deploy.network.deletion import contiguous_state
 from cswap_deploy.network.graph import trace
+from cswap_deploy.network.outputs import give_logits
 from cswap_deploy.network.units import Group, give_bias
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.runtime.host import usable_cores
@@ -81,7 +82,7 @@ class Worker:
         keep_freed_memory()
         torch.set_num_threads(threads)
         assert recipe.spec is not None, "pool_of refuses it"
-        module = fresh_module(recipe.spec)
+        module = give_logits(fresh_module(recipe.spec), recipe.spec.outputs)
         for layer in recipe.biased:
             give_bias(module.get_submodule(layer))  # type: ignore[arg-type]
         self._graph = trace(module, torch.from_numpy(recipe.example.copy()))

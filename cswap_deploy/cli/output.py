@@ -24,6 +24,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cswap_deploy.records.amounts import fixed, percent, speed
+
 if TYPE_CHECKING:
     from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.progress import Progress as Told
@@ -123,12 +125,15 @@ class Console:
         self.err.print()
         self._line(
             "[bold]removed[/]",
-            f"{effective[of]:.2%} of {of} (asked {told['ratio_requested']:.2%}); "
-            f"params {effective['params']:.1%}, MACs {effective['macs']:.1%}, "
-            f"units {effective['channels']:.1%}",
+            f"{percent(effective[of], 2)} of {of} (asked {percent(told['ratio_requested'], 2)}); "
+            f"params {percent(effective['params'], 1)}, MACs {percent(effective['macs'], 1)}, "
+            f"units {percent(effective['channels'], 1)}",
         )
+        pruned = told["ratio_requested"] > 0
         for target in told.get("targets", ()):
-            self._line(f"[bold]{target['target']}[/]", _target_line(target))
+            faster, words = _speed(target, pruned=pruned)
+            words = escape(words) if faster else f"[yellow]{escape(words)}[/]"
+            self._line(f"[bold]{target['target']}[/]", _target_line(target), words)
         for fallback in told.get("fallbacks", ()):
             self._line("[yellow]note[/]", fallback)
         if "targets" in told:
@@ -154,8 +159,9 @@ class Console:
             table.add_row(*row)
         self.out.print(table)
 
-    def _line(self, name: str, text: str) -> None:
-        self.err.print(name, escape(text), soft_wrap=True)
+    def _line(self, name: str, text: str, marked: str = "") -> None:
+        """``marked`` is in rich's markup and ends the line."""
+        self.err.print(name, escape(text) + marked, soft_wrap=True)
 
 
 class _Teller:
@@ -211,10 +217,10 @@ class _Rate(ProgressColumn):
     """Steps a second, once there are some."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
+        rate = task.finished_speed or task.speed
+        if not rate:
             return Text("")
-        return Text(f"{speed:.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="dim")
+        return Text(f"{rate:.0f}/s" if rate >= 10 else f"{fixed(rate, 1)}/s", style="dim")
 
 
 class _Memory(ProgressColumn):
@@ -232,12 +238,22 @@ class _Memory(ProgressColumn):
 def _target_line(target: dict[str, Any]) -> str:
     if target["top1"] is None:
         return f"built, not run here: {target['reason']}"
-    line = f"top-1 {target['top1']:.2%} (drop {100 * target['top1_drop']:+.2f} points)"
+    drop = fixed(100 * target["top1_drop"], 2, sign="+")
+    line = f"top-1 {percent(target['top1'], 2)} (drop {drop} points)"
     if target["p50_ms"] is not None:
-        line += f", p50 {target['p50_ms']:.2f} ms, p99 {target['p99_ms']:.2f} ms"
-        if target.get("speedup"):
-            line += f", {target['speedup']:.2f}x the dense network's speed"
+        line += f", p50 {fixed(target['p50_ms'], 2)} ms, p99 {fixed(target['p99_ms'], 2)} ms"
     return line
+
+
+def _speed(target: dict[str, Any], *, pruned: bool) -> tuple[bool, str]:
+    """Whether a target is faster than the dense network, or was not to be, and the end of its
+    line."""
+    if not target.get("speedup"):
+        return True, ""
+    faster, words = speed(target["speedup"], target["speedup_low"], target["speedup_high"])
+    if faster or not pruned:
+        return True, f", {fixed(target['speedup'], 2)}x the dense network's speed"
+    return False, f", {words}"
 
 
 def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

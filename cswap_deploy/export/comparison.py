@@ -13,9 +13,11 @@ from cswap_deploy.config import ExportConfig
 from cswap_deploy.errors import GateError, UsageError
 from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import Progress
+from cswap_deploy.records.amounts import percent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.measurements import KeptLayer, PrecisionTrial
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.runtime.outputs import Outputs, to_logits
 from cswap_deploy.runtime.session import Floats
 
 Labels = npt.NDArray[np.int64]
@@ -78,17 +80,18 @@ class Comparer:
 
     def __init__(
         self, onnx: OnnxArtifact, config: ExportConfig, images: Floats, labels: Labels,
-        progress: Progress,
+        progress: Progress, outputs: Outputs = "logits",
     ) -> None:  # fmt: skip
         from onnx import load
 
         self.onnx, self.config, self.progress = onnx, config, progress
+        self._outputs = outputs
         self.ranged = images[:RANGE_IMAGES]
         """Images for ranges; where there are few, comparisons share them."""
         rest = images[RANGE_IMAGES:] if len(images) >= 2 * RANGE_IMAGES else images
         labels = labels[len(images) - len(rest) :]
         self._images, self._labels = rest[:COMPARED_IMAGES], labels[:COMPARED_IMAGES]
-        self._reference = _predictions(onnx.path, self._images)
+        self._reference = _predictions(onnx.path, self._images, outputs)
         self.tried: list[PrecisionTrial] = []
         self._operators = {n.name: n.op_type for n in load(onnx.path).graph.node}
         self.asked = _matching(self._operators, config.keep_fp32)
@@ -101,7 +104,7 @@ class Comparer:
 
     def compare(self, model: bytes) -> Comparison:
         """Run a graph on the images."""
-        logits = _predictions(model, self._images)
+        logits = _predictions(model, self._images, self._outputs)
         self.progress.advance(1)
         return compare(self._reference, logits, self._labels)
 
@@ -123,7 +126,9 @@ class Comparer:
 
     def refuse(self, found: Comparison) -> GateError:
         """The error for when nothing that is left to try is good enough."""
-        words = f"{found.agreement:.2%} of the classes alike" if found.finite else "not finite"
+        words = (
+            f"{percent(found.agreement, 2)} of the classes alike" if found.finite else "not finite"
+        )
         return GateError(
             f"{self.config.precision}: even with every layer kept that can be, predictions on "
             f"{self.images} calibration images differ too much from float32: {words}",
@@ -145,8 +150,9 @@ def _matching(operators: dict[str, str], patterns: tuple[str, ...]) -> list[Kept
     ]
 
 
-def _predictions(graph: Path | bytes, images: Floats) -> Floats:
+def _predictions(graph: Path | bytes, images: Floats, outputs: Outputs) -> Floats:
     """(N, classes) logits."""
     session = OnnxSession(graph, threads=None)
     batches = (images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
-    return np.concatenate([session.run(np.ascontiguousarray(batch)) for batch in batches])
+    found = np.concatenate([session.run(np.ascontiguousarray(batch)) for batch in batches])
+    return to_logits(found, outputs)

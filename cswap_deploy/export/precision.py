@@ -31,9 +31,11 @@ from cswap_deploy.export.quantize import OnnxRuntimeQuantiser, Quantiser
 from cswap_deploy.export.ranges import too_large
 from cswap_deploy.export.search import shortest_prefix, smallest_set
 from cswap_deploy.progress import Progress, Silent
+from cswap_deploy.records.amounts import mebibytes, percent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.graphs import PrecisionRecord
 from cswap_deploy.records.measurements import KeptLayer, PrecisionResult
+from cswap_deploy.runtime.outputs import Outputs
 from cswap_deploy.runtime.session import Floats
 
 PRECISION_IMAGES = RANGE_IMAGES + COMPARED_IMAGES
@@ -46,7 +48,7 @@ ROUNDED = "rounded.onnx"
 
 def narrow(
     onnx: OnnxArtifact, *, config: ExportConfig, images: Floats, labels: Labels, path: Path,
-    progress: Progress | None = None,
+    progress: Progress | None = None, outputs: Outputs = "logits",
 ) -> PrecisionRecord:  # fmt: skip
     """Give a graph the dtypes that the engine will have.
 
@@ -59,6 +61,7 @@ def narrow(
         labels: (N,).
         path: File to write.
         progress: Told of what takes time.
+        outputs: What the network gives.
 
     Returns:
         The graph, its path relative to its folder, and what was kept wide and why. Beside a 16-bit
@@ -72,7 +75,7 @@ def narrow(
         ExportError: The graph has control flow, or every layer is to be left out of int8.
         GateError: Even the widest graph of this precision predicts too differently.
     """
-    comparer = Comparer(onnx, config, images, labels, progress or Silent())
+    comparer = Comparer(onnx, config, images, labels, progress or Silent(), outputs)
     if config.int8:
         with tempfile.TemporaryDirectory(prefix="precision-", dir=path.parent) as scratch:
             done = _quantised(comparer, Path(scratch))
@@ -99,7 +102,7 @@ def narrow(
 def summary(record: PrecisionRecord) -> str:
     """One line for the screen."""
     model, result = record.model, record.result
-    text = f"{model.size_bytes / 2**20:.2f} MiB, {result.agreement:.2%} of {result.images} "
+    text = f"{mebibytes(model.size_bytes)}, {percent(result.agreement, 2)} of {result.images} "
     text += "predictions as in float32"
     if result.calibration:
         text += f", ranges by {result.calibration}"

@@ -31,6 +31,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from cswap_deploy.errors import GateError, UsageError
+from cswap_deploy.records.amounts import exact, fixed
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.value import Value
 
@@ -154,28 +155,46 @@ class _Seen:
     aside: str = ""
 
 
-_AMOUNTS = {
-    "accuracy_drop_max": (100, "{:.2f} points"), "top1_min": (100, "{:.2f} %"),
-    "parity_max": (1, "{:.2g}"), "size_max_mib": (1, "{:.3f} MiB"),
-    "params_max": (1, "{:,} parameters"), "macs_max": (1, "{:,} MACs"),
-    "speedup_min": (1, "{:.2f}x"),
-    **dict.fromkeys(("p50_ms", "p90_ms", "p99_ms"), (1, "{:.3f} ms")),
+_AMOUNTS: dict[str, tuple[int, int, str]] = {
+    "accuracy_drop_max": (100, 2, " points"), "top1_min": (100, 2, " %"),
+    "size_max_mib": (1, 3, " MiB"), "speedup_min": (1, 2, "x"),
+    **dict.fromkeys(("p50_ms", "p90_ms", "p99_ms"), (1, 3, " ms")),
 }  # fmt: skip
-"""How the value of a budget is written for people: times a factor, in a format."""
+"""How the value of a budget is written for people: times a factor, with so many decimals, and its
+unit."""
+_COUNTS = {"params_max": " parameters", "macs_max": " MACs"}
+_MOST_DECIMALS = 12
+
+
+def _written(name: str, value: float | None, limit: float) -> tuple[str, str]:
+    """A value and its limit, with decimals enough that they differ where the numbers do."""
+    if name in _COUNTS:
+        return f"{value or 0:,}{_COUNTS[name]}", f"{limit:,}{_COUNTS[name]}"
+    if name == "parity_max":
+        rounded = f"{value or 0:.2g}"
+        return (f"{value:.9g}" if float(rounded) == limit != value else rounded), f"{limit:.12g}"
+    factor, decimals, unit = _AMOUNTS[name]
+    seen, bound = factor * (value or 0.0), exact(factor * limit, decimals)
+    decimals = len(bound.partition(".")[2])
+    while float(fixed(seen, decimals)) == float(bound) and value != limit:
+        if decimals == _MOST_DECIMALS:
+            break
+        decimals += 1
+    return f"{fixed(seen, decimals)}{unit}", f"{bound}{unit}"
 
 
 def _hold(name: str, limit: float | None, seen: _Seen) -> Iterator[BudgetResult]:
     """The result of one limit, a least one where its name ends so; none where no limit is set."""
     if limit is None:
         return
-    factor, form = _AMOUNTS[name.rpartition(".")[2]]
+    value, least = _written(name.rpartition(".")[2], seen.value, limit)
     at_least = name.endswith("_min")
-    bound = f"limit {'at least' if at_least else 'at most'} {form.format(factor * limit)}"
+    bound = f"limit {'at least' if at_least else 'at most'} {least}"
     if seen.value is None:
         yield BudgetResult(name, None, limit, False, f"not measured: {seen.why}; {bound}")
         return
     ok = seen.value >= limit if at_least else seen.value <= limit  # NaN is neither
-    text = f"{seen.what} {form.format(factor * seen.value)}, {bound}{seen.aside}"
+    text = f"{seen.what} {value}, {bound}{seen.aside}"
     yield BudgetResult(name, seen.value, limit, ok, text)
 
 

@@ -13,11 +13,20 @@ from cswap_deploy.config import Config
 from cswap_deploy.errors import GateError
 from cswap_deploy.measure.evaluate import Classes, Evaluation, Predictions, torch_run
 from cswap_deploy.measure.latency import measure_latency
-from cswap_deploy.measure.parity import PARITY_BATCHES, Run, parity, require_parity
+from cswap_deploy.measure.parity import (
+    PARITY_BATCHES,
+    Run,
+    logits_of,
+    parity,
+    require_parity,
+)
+from cswap_deploy.measure.statistics import median_ratio_interval
+from cswap_deploy.records.amounts import fixed, percent, speed
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange, Latency, Parity
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.runtime.outputs import Outputs
 from cswap_deploy.runtime.preprocess import filled_up
 from cswap_deploy.runtime.session import Floats, Session
 
@@ -33,6 +42,8 @@ class EngineTest:
     """(N, C, H, W) float32, normalised: the first calibration images, for parity and latency."""
     evaluation: Evaluation
     config: Config
+    outputs: Outputs = "logits"
+    """What the networks give."""
 
     def measure(
         self, engine: EngineArtifact, session: Session, load_dense: Callable[[], Session]
@@ -51,17 +62,19 @@ class EngineTest:
             return session.run(filled_up(images, batch.min))[: len(images)]
 
         compared = parity(
-            torch_run(self.pruned), network, self.calibration[: max(PARITY_BATCHES)],
+            logits_of(torch_run(self.pruned), self.outputs), logits_of(network, self.outputs),
+            self.calibration[: max(PARITY_BATCHES)],
             reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
             tolerance=self.config.export.parity_tolerance if precision == "fp32" else None,
             batches=tuple(min(size, batch.max) for size in PARITY_BATCHES),
         )  # fmt: skip
         classes = self._classify(network, f"the engine of {engine.target}")
         latency, dense_latency = self._latency(session, load_dense)
+        low, high = median_ratio_interval(dense_latency.samples_ms, latency.samples_ms)
         result = TargetResult(
             engine=engine, parity=require_parity(compared), latency=latency,
             accuracy=self.evaluation.change(self.predicted.dense, classes),
-            dense_latency=dense_latency,
+            dense_latency=dense_latency, speedup_low=low, speedup_high=high,
         )  # fmt: skip
         return result if precision == "fp32" else self._reduced(result, classes, "this engine")
 
@@ -111,19 +124,22 @@ def images_needed(config: Config) -> int:
 
 
 def check_graph(
-    module: nn.Module, graph: Path, name: str, *, images: Floats, tolerance: float
-) -> Parity:
+    module: nn.Module, graph: Path, name: str,
+    *, images: Floats, tolerance: float, outputs: Outputs = "logits",
+) -> Parity:  # fmt: skip
     """Compare a float32 graph in ONNX Runtime with its network in PyTorch.
 
     ``name`` is the graph's in the report; of the images, (N, C, H, W) and normalised, the first 8
-    are used; ``tolerance`` is the largest difference of logits.
+    are used; ``tolerance`` is the largest difference of logits, which are made of the networks'
+    ``outputs`` where these are others.
 
     Raises:
         ExportError: The difference exceeds the tolerance.
     """
     candidate, few = OnnxSession(graph, threads=None).run, images[: max(PARITY_BATCHES)]
     compared = parity(
-        torch_run(module), candidate, few, reference_name="PyTorch", candidate_name=name,
+        logits_of(torch_run(module), outputs), logits_of(candidate, outputs), few,
+        reference_name="PyTorch", candidate_name=name,
         tolerance=tolerance,
     )  # fmt: skip
     return require_parity(compared)
@@ -142,22 +158,26 @@ def require_precision(
     images = change.dense.images
     if change.drop * images > max(1.0, limit * images) + 1e-6:
         raise GateError(
-            f"{target} in {precision} loses {100 * change.drop:.2f} points of top-1 against the "
-            f"pruned float32 network ({change.dense.top1:.2%} -> {change.pruned.top1:.2%} on "
-            f"{images} images, by {measured_on}); allowed are {100 * limit:.2f}",
+            f"{target} in {precision} loses {fixed(100 * change.drop, 2)} points of top-1 against "
+            f"the pruned float32 network ({percent(change.dense.top1, 2)} -> "
+            f"{percent(change.pruned.top1, 2)} on {images} images, by {measured_on}); allowed are "
+            f"{fixed(100 * limit, 2)}",
             fix="a wider --precision, --keep-fp32 for what is sensitive, or raise --precision-drop",
         )
 
 
-def summary(result: TargetResult) -> str:
-    """One line for the screen."""
+def summary(result: TargetResult, *, pruned: bool = True) -> str:
+    """One line for the screen; a network that was ``pruned`` and is not faster is called that."""
     if result.accuracy is None or result.latency is None:
         text = f"not run on this machine: {result.engine.reason}"
         if result.reduced is not None:
-            text += f"; {result.reduced.pruned.top1:.2%} top-1 by {result.judged_by}"
+            text += f"; {percent(result.reduced.pruned.top1, 2)} top-1 by {result.judged_by}"
         return text
     change = result.accuracy
-    text = f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}"
+    text = f"top-1 {percent(change.dense.top1, 2)} -> {percent(change.pruned.top1, 2)}"
     if result.dense_latency is not None:
-        text += f", p50 {result.dense_latency.p50_ms:.2f} -> {result.latency.p50_ms:.2f} ms"
+        before, after = result.dense_latency.p50_ms, result.latency.p50_ms
+        text += f", p50 {fixed(before, 2)} -> {fixed(after, 2)} ms"
+        faster, words = speed(before / after, result.speedup_low, result.speedup_high)
+        text += f" ({words})" if pruned and not faster else ""
     return text

@@ -8,12 +8,23 @@ import numpy as np
 
 from cswap_deploy.errors import ExportError, StageError
 from cswap_deploy.records.measurements import Parity
+from cswap_deploy.runtime.outputs import Outputs, to_logits
 from cswap_deploy.runtime.session import Floats
 
 Run = Callable[[Floats], Floats]
 """A network as a function: (B, C, H, W) float32 -> logits (B, classes)."""
 PARITY_BATCHES = (1, 8)
 """Batch sizes that are compared unless the caller says otherwise."""
+_LEAST = 1e-6
+"""Probabilities below count as this: float16 cannot hold them, and they decide no prediction."""
+
+
+def logits_of(network: Run, kind: Outputs) -> Run:
+    """A network as one that gives logits, so that differences mean the same for every network.
+
+    Those of probabilities would be below any tolerance where there are many classes.
+    """
+    return lambda images: to_logits(network(images), kind, least=_LEAST)
 
 
 def parity(
@@ -68,7 +79,7 @@ def require_parity(compared: Parity) -> Parity:
         raise ExportError(
             f"{compared.candidate} does not agree with {compared.reference}: logits differ by up "
             f"to {compared.max_abs:.2e} on {compared.images} images, allowed "
-            f"{compared.tolerance:.0e}",
+            f"{compared.tolerance:g}",
             fix="try another --opset, or raise --parity-tolerance (of build) if accuracy counts",
         )
     return compared

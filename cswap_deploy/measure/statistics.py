@@ -1,8 +1,9 @@
-"""Confidence intervals for top-1 accuracy and for its change."""
+"""Confidence intervals: of top-1 accuracy, of its change, and of a speed-up."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 
@@ -49,3 +50,27 @@ def paired_difference_interval(
     p1, p2 = (only_first + 1) / (trials + 2), (only_second + 1) / (trials + 2)
     half = z * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (trials + 2))
     return max(-1.0, p1 - p2 - half), min(1.0, p1 - p2 + half)
+
+
+def median_ratio_interval(
+    first: Sequence[float], second: Sequence[float], *, level: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the median of ``first[i] / second[i]``: calls that alternated, pair by pair.
+
+    Order statistics at ``n / 2 -+ z sqrt(n) / 2``, whatever the distribution; what disturbs the
+    machine disturbs both calls of a pair.
+
+    Args:
+        first: n > 0 latencies (milliseconds), in the order taken.
+        second: As many of the other network.
+        level: Coverage.
+
+    Source:
+        Conover 1999, "Practical Nonparametric Statistics", confidence interval of a quantile.
+    """
+    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    count = len(ratios)
+    half = NormalDist().inv_cdf(0.5 + level / 2) * math.sqrt(count) / 2
+    low = max(0, math.floor(count / 2 - half))
+    high = min(count - 1, math.ceil(count / 2 + half))
+    return ratios[low], ratios[high]

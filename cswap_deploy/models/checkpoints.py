@@ -1,89 +1,198 @@
-"""Reading weights from a file without running anything that is in it."""
+"""Weights from a file into a network: which of the file's, under which names, every one of them."""
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
-import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import UsageError
+from cswap_deploy.models.checkpoint_files import read_file
+from cswap_deploy.models.misfits import misfit
 
-_WRAPPERS = (
-    "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "net",
+State = dict[str, Tensor]
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
+"""Where training scripts put the weights, the likeliest first."""
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged|polyak)([._]|$)", re.I)
+_HARMLESS = (
+    "num_batches_tracked", "n_averaged", "total_ops", "total_params", "position_ids", "attn_mask",
+    "relative_position_index", "relative_coords_table",
 )  # fmt: skip
-_PREFIXES = ("module.", "_orig_mod.")
+"""What tools and other versions of a network add without computing anything else."""
+_DEPTH = 3
 _SHOWN = 5
-_DAMAGED = (
-    RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError,
-)  # fmt: skip
-"""What ``torch.load`` raises on files that are no checkpoints."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read tensors from a safetensors file or from one that ``torch.save`` wrote.
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One set of weights of a checkpoint, under the names of the network that it is for."""
 
-    Pickles are read with ``weights_only=True``: one that names any code is refused and nothing of
-    it runs. Training checkpoints are unwrapped (``state_dict``, ``model``, ...; the averaged
-    weights first), and the prefixes of ``DataParallel`` and ``torch.compile`` taken off.
+    path: Path
+    key: str
+    """Where it lies in the file, as ``--checkpoint-key`` takes it; empty for all of the file."""
+    state: State
+    prefix: str = ""
+    """What was taken off the names."""
+    beside: tuple[str, ...] = ()
+    """Tensors of the same set that the network has no place for, by their names in the file."""
+    others: tuple[str, ...] = ()
+    """Keys of other sets that fit as well."""
+    partial: tuple[str, ...] = ()
+    """Averaged sets that lack some tensors, and how many."""
+
+    @property
+    def where(self) -> str:
+        """For the record."""
+        return f"{self.path} ({self.key})" if self.key else str(self.path)
+
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen, and what was left out."""
+        told = []
+        if self.others or self.partial:
+            ways = ", ".join(f"--checkpoint-key {other}" for other in self.others)
+            text = f"{self.path.name} holds several sets of weights; taken was "
+            text += f"{self.key or 'that at its top'}"
+            text += " (averaged)" if _AVERAGED.search(self.key) else ""
+            text += f"; for another: {ways}" if ways else ""
+            told.append("; ".join([text, *self.partial]))
+        if self.beside:
+            count = f"{len(self.beside)} tensor{'s' if len(self.beside) > 1 else ''}"
+            told.append(
+                f"{self.path.name}: {count} left out, for which the network has no place: "
+                f"{_gathered(self.beside)}"
+            )
+        return tuple(told)
+
+
+def read_checkpoint(path: Path) -> State:
+    """The tensors of a checkpoint whose network is not known yet.
+
+    Training checkpoints are unwrapped (``state_dict``, ``model``, ...; the averaged weights
+    first), and the prefixes of ``DataParallel`` and ``torch.compile`` taken off.
 
     Raises:
         UsageError: The file is absent, damaged, wants to run code, or holds no tensors.
     """
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise UsageError(f"the checkpoint {path} {what}")
-    loaded = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
-    state = _unwrap(loaded)
-    if not state:
-        what = type(loaded).__name__
-        if isinstance(loaded, Mapping) and loaded:
-            what += f" with {', '.join(map(str, list(loaded)[:_SHOWN]))}"
-        raise UsageError(f"{path} holds no weights: a {what}", fix="save model.state_dict()")
-    if broken := not_finite(state):
-        raise UsageError(
-            f"{path} has values that are not finite in {len(broken)} of {len(state)} tensors: "
-            f"{_some(broken)}"
-        )
+    found = _sets(read_file(path), path)
+    state = found[min(found, key=_rank)]
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    _check_finite(path, state)
     return state
+
+
+def choose_weights(path: Path, own: Mapping[str, Tensor], key: str | None = None) -> Weights:
+    """The set of a checkpoint's weights that fits a network, under the network's names.
+
+    Sets are the file's dictionaries of tensors, and within one those whose names share a prefix
+    (``model.``, ``module._orig_mod.``, whatever ends with a dot). A set that has every tensor goes
+    before one that does not, averaged weights before raw ones.
+
+    Args:
+        path: A file that :func:`checkpoint_files.read_file` reads.
+        own: The network's state dict.
+        key: Of the set, where the user names one: its path in the file, with or without prefix.
+
+    Raises:
+        UsageError: The file cannot be read, holds no tensors, or has no such set.
+    """
+    sets = _sets(read_file(path), path)
+    wanted = {name for name in own if not name.endswith("num_batches_tracked")}
+    found = [
+        _Option(name, prefix, count, _alike(state, prefix, own))
+        for name, state in sets.items()
+        for prefix, count in _prefixes(state, wanted).items()
+    ]
+    whole = len(wanted)
+    found = [o for o in found if 2 * o.count >= whole]  # fewer are alike by chance
+    asked = found if key is None else [o for o in found if o.is_named(key)]
+    best = min(asked, key=lambda o: (-o.count, -o.alike, _rank(o.key)), default=None)
+    if best is None and key is not None:
+        keys = ", ".join(o.key or "the file's top" for o in found) or "nothing that fits"
+        raise UsageError(
+            f"{path} holds no weights of this network under --checkpoint-key {key}; it has {keys}",
+            fix="pass one of these" if any(o.key for o in found) else "leave --checkpoint-key out",
+        )
+    if best is None:  # names are told as they are in the file
+        name = min(sets, key=_rank)
+        return Weights(path, name, sets[name])
+    state, prefix = sets[best.set], best.prefix
+    fitting = {n: state[prefix + n] for n in own if prefix + n in state}
+    taken = {prefix + n for n in fitting}
+    rest = [o for o in found if o is not best and key is None]
+    return Weights(
+        path, best.key, fitting, prefix,
+        beside=tuple(name for name in state if name not in taken),
+        others=tuple(o.key for o in rest if (o.count, o.alike) == (best.count, best.alike)),
+        partial=tuple(
+            f"{o.key} has only {o.count} of {whole} tensors"
+            for o in rest
+            if _AVERAGED.search(o.key) and o.count < best.count
+        ),
+    )  # fmt: skip
+
+
+def load_into(
+    module: nn.Module, weights: Weights, *, name: str, input_size: tuple[int, int, int],
+    by_flags: bool = False,
+) -> None:  # fmt: skip
+    """Load weights, every one of them.
+
+    What lies beside them is left out only where the network is complete without it, and it is no
+    further part of one of the network's own modules: that would be of a larger network.
+
+    Args:
+        module: The network.
+        weights: For it.
+        name: Of the network, for people.
+        input_size: (C, H, W) that it takes.
+        by_flags: Whether ``--input-size`` shapes the network.
+
+    Raises:
+        UsageError: Keys are missing, unexpected or of another shape; they are counted and named,
+            and where channels, classes or the size of images are what differ, the message says so.
+    """
+    own, state = module.state_dict(), weights.state
+    optional = {k for k in own if k.endswith("num_batches_tracked")}
+    missing = [k for k in own if k not in state and k not in optional]
+    unexpected = list(_unexpected(weights, own))
+    if missing or not own:
+        unexpected = [k for k in (*weights.beside, *state) if k not in own]
+    reshaped = {
+        k: (tuple(state[k].shape), tuple(own[k].shape))
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    }
+    wrong = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": [f"{k} {a}, wanted {b}" for k, (a, b) in reshaped.items()],
+    }
+    lines = [f"    {len(found)} {what}: {_some(found)}" for what, found in wrong.items() if found]
+    if lines:
+        count = len(state) + len(weights.beside)
+        why = misfit(
+            module, missing, unexpected, reshaped, name=name, input_size=input_size,
+            by_flags=by_flags,
+        )  # fmt: skip
+        text = f"{weights.path} does not fit {name} ({len(own)} tensors, {count} in the file"
+        text += f" under {weights.key})" if weights.key else ")"
+        raise UsageError(
+            "\n".join([f"{text}:", *lines, *(f"    {what}" for what in why.differs)]), fix=why.fix
+        )
+    _check_finite(weights.path, state)
+    module.load_state_dict({**{k: own[k] for k in optional}, **state}, strict=True)
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold an infinity or a NaN."""
     return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-
-
-def load_into(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, name: str) -> None:
-    """Load weights, every one of them.
-
-    Raises:
-        UsageError: Keys are missing, unexpected or of another shape; they are counted and named.
-    """
-    own = module.state_dict()
-    optional = {k for k in own if k.endswith("num_batches_tracked")}
-    wrong = {
-        "missing": [k for k in own if k not in state and k not in optional],
-        "unexpected": [k for k in state if k not in own],
-        "of another shape": [
-            f"{k} {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}"
-            for k in own
-            if k in state and state[k].shape != own[k].shape
-        ],
-    }
-    lines = [f"    {len(found)} {what}: {_some(found)}" for what, found in wrong.items() if found]
-    if lines:
-        raise UsageError(
-            f"{path} does not fit {name} ({len(own)} tensors, {len(state)} in the file):\n"
-            + "\n".join(lines),
-            fix="pass the MODEL that the checkpoint was trained as",
-        )
-    module.load_state_dict({**{k: own[k] for k in optional}, **state}, strict=True)
 
 
 def load_in_order(module: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
@@ -106,70 +215,104 @@ def load_in_order(module: nn.Module, state: Mapping[str, Tensor], *, where: str)
     module.load_state_dict({**module.state_dict(), **renamed}, strict=True)
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By content: eight bytes of length, then a JSON object."""
-    with path.open("rb") as f:
-        head = f.read(9)
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{")
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """Tensors of one set whose names share a prefix."""
+
+    set: str
+    prefix: str
+    count: int
+    """The network's tensors that are there by name."""
+    alike: int
+    """Those of them that have the network's shape."""
+
+    @property
+    def key(self) -> str:
+        return ".".join(filter(None, (self.set, self.prefix.rstrip("."))))
+
+    def is_named(self, key: str) -> bool:
+        dotted = f"{key.rstrip('.')}."
+        return f"{self.key}.".startswith(dotted) or self.prefix.startswith(dotted)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as err:
-        raise UsageError(f"{path} is not a whole safetensors file: {err}") from err
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        # timm's training checkpoints hold their arguments in a Namespace, which is plain data.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *_DAMAGED) as err:
-        script = "TorchScript" in str(err) or "torch.jit" in str(err)
-        if script or isinstance(err, pickle.UnpicklingError):
-            raise _refused(path, err) from err
-        words = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise UsageError(
-            f"{path} is neither a safetensors file nor one that torch {torch.__version__} saved: "
-            f"{words}"
-        ) from err
+def _sets(loaded: Any, path: Path) -> dict[str, State]:
+    """Every dictionary of tensors in a checkpoint, by its path in it."""
+    found = dict(_walk(loaded, ""))
+    if not found:
+        what = type(loaded).__name__
+        if isinstance(loaded, Mapping) and loaded:
+            what += f" with {', '.join(map(str, list(loaded)[:_SHOWN]))}"
+        raise UsageError(f"{path} holds no weights: a {what}", fix="save model.state_dict()")
+    return found
 
 
-def _refused(path: Path, err: Exception) -> UsageError:
-    wanted = re.search(
-        r"(Unsupported (?:global|class|operand|op)[^\n]*?|Trying to [^\n]*?|Can only [^\n]*?|"
-        r"Cannot use[^\n]*?TorchScript[^\n]*?)(?: was not an allowed|\.\s|\.?\n|$)",
-        str(err),
-    )
-    reason = wanted.group(1).strip() if wanted else " ".join(str(err).split())[:300]
-    return UsageError(
-        f"{path} is a pickle that holds more than tensors; nothing of it was run. "
-        f"torch {torch.__version__} (weights_only=True): {reason}",
-        fix="where you trust it, save its state_dict with safetensors.torch.save_file and pass "
-        "that file",
-    )
-
-
-def _unwrap(loaded: Any) -> dict[str, Tensor]:
-    """The state dict in a checkpoint; empty when there is none."""
-    if not isinstance(loaded, Mapping):
-        return {}
-    for key in _WRAPPERS:
-        inner = loaded.get(key)
-        if isinstance(inner, Mapping) and (state := _unwrap(inner)):
-            return state
+def _walk(loaded: Any, name: str) -> Iterator[tuple[str, State]]:
+    if not isinstance(loaded, Mapping) or name.count(".") >= _DEPTH or "optim" in name.lower():
+        return
     state = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
-    if len(state) * 2 < len(loaded):
-        return {}
-    for prefix in _PREFIXES:
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+    if state and len(state) * 2 >= len(loaded):
+        yield name, state
+    for key, inner in loaded.items():
+        if isinstance(key, str):
+            yield from _walk(inner, f"{name}.{key}" if name else key)
+
+
+def _rank(key: str) -> tuple[int, list[int]]:
+    """Averaged weights first, then by where training scripts put weights."""
+    known = {name: place for place, name in enumerate(_WRAPPERS)}
+    places = [known.get(part, len(known)) for part in key.split(".")]
+    return (0 if _AVERAGED.search(key) else 1), places
+
+
+def _prefixes(state: State, wanted: Collection[str]) -> Counter[str]:
+    """Prefix -> how many of the network's names are there behind it."""
+    found: Counter[str] = Counter()
+    for name in state:
+        at = 0
+        while at >= 0:
+            if name[at:] in wanted:
+                found[name[:at]] += 1
+            at = name.find(".", at) + 1 or -1
+    return found
+
+
+def _alike(state: State, prefix: str, own: Mapping[str, Tensor]) -> int:
+    there = ((state.get(prefix + name), tensor) for name, tensor in own.items())
+    return sum(found is not None and found.shape == tensor.shape for found, tensor in there)
+
+
+def _unexpected(weights: Weights, own: Mapping[str, Tensor]) -> Iterator[str]:
+    """What lies beside the weights and would be a part of a larger network of the same kind."""
+    names, prefix = set(own), weights.prefix
+    while len(shared := {_first(name) for name in names}) == 1 and all("." in n for n in names):
+        prefix += f"{next(iter(shared))}."
+        names = {name.partition(".")[2] for name in names}
+    numbered = any(first.isdigit() for first in shared)
+    for name in weights.beside:
+        first = _first(name.removeprefix(prefix))
+        inside = first in shared or (numbered and first.isdigit())
+        if name.startswith(prefix) and inside and not name.endswith(_HARMLESS):
+            yield name
+
+
+def _check_finite(path: Path, state: State) -> None:
+    if broken := not_finite(state):
+        raise UsageError(
+            f"{path} has values that are not finite in {len(broken)} of {len(state)} tensors: "
+            f"{_some(broken)}"
+        )
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _gathered(names: tuple[str, ...]) -> str:
+    """All names; where there are many, by their first part."""
+    if len(names) <= 2 * _SHOWN:
+        return ", ".join(names)
+    counts = Counter(f"{_first(name)}.*" if "." in name else name for name in names)
+    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
 
 
 def _some(items: list[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from cswap_deploy.config import ModelConfig
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.models import demos, factory, timm_models
-from cswap_deploy.models.checkpoints import load_into, not_finite, read_checkpoint
+from cswap_deploy.models.checkpoints import choose_weights, load_into, not_finite
 from cswap_deploy.models.plain import plain
 from cswap_deploy.records.model import ModelSpec, Preprocessing
 
@@ -25,7 +24,7 @@ class LoadedModel:
     spec: ModelSpec
     module: nn.Module
     notes: tuple[str, ...] = ()
-    """What was done to make it plain; see :func:`models.plain.plain`."""
+    """What the user should know of it; for the manifest."""
 
 
 def load_model(config: ModelConfig, *, seed: int = 0) -> LoadedModel:
@@ -94,17 +93,18 @@ def _load_demo(config: ModelConfig, seed: int) -> LoadedModel:
         raise UsageError(f"{name} takes inputs of {demos.INPUT_SIZE} only, not {config.input_size}")
     torch.manual_seed(seed)
     module = demos.DEMOS[name]()
-    weights = f"random (seed {seed})"
+    weights, size = f"random (seed {seed})", demos.INPUT_SIZE
+    notes: tuple[str, ...] = ()
     if config.checkpoint is not None:
-        weights = _load_checkpoint(module, config.checkpoint, name)
+        weights, notes = _load_checkpoint(module, config, size)
     elif config.pretrained:
         file = demos.weights_file(name)
-        _load_checkpoint(module, file, name)
+        load_into(module, choose_weights(file, module.state_dict()), name=name, input_size=size)
         weights = f"embedded {file.name}"
-    size = demos.INPUT_SIZE
     return _finished(
-        module, name=name, source="demo", weights=weights, num_classes=len(demos.CLASS_NAMES),
-        label_space="fashion-mnist", class_names=demos.CLASS_NAMES,
+        module, notes, name=name, source="demo", weights=weights,
+        num_classes=len(demos.CLASS_NAMES), label_space="fashion-mnist",
+        class_names=demos.CLASS_NAMES,
         preprocessing=Preprocessing(
             input_size=size, mean=config.mean or demos.MEAN, std=config.std or demos.STD,
             resize_shorter=size[1],
@@ -113,22 +113,25 @@ def _load_demo(config: ModelConfig, seed: int) -> LoadedModel:
 
 
 def _load_factory(config: ModelConfig, seed: int) -> LoadedModel:
-    _require_preprocessing(config)  # before code of the user runs
+    preprocessing = _require_preprocessing(config)  # before code of the user runs
     torch.manual_seed(seed)
     module = factory.call(config.model)
     weights = f"as made by {config.model}"
+    notes: tuple[str, ...] = ()
     if config.checkpoint is not None:
-        weights = _load_checkpoint(module, config.checkpoint, config.model)
-    return _own_module(module, config, weights=weights)
+        weights, notes = _load_checkpoint(module, config, preprocessing.input_size)
+    return _own_module(module, config, weights=weights, notes=notes)
 
 
-def _own_module(module: nn.Module, config: ModelConfig, *, weights: str) -> LoadedModel:
+def _own_module(
+    module: nn.Module, config: ModelConfig, *, weights: str, notes: tuple[str, ...] = ()
+) -> LoadedModel:
     preprocessing = _require_preprocessing(config)
-    module, _ = plain(module)
+    module, made_plain = plain(module)
     classes = factory.count_classes(module, preprocessing.input_size, name=config.model)
     return _finished(
-        module, name=config.model, source="factory", weights=weights, num_classes=classes,
-        preprocessing=preprocessing,
+        module, (*notes, *made_plain), name=config.model, source="factory", weights=weights,
+        num_classes=classes, preprocessing=preprocessing,
     )  # fmt: skip
 
 
@@ -149,12 +152,16 @@ def _load_timm(config: ModelConfig, seed: int) -> LoadedModel:
     cfg = timm_models.pretrained_cfg(name)
     arguments = timm_models.arguments(cfg, config.input_size)
     torch.manual_seed(seed)
+    notes: tuple[str, ...] = ()
     if config.checkpoint is not None:
-        state = read_checkpoint(config.checkpoint)
-        arguments |= timm_models.head_arguments(cfg, state)
         module = timm_models.create(name, pretrained=False, arguments=arguments)
-        load_into(module, state, path=config.checkpoint, name=name)
-        weights = str(config.checkpoint)
+        found = choose_weights(config.checkpoint, module.state_dict(), config.checkpoint_key)
+        if head := timm_models.head_arguments(cfg, found.state):
+            arguments |= head
+            module = timm_models.create(name, pretrained=False, arguments=arguments)
+        size = config.input_size or tuple(cfg.input_size)
+        load_into(module, found, name=name, input_size=size, by_flags=True)
+        weights, notes = found.where, found.notes()
     elif config.pretrained:
         module, weights = timm_models.create_pretrained(name, cfg, arguments)
     else:
@@ -167,20 +174,25 @@ def _load_timm(config: ModelConfig, seed: int) -> LoadedModel:
             fix="pass a model with a classifier, or --checkpoint FILE with one",
         )
     return _finished(
-        module, name=name, source="timm", arguments=arguments, weights=weights,
+        module, notes, name=name, source="timm", arguments=arguments, weights=weights,
         num_classes=num_classes, label_space="imagenet-1k" if num_classes == 1000 else None,
         preprocessing=timm_models.preprocessing(module, config),
     )  # fmt: skip
 
 
-def _load_checkpoint(module: nn.Module, path: Path, name: str) -> str:
-    """Load a file's weights into a network; the file's name, for the record."""
-    load_into(module, read_checkpoint(path), path=path, name=name)
-    return str(path)
+def _load_checkpoint(
+    module: nn.Module, config: ModelConfig, input_size: tuple[int, int, int]
+) -> tuple[str, tuple[str, ...]]:
+    """Load the checkpoint's weights into a network; where they lay, for the record, and notes."""
+    assert config.checkpoint is not None
+    found = choose_weights(config.checkpoint, module.state_dict(), config.checkpoint_key)
+    load_into(module, found, name=config.model, input_size=input_size)
+    return found.where, found.notes()
 
 
-def _finished(module: nn.Module, **fields: Any) -> LoadedModel:
-    module, notes = plain(module)
+def _finished(module: nn.Module, notes: tuple[str, ...], **fields: Any) -> LoadedModel:
+    module, made_plain = plain(module)
+    notes += made_plain
     state = module.state_dict()
     if broken := not_finite(state):
         raise StageError(

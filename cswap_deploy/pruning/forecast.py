@@ -12,6 +12,7 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.network.outputs import giving_logits, outputs_of
 from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import resolve
@@ -35,7 +36,8 @@ def forecast_pruning(
     """
     images = calibration.images
     require_steady(module, images)
-    prepared = prepare(module, images, config)
+    with giving_logits(module, outputs_of(module, images)):
+        prepared = prepare(module, images, config)
     resolved = resolve(config, prepared, len(images), importance_of(config.criterion))
     count = resolved.scoring_samples
     macs = loop_macs(

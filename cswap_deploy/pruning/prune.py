@@ -19,6 +19,7 @@ from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import delete_removed
+from cswap_deploy.network.outputs import give_outputs, giving_logits, outputs_of
 from cswap_deploy.network.sizes import SizeModel
 from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.network.units import Group
@@ -60,7 +61,8 @@ def prune(
     """Prune a network to its ratio, without training.
 
     Args:
-        module: In eval mode, float32; not changed.
+        module: In eval mode, float32; not changed. Where it gives probabilities, its effects are
+            those on their logarithms.
         calibration: Images of the network's size.
         config: With ratio 0 nothing is removed.
         seed: Of the importance ``random``.
@@ -86,7 +88,8 @@ def prune(
         plan = PrunePlan(settings=settings, dense=size, pruned=size, groups=())
         return Pruned(copied(module), plan)
     progress.begin("tracing the network", 0)
-    network = prepare(module, images, config)
+    with giving_logits(module, outputs_of(module, images)):
+        network = prepare(module, images, config)
     progress.end()
     for note in network.notes:
         progress.note(note)
@@ -100,7 +103,7 @@ def prune(
     smaller = delete_removed(network.module, state.removed, network.groups, images[:8])
     plan = _plan(job, state)
     assert sum(p.numel() for p in smaller.parameters()) == plan.pruned.params
-    return Pruned(smaller, plan, tuple(notes))
+    return Pruned(give_outputs(smaller), plan, tuple(notes))
 
 
 def _plan(job: Job, state: State) -> PrunePlan:

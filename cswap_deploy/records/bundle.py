@@ -130,6 +130,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "inputs": [tensor.model_dump(mode="json") for tensor in manifest.onnx.inputs],
             "outputs": [tensor.model_dump(mode="json") for tensor in manifest.onnx.outputs],
         },
+        "network_outputs": manifest.model.outputs,
         "preprocessing": manifest.model.preprocessing.model_dump(mode="json"),
         "targets": [_target(result) for result in manifest.targets],
         "files": {ref.path: ref.size_bytes for ref in manifest.files},
@@ -157,6 +158,8 @@ def _target(result: TargetResult) -> dict[str, Any]:
         "p50_ms": None if latency is None else latency.p50_ms,
         "p99_ms": None if latency is None else latency.p99_ms,
         "speedup": result.speedup,
+        "speedup_low": result.speedup_low,
+        "speedup_high": result.speedup_high,
         "parity_max_abs": None if result.parity is None else result.parity.max_abs,
     }
 

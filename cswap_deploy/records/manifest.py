@@ -33,6 +33,9 @@ class TargetResult(Value):
     latency: Latency | None = None
     dense_latency: Latency | None = None
     """The dense graph on the same runtime, interleaved with ``latency``."""
+    speedup_low: float | None = None
+    """95 % interval of ``speedup``, from the pairs of calls that alternated."""
+    speedup_high: float | None = None
 
     @property
     def speedup(self) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cswap_deploy.records.value import Value
+from cswap_deploy.runtime.outputs import Outputs
 
 
 class Preprocessing(Value):
@@ -39,6 +40,8 @@ class ModelSpec(Value):
     weights_sha256: str
     """Over every tensor's name, dtype, shape and bytes."""
     num_classes: int
+    outputs: Outputs = "logits"
+    """What the network gives, recognised on real images; a softmax at its end is kept."""
     label_space: Literal["imagenet-1k", "fashion-mnist"] | None = None
     class_names: tuple[str, ...] = ()
     preprocessing: Preprocessing

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from cswap_deploy.records.amounts import fixed
+
 
 class Amount(str):
     """A number with its unit, as people read it."""
@@ -62,21 +64,21 @@ def interval(unit: Callable[[float], str], value: float, low: float, high: float
 
 def percent(share: float) -> Amount:
     """A fraction, in percent."""
-    return Amount(f"{100 * share:.1f} %")
+    return Amount(f"{fixed(100 * share, 1)} %")
 
 
 def top1(share: float) -> Amount:
     """Top-1 accuracy; two decimals, since drops are fractions of a point."""
-    return Amount(f"{100 * share:.2f} %")
+    return Amount(f"{fixed(100 * share, 2)} %")
 
 
 def points(share: float) -> Amount:
     """A difference of two fractions, in percentage points."""
-    return Amount(f"{100 * share:.2f}")
+    return Amount(fixed(100 * share, 2))
 
 
 def effect(share: float) -> Amount:
-    """A relative change as a signed percentage with two or three digits."""
+    """A relative change as a signed percentage with two or three digits; 0 below 0.005 %."""
     percents = 100 * share
     decimals = 0 if abs(percents) >= 9.95 else 1 if abs(percents) >= 0.995 else 2
     written = f"{percents:+.{decimals}f}".replace("-", "−")
@@ -92,7 +94,12 @@ def nats(value: float) -> Amount:
 def ms(value: float) -> Amount:
     """Milliseconds with three significant digits."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return Amount(f"{value:.{decimals}f} ms")
+    return Amount(f"{fixed(value, decimals)} ms")
+
+
+def seconds(value: float) -> Amount:
+    """Seconds with a decimal."""
+    return Amount(f"{fixed(value, 1)} s")
 
 
 def size(count: float) -> Amount:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cswap_deploy.records.amounts import fixed
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange
 from cswap_deploy.report.explain import RANKED_BY, Explanation, GroupSummary
@@ -162,7 +163,7 @@ def accuracy_figure(rows: Sequence[tuple[str, AccuracyChange]]) -> str:
             )
             for x, y in zip(top1, at, strict=True):
                 place: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points"}
-                axes.annotate(f"{x:.1f}", (x, y), ha="center", fontsize=8, **place)
+                axes.annotate(fixed(x, 1), (x, y), ha="center", fontsize=8, **place)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel("top-1, %, with 95 % Wilson interval")

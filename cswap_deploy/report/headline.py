@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.amounts import fixed, speed
+from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.measurements import AccuracyChange, Parity
 from cswap_deploy.records.model import DataSpec
 from cswap_deploy.report import cells as c
@@ -48,9 +49,18 @@ def summary(manifest: Manifest) -> str:
         if r.latency is not None and r.dense_latency is not None:
             text += (
                 f" The median call on {r.engine.target} takes {c.ms(r.latency.p50_ms)} instead of "
-                f"{c.ms(r.dense_latency.p50_ms)} ({r.speedup:.2f}x)."
+                f"{c.ms(r.dense_latency.p50_ms)} ({_speed(manifest, r)})."
             )
     return text
+
+
+def _speed(manifest: Manifest, result: TargetResult) -> str:
+    """The speed-up, and whether it is one; a marked word where pruning did not make it faster."""
+    assert result.speedup is not None
+    faster, words = speed(result.speedup, result.speedup_low, result.speedup_high)
+    if faster or manifest.ratio_requested == 0:
+        return f"{fixed(result.speedup, 2)}x"
+    return c.Mark(words)
 
 
 def tiles(manifest: Manifest) -> tuple[Tile, ...]:
@@ -61,7 +71,9 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
         ("parameters", dense.params, pruned.params),
         ("MACs per image", dense.macs, pruned.macs),
     ):
-        change = f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before else "not known"
+        change = "not known"
+        if before:
+            change = f"{fixed(100 * (after / before - 1), 1, sign='+')} %".replace("-", "−")
         made.append(Tile(label, c.short(after), f"{change} from {c.short(before)}"))
     for where, scores in scored(manifest)[:1]:
         note = f"{_drop(scores.drop)} from {c.top1(scores.dense.top1)}; {where}"
@@ -72,7 +84,8 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
     for result, latency in timed:
         note = "the dense network was not timed"
         if result.dense_latency is not None:
-            note = f"{result.speedup:.2f}x from {c.ms(result.dense_latency.p50_ms)}"
+            words = _speed(manifest, result)
+            note = type(words)(f"{words} from {c.ms(result.dense_latency.p50_ms)}")
         made.append(Tile(f"p50, {result.engine.target}", c.ms(latency.p50_ms), note))
     if not timed:
         made.append(Tile("latency", "not measured", "no engine was run on this machine"))
@@ -112,6 +125,11 @@ def warnings(manifest: Manifest) -> tuple[str, ...]:
         f"The {e.target} engine was built but not run here: {e.reason or 'no reason was recorded'}."
         for e in (r.engine for r in manifest.targets)
         if not e.runnable
+    ]
+    out += [
+        f"The pruned network on {r.engine.target} is {words}."
+        for r in manifest.targets
+        if r.speedup is not None and isinstance(words := _speed(manifest, r), c.Mark)
     ]
     out += [
         f"Parity is lost: {p.candidate} differs from {p.reference} by {p.max_abs:.2g} (at most "

@@ -75,4 +75,6 @@ def _look(cell: Cell) -> str:
         return "hash"
     if isinstance(cell, Mark) and cell in ("FAIL", "NO"):
         return "bad"
+    if isinstance(cell, Mark) and cell.startswith("not faster"):
+        return "slow"
     return "long" if len(text(cell)) > 60 else ""

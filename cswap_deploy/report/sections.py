@@ -134,7 +134,7 @@ def _targets(manifest: Manifest) -> Section | None:
     ]
     built = (
         (e.target, e.device or "not recorded", e.precision, "yes" if e.runnable else "no",
-         c.size(e.size_bytes), c.Amount(f"{e.build_seconds:.1f} s"))
+         c.size(e.size_bytes), c.seconds(e.build_seconds))
         for e in engines
     )  # fmt: skip
     timed = (
@@ -238,10 +238,10 @@ def _rounds(plan: PrunePlan) -> Section | None:
         return None
     cost, text = plan.scoring, []
     if cost is not None and cost.forwards < cost.forwards_exact:
+        share = c.percent(cost.forwards / cost.forwards_exact)
         text.append(
             f"Measured as far as decisions needed ({cost.measuring}): {cost.forwards:,} masked "
-            f"forwards, {cost.forwards / cost.forwards_exact:.1%} of those of every unit on all "
-            f"{cost.images:,} images."
+            f"forwards, {share} of those of every unit on all {cost.images:,} images."
         )
     layers = (
         ("Layers refitted in closed form, without training", plan.refitted),
@@ -257,7 +257,7 @@ def _rounds(plan: PrunePlan) -> Section | None:
             r.forwards or None,
             r.removed,
             r.params,
-            c.Amount(f"{r.seconds:.1f} s"),
+            c.seconds(r.seconds),
         )
         for r in plan.rounds
     )
@@ -275,7 +275,10 @@ def _parity(manifest: Manifest) -> Section | None:
         )
         for p in compared
     )  # fmt: skip
-    words = "Largest absolute difference of logits between a network and what was made of it."
+    what = "logits"
+    if manifest.model.outputs != "logits":
+        what = f"log-probabilities (the network gives {manifest.model.outputs})"
+    words = f"Largest absolute difference of {what} between a network and what was made of it."
     heads = (
         "reference | candidate | within tolerance | largest difference | tolerance | images | "
         "batch sizes"
@@ -328,6 +331,7 @@ def _reproduce(manifest: Manifest, plan: PrunePlan) -> Section | None:
         ("created", manifest.created),
         ("cswap-deploy", manifest.tool_version),
         ("model", f"{model.name} ({model.source})"),
+        ("outputs", model.outputs),
         ("weights", model.weights),
         ("weights sha256", c.Digest(model.weights_sha256)),
         ("CPU", f"{device.cpu}, {device.cores} cores, {device.memory_mib:,} MiB"),

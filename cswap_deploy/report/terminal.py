@@ -25,9 +25,11 @@ _STYLES = {
 def draw(report: Report, width: int) -> Iterator[Text]:
     """What to print in lines of ``width`` characters, in order."""
     yield Text(report.title, style="bold")
-    tiles = (f"{tile.label}: {text(tile.value)} ({tile.note})" for tile in report.tiles)
-    for line in filter(None, (report.summary, *tiles)):
-        yield Text(line)
+    if report.summary:
+        yield Text(report.summary)
+    for tile in report.tiles:
+        style = "yellow" if isinstance(tile.note, Mark) else ""
+        yield Text(f"{tile.label}: {text(tile.value)} ({tile.note})", style=style)
     for warning in report.warnings:
         yield Text(f"! {warning}", style="yellow")
     for section in report.sections:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from cswap_deploy.config import RatioOf
+from cswap_deploy.records.amounts import percent
 from cswap_deploy.records.plan import UnitEffect
 from cswap_deploy.report import cells as c
 from cswap_deploy.report import figures
@@ -25,9 +26,10 @@ def explained(told: Explanation) -> Report:
     """An explanation as a report of its own."""
     kept, units = sum(g.kept for g in told.groups), sum(g.units for g in told.groups)
     many = f"{len(told.groups)} groups" if len(told.groups) != 1 else told.groups[0].name
+    share = percent(told.ratio_effective, 1)
     title = (
-        f"{told.model or 'plan'}: importance {told.criterion}, {told.ratio_effective:.1%} of "
-        f"{told.ratio_of} removed; {many}: {kept:,} of {units:,} units kept"
+        f"{told.model or 'plan'}: importance {told.criterion}, {share} of {told.ratio_of} "
+        f"removed; {many}: {kept:,} of {units:,} units kept"
     )
     return Report(title, tuple(part for part in (removal(told), effects(told)) if part is not None))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cswap_deploy.errors import ArtifactError
+from cswap_deploy.runtime.outputs import Outputs
 
 SCHEMA_VERSION = 2
 
@@ -53,6 +54,8 @@ class DeviceBundle:
     class_names: tuple[str, ...]
     engines: tuple[EngineFile, ...]
     digests: dict[str, str]
+    outputs: Outputs = "logits"
+    """What the network gives."""
 
     @classmethod
     def open(cls, folder: Path) -> DeviceBundle:
@@ -95,6 +98,7 @@ class DeviceBundle:
             ),
             engines=tuple(_engine(result["engine"]) for result in told["targets"]),
             digests={ref["path"]: ref["sha256"] for ref in told["files"]},
+            outputs=model.get("outputs", "logits"),
         )  # fmt: skip
 
     def read(self, name: str) -> bytes:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cswap_deploy.errors import ArtifactError, MissingDependencyError, UsageError
 from cswap_deploy.runtime.bundle import DeviceBundle, EngineFile
+from cswap_deploy.runtime.outputs import to_logits, to_probabilities
 from cswap_deploy.runtime.preprocess import UNREADABLE, filled_up, normalise, resize_and_crop
 from cswap_deploy.runtime.session import Session
 from cswap_deploy.runtime.tensorrt_session import MODULES, TensorRtSession
@@ -99,10 +100,12 @@ class Classifier:
     def logits(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Run one batch of pictures from :meth:`prepare`: (N, H, W, C) -> (N, classes).
 
+        Of a network that gives probabilities these are their logarithms.
+
         Raises:
             StageError: The engine does not take this batch.
         """
-        return self._session.run(normalise(pixels, self.bundle.transform))
+        return to_logits(self._outputs(pixels), self.bundle.outputs)
 
     def predict(
         self, pictures: Iterable[Picture], *, top: int = 5, batch: int = 1
@@ -131,10 +134,9 @@ class Classifier:
             return []
         # The last batch of many may be a short one.
         batch = filled_up(np.stack(pixels), self._session.batch_min)
-        logits = self.logits(batch)[: len(pixels)].astype(np.float64)
-        exponents = np.exp(logits - logits.max(1, keepdims=True))
+        outputs = self._outputs(batch)[: len(pixels)]
         told = []
-        for row in exponents / exponents.sum(1, keepdims=True):
+        for row in to_probabilities(outputs, self.bundle.outputs):
             order = np.argsort(-row, kind="stable")[:top]
             told.append([Guess(int(k), self._class_name(int(k)), float(row[k])) for k in order])
         return told
@@ -153,6 +155,10 @@ class Classifier:
                 fix=f"--batch {min(max(batch, low), high)}, or build with --batch "
                 f"{min(batch, low)}:{low}:{max(batch, high)}",
             )
+
+    def _outputs(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """What the network itself gives, (N, classes)."""
+        return self._session.run(normalise(pixels, self.bundle.transform))
 
     def _class_name(self, index: int) -> str:
         names = self.bundle.class_names

@@ -147,6 +147,7 @@ struct Bundle { // what this program needs of manifest.json
   std::size_t resize_shorter;
   std::vector<float> mean, std;
   std::vector<std::string> class_names;
+  bool gives_probabilities; // its softmax is part of the network
 };
 
 constexpr char kCopyAgain[] = "copy the bundle again, or build it again";
@@ -191,6 +192,7 @@ Bundle parseManifest(const nlohmann::json &manifest, const fs::path &folder) {
   bundle.mean = pre.at("mean").get<std::vector<float>>();
   bundle.std = pre.at("std").get<std::vector<float>>();
   bundle.class_names = model.value("class_names", std::vector<std::string>());
+  bundle.gives_probabilities = model.value("outputs", "logits") == "probabilities";
   if (!bundle.input.sane() || bundle.mean.size() != bundle.input.channels ||
       bundle.std.size() != bundle.input.channels)
     throw Failure(kArtifact, "manifest.json gives no sound input size, mean and std", kCopyAgain);
@@ -532,6 +534,11 @@ std::vector<double> softmax(const float *logits, std::size_t classes) {
   return p;
 }
 
+std::vector<double> probabilities(const float *outputs, std::size_t classes, const Bundle &bundle) {
+  return bundle.gives_probabilities ? std::vector<double>(outputs, outputs + classes)
+                                    : softmax(outputs, classes);
+}
+
 void printTop(const std::string &name, const std::vector<double> &p, std::size_t top,
               const std::vector<std::string> &class_names) {
   std::vector<std::size_t> order(p.size());
@@ -616,9 +623,10 @@ void run(const Options &options) {
     classifier.run();
     classifier.capture();
   }
-  const float *logits = classifier.run();
+  const float *outputs = classifier.run();
+  const std::size_t classes = classifier.classes();
   for (std::size_t n = 0; n < batch.names.size(); ++n)
-    printTop(batch.names[n], softmax(logits + n * classifier.classes(), classifier.classes()),
+    printTop(batch.names[n], probabilities(outputs + n * classes, classes, bundle),
              static_cast<std::size_t>(options.top), bundle.class_names);
   if (options.repeat > 0)
     printMedian(classifier, options.repeat, batch.names.size());

@@ -17,6 +17,7 @@ from cswap_deploy.gate.budgets import (
     read_budgets,
     require,
 )
+from cswap_deploy.gate.junit import to_junit
 from cswap_deploy.records.manifest import Manifest
 
 EXAMPLE = """
@@ -169,6 +170,41 @@ def test_what_was_not_measured_fails() -> None:
     ok, text = only(Budgets(engine={"tensorrt": EngineBudget(size_max_mib=1.0)}))
     assert not ok
     assert text.startswith("not measured: the bundle has no target tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("limit", "p50", "text"),
+    [
+        (0.0001, 0.61, "0.6100 ms, limit at most 0.0001 ms"),
+        (0.0001, 0.00005, "0.00005 ms, limit at most 0.0001 ms"),
+        (5.0004, 5.0005, "5.0005 ms, limit at most 5.0004 ms"),
+        (5.0, 5.00001, "5.00001 ms, limit at most 5.000 ms"),
+        (5.0, 5.0, "5.000 ms, limit at most 5.000 ms"),
+    ],
+)
+def test_small_numbers_keep_their_digits(limit: float, p50: float, text: str) -> None:
+    ran = made_up_targets()[0]
+    latency = ran.latency.model_copy(update={"p50_ms": p50})  # type: ignore[union-attr]
+    manifest = made_up_manifest(targets=(ran.model_copy(update={"latency": latency}),))
+    results = check_budgets(manifest, Budgets(latency={"onnxruntime": LatencyBudget(p50_ms=limit)}))
+    assert results[0].text == f"p50 (onnxruntime, batch 1) {text}"
+    assert text in to_junit(results, suite="x")
+
+
+def test_every_limit_keeps_its_digits() -> None:
+    budgets = Budgets(
+        accuracy_drop_max=0.00001, top1_min=0.000002, parity_max=1e-9, size_max_mib=0.00004,
+        params_max=1, macs_max=2, latency={"onnxruntime": LatencyBudget(speedup_min=0.0003)},
+        engine={"onnxruntime": EngineBudget(size_max_mib=0.00005)},
+    )  # fmt: skip
+    texts = {r.name: r.text for r in check_budgets(made_up_manifest(), budgets)}
+    for name, limit in {
+        "accuracy_drop_max": "0.001 points", "top1_min": "0.0002 %", "parity_max": "1e-09",
+        "size_max_mib": "0.00004 MiB", "params_max": "1 parameters", "macs_max": "2 MACs",
+        "latency.onnxruntime.speedup_min": "0.0003x",
+        "engine.onnxruntime.size_max_mib": "0.00005 MiB",
+    }.items():  # fmt: skip
+        assert texts[name].partition("; ")[0].endswith(f" {limit}")
 
 
 def test_latency_of_another_batch_does_not_count() -> None:

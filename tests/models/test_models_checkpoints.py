@@ -84,10 +84,13 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a file"):
         read_checkpoint(tmp_path)
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UsageError, match=r"neither a safetensors file nor|nothing of it was run"):
+    with pytest.raises(UsageError, match="is a text file, not the weights: 'hello'"):
         read_checkpoint(tmp_path / "text.pth")
+    (tmp_path / "noise.pth").write_bytes(bytes(range(256)))
+    with pytest.raises(UsageError, match=r"neither a safetensors file nor|nothing of it was run"):
+        read_checkpoint(tmp_path / "noise.pth")
     (tmp_path / "empty.pth").write_bytes(b"")
-    with pytest.raises(UsageError, match="neither a safetensors file nor one that torch"):
+    with pytest.raises(UsageError, match="is empty"):
         read_checkpoint(tmp_path / "empty.pth")
     save_file(net().state_dict(), tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
@@ -313,10 +314,22 @@ def test_a_plan_of_another_build_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.1234, "0.123 ms"), (1.234, "1.23 ms"), (12.34, "12.3 ms"), (123.4, "123 ms")],
+    [
+        (0.1234, "0.123 ms"),
+        (1.234, "1.23 ms"),
+        (12.34, "12.3 ms"),
+        (123.4, "123 ms"),
+        (0.0001, "0.0001 ms"),
+    ],
 )
 def test_milliseconds_have_three_digits(value: float, text: str) -> None:
     assert cells.ms(value) == text
+
+
+@pytest.mark.parametrize("cell", [cells.percent, cells.top1, cells.points, cells.ms, cells.seconds])
+def test_nothing_small_reads_as_zero(cell: Callable[[float], str]) -> None:
+    assert not re.search("[1-9]", cell(0.0))
+    assert re.search("[1-9]", cell(3e-7))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ NVIDIA's own headers and linked with the real TensorRT for RTX, where those are 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -277,11 +278,16 @@ def write_ppm(path: Path, picture: NDArray[np.uint8], header: str | None = None)
     return path
 
 
-def expected(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(N, classes) probabilities: the stand-in's linear function, then softmax."""
+def outputs(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(N, classes): the stand-in's linear function."""
     k, i = np.meshgrid(np.arange(CLASSES), np.arange(np.prod(SHAPE)), indexing="ij")
     weight = ((31 * k + 7 * i + k * i) % 11 - 5) / 16
-    logits = inputs.reshape(len(inputs), -1).astype(np.float64) @ weight.T
+    return inputs.reshape(len(inputs), -1).astype(np.float64) @ weight.T
+
+
+def expected(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(N, classes) probabilities of logits."""
+    logits = outputs(inputs)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
@@ -306,6 +312,19 @@ def test_a_picture_is_normalised_and_classified(
     assert len(top) == 3
     agree(top, expected(normalise(picture[None], PRE))[0])
     assert ran.calls == (f"deserialize {len('stand-in 3 4 6 7 4')} bytes", "enqueue batch 1")
+
+
+def test_a_network_that_gives_probabilities_gets_no_second_softmax(
+    cswap_run: Runner, bundle: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["model"]["outputs"] = "probabilities"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    np.save(tmp_path / "a.npy", np.random.default_rng(3).random((1, *SHAPE), dtype=np.float32))
+    ran = cswap_run(bundle, "a.npy", "--top", "2")
+    assert ran.code == 0, ran.err
+    (top,) = ran.top().values()
+    agree(top, outputs(np.load(tmp_path / "a.npy"))[0])
 
 
 def test_all_inputs_are_one_batch(cswap_run: Runner, bundle: Path, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ SHAPE = (3, 16, 16)
 CLASSES = 5
 
 
-def small_onnx(seed: int = 0, *, shape: tuple[int, int, int] = SHAPE, width: int = 8) -> bytes:
+def small_onnx(
+    seed: int = 0, *, shape: tuple[int, int, int] = SHAPE, width: int = 8, last: str = ""
+) -> bytes:
     """A serialised model, ``input`` (batch, *shape) -> ``logits`` (batch, 5); random weights.
 
-    Height and width are multiples of 8.
+    Height and width are multiples of 8; ``last`` is an operator at the end, as ``Softmax``.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -37,9 +39,11 @@ def small_onnx(seed: int = 0, *, shape: tuple[int, int, int] = SHAPE, width: int
             ),
             node("Flatten", ["c"], ["d"], name="Flatten"),
             node(
-                "Gemm", ["d", "blocks.0.attn.weight", "blocks.0.attn.bias"], ["logits"],
+                "Gemm", ["d", "blocks.0.attn.weight", "blocks.0.attn.bias"],
+                ["scores" if last else "logits"],
                 name="blocks.0.attn/Gemm", transB=1,
             ),
+            *([node(last, ["scores"], ["logits"], name=last)] if last else []),
         ],
         "small",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *shape])],
