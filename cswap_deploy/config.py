@@ -67,6 +67,7 @@ class ModelConfig(Section):
         tuple[float, ...] | None, Flag("Mean of pixels in [0, 1].", metavar="R,G,B")
     ] = None
     std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
+    exif_rotate: Annotated[bool, Flag("Turn pictures by their EXIF orientation.")] = False
 
     @model_validator(mode="after")
     def _both(self) -> Self:
@@ -90,13 +91,14 @@ class DataConfig(Section):
         str | None, Flag("As --data, for the test images alone.", metavar="PATH")
     ] = None
     class_map: Annotated[
-        Path | None, Flag("Folder or label name -> class index.", metavar="FILE.json")
+        Path | None, Flag("JSON of name -> class index, or names in order.", metavar="FILE")
     ] = None
     calibration_samples: Annotated[int, Field(ge=1), Flag("Images to prune on.")] = 1024
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
     to compare candidates on."""
     validation_samples: Annotated[int, Field(ge=1), Flag("Images to test on.")] = 2000
     allow_overlap: Annotated[bool, Flag("Let an image be in both sets.")] = False
+    allow_chance: Annotated[bool, Flag("Go on if the network only guesses.")] = False
 
 
 class PruneConfig(Section):
@@ -129,8 +131,7 @@ class PruneConfig(Section):
     """In each round. ``auto``: 256, fewer where exact measuring would cost too much."""
     scoring_device: Annotated[Literal["cpu", "cuda"], Flag("Where effects are measured.")] = "cpu"
     workers: Annotated[
-        str | None,
-        Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False),
+        str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)
     ] = None
     memory_budget: Annotated[
         ByteSize | None,
@@ -206,15 +207,12 @@ class ExportConfig(Section):
     """Types of graph and engine; ``int8`` leaves in float32 what is not quantised, ``mixed`` in
     float16."""
     precision_drop: Annotated[
-        float | None,
-        Field(ge=0, le=0.2),
-        Flag("Top-1 it may cost, or exit 3 (int8 .01)."),
+        float | None, Field(ge=0, le=0.2), Flag("Top-1 it may cost, or exit 3 (int8 .01).")
     ] = None
     """A fraction, against the pruned float32 network; one image is always allowed. No more than
     .2, so that percents typed by mistake are refused."""
     keep_fp32: Annotated[
-        tuple[str, ...],
-        Flag("Stays float32, as '*/Softmax'; repeat.", metavar="MODULE"),
+        tuple[str, ...], Flag("Stays float32, as '*/Softmax'; repeat.", metavar="MODULE")
     ] = ()
     int8_calibration: Annotated[
         Literal["auto", "entropy", "percentile", "minmax"],
