@@ -115,9 +115,11 @@ def prune(
         StageError: A prediction is not finite.
     """
     import copy
+    from dataclasses import replace
 
     from cswap_deploy.config import load_config
     from cswap_deploy.data import calibration_from
+    from cswap_deploy.measure.chance import CHECK_IMAGES, check_dense
     from cswap_deploy.pruning.prune import prune as run
 
     config = load_config(model=type(module).__name__, ratio=ratio, **settings)
@@ -127,7 +129,14 @@ def prune(
         data, module, model=config.model, config=config.data, seed=config.run.seed,
         progress=progress,
     )  # fmt: skip
-    return run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+    first = calibration.images[:CHECK_IMAGES].contiguous().numpy()
+    labels = calibration.labels[:CHECK_IMAGES].numpy()
+    check = check_dense(module, first, labels, part="calibration", batch=config.engine.batch.max)
+    notes = (check.words,) if check is not None and check.verdict == "at" else ()
+    for note in notes:  # what the labels mean is the caller's affair
+        progress.note(note)
+    pruned = run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+    return replace(pruned, notes=(*notes, *pruned.notes))
 
 
 def build(

@@ -63,11 +63,11 @@ class ModelConfig(Section):
     input_size: Annotated[
         tuple[int, int, int] | None, Flag("What the network takes.", metavar="C,H,W")
     ] = None
-    mean: Annotated[
-        tuple[float, ...] | None, Flag("Mean of pixels in [0, 1].", metavar="R,G,B")
-    ] = None
+    mean: Annotated[tuple[float, ...] | None, Flag("Mean, pixels in [0, 1].", metavar="R,G,B")] = (
+        None
+    )
     std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
-    exif_rotate: Annotated[bool, Flag("Turn pictures by their EXIF orientation.")] = False
+    exif_rotate: Annotated[bool, Flag("Obey EXIF orientation.")] = False
 
     @model_validator(mode="after")
     def _both(self) -> Self:
@@ -90,15 +90,15 @@ class DataConfig(Section):
     validation_data: Annotated[
         str | None, Flag("As --data, for the test images alone.", metavar="PATH")
     ] = None
-    class_map: Annotated[
-        Path | None, Flag("JSON of name -> class index, or names in order.", metavar="FILE")
-    ] = None
+    class_map: Annotated[Path | None, Flag("Class index of a name.", metavar="FILE")] = None
+    """A JSON object, or the names in the order of the classes: a JSON list, a text of lines."""
     calibration_samples: Annotated[int, Field(ge=1), Flag("Images to prune on.")] = 1024
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
     to compare candidates on."""
     validation_samples: Annotated[int, Field(ge=1), Flag("Images to test on.")] = 2000
-    allow_overlap: Annotated[bool, Flag("Let an image be in both sets.")] = False
-    allow_chance: Annotated[bool, Flag("Go on if the network only guesses.")] = False
+    allow_overlap: Annotated[bool, Flag("Both may share images.")] = False
+    allow_chance: Annotated[bool, Flag("Go on at chance level.")] = False
+    """Build although the dense network is no better than guessing (``measure.chance``)."""
 
 
 class PruneConfig(Section):

@@ -118,6 +118,8 @@ class Console:
         )
         for target in told.get("targets", ()):
             self._line(f"[bold]{target['target']}[/]", _target_line(target))
+        for doubt in told.get("doubts", ()):
+            self._line("[red]doubt[/]", doubt)
         for fallback in told.get("fallbacks", ()):
             self._line("[yellow]note[/]", fallback)
         if "targets" in told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field
@@ -45,6 +46,11 @@ class ModelSpec(Value):
     label_space: Literal["imagenet-1k", "fashion-mnist"] | None = None
     class_names: tuple[str, ...] = ()
     preprocessing: Preprocessing
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are not trained, and were asked to be that."""
+        return re.fullmatch(r"random \(seed -?\d+\)", self.weights) is not None
 
 
 class DataSpec(Value):
