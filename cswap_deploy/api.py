@@ -115,6 +115,7 @@ def prune(
     """
     from cswap_deploy.config import load_config
     from cswap_deploy.data import calibration_from
+    from cswap_deploy.measure.chance import CHECK_IMAGES, check_dense
     from cswap_deploy.models.plain import plain
     from cswap_deploy.network.outputs import outputs_of
     from cswap_deploy.pruning.prune import prune as run
@@ -127,6 +128,11 @@ def prune(
         data, module, model=config.model, config=config.data, seed=config.run.seed,
         progress=progress,
     )  # fmt: skip
+    first = calibration.images[:CHECK_IMAGES].contiguous().numpy()
+    labels = calibration.labels[:CHECK_IMAGES].numpy()
+    check = check_dense(module, first, labels, part="calibration", batch=config.engine.batch.max)
+    if check is not None and check.verdict == "at":  # what the labels mean is the caller's affair
+        notes += (check.words,)
     if told := note(outputs_of(module, calibration.images)):
         notes += (told,)
     for each in notes:

@@ -66,10 +66,11 @@ class ModelConfig(Section):
     input_size: Annotated[
         tuple[int, int, int] | None, Flag("What the network takes.", metavar="C,H,W")
     ] = None
-    mean: Annotated[
-        tuple[float, ...] | None, Flag("Mean of pixels in [0, 1].", metavar="R,G,B")
-    ] = None
+    mean: Annotated[tuple[float, ...] | None, Flag("Mean, pixels in [0, 1].", metavar="R,G,B")] = (
+        None
+    )
     std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
+    exif_rotate: Annotated[bool, Flag("Obey EXIF orientation.")] = False
 
     @model_validator(mode="after")
     def _both(self) -> Self:
@@ -94,14 +95,15 @@ class DataConfig(Section):
     validation_data: Annotated[
         str | None, Flag("As --data, for the test images alone.", metavar="PATH")
     ] = None
-    class_map: Annotated[
-        Path | None, Flag("Folder or label name -> class index.", metavar="FILE.json")
-    ] = None
+    class_map: Annotated[Path | None, Flag("Class index of a name.", metavar="FILE")] = None
+    """A JSON object, or the names in the order of the classes: a JSON list, a text of lines."""
     calibration_samples: Annotated[int, Field(ge=1), Flag("Images to prune on.")] = 1024
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
     to compare candidates on."""
     validation_samples: Annotated[int, Field(ge=1), Flag("Images to test on.")] = 2000
-    allow_overlap: Annotated[bool, Flag("Let an image be in both sets.")] = False
+    allow_overlap: Annotated[bool, Flag("Both may share images.")] = False
+    allow_chance: Annotated[bool, Flag("Go on at chance level.")] = False
+    """Build although the dense network is no better than guessing (``measure.chance``)."""
 
 
 class PruneConfig(Section):
@@ -140,8 +142,7 @@ class PruneConfig(Section):
     """In each round. ``auto``: 256, fewer where exact measuring would cost too much."""
     scoring_device: Annotated[Literal["cpu", "cuda"], Flag("Where effects are measured.")] = "cpu"
     workers: Annotated[
-        str | None,
-        Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False),
+        str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)
     ] = None
     memory_budget: Annotated[
         ByteSize | None,
@@ -217,15 +218,12 @@ class ExportConfig(Section):
     """Types of graph and engine; ``int8`` leaves in float32 what is not quantised, ``mixed`` in
     float16."""
     precision_drop: Annotated[
-        float | None,
-        Field(ge=0, le=0.2),
-        Flag("Top-1 it may cost, or exit 3 (int8 .01)."),
+        float | None, Field(ge=0, le=0.2), Flag("Top-1 it may cost, or exit 3 (int8 .01).")
     ] = None
     """A fraction, against the pruned float32 network; one image is always allowed. No more than
     .2, so that percents typed by mistake are refused."""
     keep_fp32: Annotated[
-        tuple[str, ...],
-        Flag("Stays float32, as '*/Softmax'; repeat.", metavar="MODULE"),
+        tuple[str, ...], Flag("Stays float32, as '*/Softmax'; repeat.", metavar="MODULE")
     ] = ()
     int8_calibration: Annotated[
         Literal["auto", "entropy", "percentile", "minmax"],

@@ -97,6 +97,7 @@ def build(
     """
     from cswap_deploy import stages
     from cswap_deploy.gate.budgets import check_budgets, read_budgets
+    from cswap_deploy.measure.chance import check_labels
 
     progress = progress if progress is not None else Silent()
     output = config.bundle_path()
@@ -107,6 +108,7 @@ def build(
     loaded, samples = stages.load(config, module, progress)
     run = stages.Run(config, loaded, samples, Store(config.run.store), progress)
     run.fallbacks += loaded.notes
+    run.dense_checks = check_labels(config, loaded, samples, progress)
     pruned = stages.prune(run) if source is None else stages.take_pruned(run, source)
     graphs = stages.export(run, pruned) if _reached(until, "export") else None
     engines: dict[str, Path] = {}
@@ -140,6 +142,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
         CswapError: What would fail early fails here too, with the same message.
     """
     from cswap_deploy.data import calibration_set
+    from cswap_deploy.measure.chance import check_labels
     from cswap_deploy.pruning.forecast import forecast_pruning
     from cswap_deploy.stages import load
 
@@ -147,6 +150,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
     check_output(config.bundle_path())
     check_names(config, "validate")
     loaded, samples = load(config, None, progress)
+    checks = check_labels(config, loaded, samples, progress)
     told: dict[str, Any] = {
         "model": loaded.spec.name,
         "weights": loaded.spec.weights,
@@ -154,6 +158,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
         "validation_images": samples.validation.spec.count,
         "output": str(config.bundle_path()),
         "targets": list(config.engine.target),
+        "dense_top1": {check.part: check.right / check.images for check in checks},
     }
     if config.prune.ratio > 0:
         progress.begin("timing a few units", 0)
@@ -205,6 +210,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         calibration=samples.calibration.spec,
         validation=samples.validation.spec,
         shared_images=samples.shared_images,
+        dense_checks=run.dense_checks,
         ratio_effective={of: plan.effective(of) for of in ("params", "channels", "macs")},
         dense=plan.dense,
         pruned=plan.pruned,

@@ -42,7 +42,7 @@ from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_p
 from cswap_deploy.records.files import require_files
 from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
 from cswap_deploy.records.manifest import TargetResult
-from cswap_deploy.records.measurements import AccuracyChange, Device
+from cswap_deploy.records.measurements import AccuracyChange, DenseCheck, Device
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file, sha256_text
@@ -77,6 +77,8 @@ class Run:
     keys: dict[str, str] = field(default_factory=dict)
     """Stage -> its key in the store."""
     fallbacks: list[str] = field(default_factory=list)
+    dense_checks: tuple[DenseCheck, ...] = ()
+    """See :mod:`cswap_deploy.measure.chance`."""
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -175,13 +175,13 @@ def test_weights_that_are_not_finite(refused: Refused) -> None:
 
 
 def test_a_network_that_cannot_be_a_graph(refused: Refused) -> None:
-    said = refused(5, model="small_models:branching")
+    said = refused(5, "--allow-chance", model="small_models:branching")
     assert "cannot trace Branching with a dynamic batch" in said
     assert "fix: keep Python control flow on tensor values" in said
 
 
 def test_a_network_without_anything_to_remove(refused: Refused) -> None:
-    said = refused(5, model="small_models:rigid")
+    said = refused(5, "--allow-chance", model="small_models:rigid")
     assert "Sequential has no structure that can be removed" in said
     assert "fix: pass --ratio 0 to export the dense model" in said
 
@@ -273,7 +273,7 @@ def test_one_unreadable_image_is_left_out_and_named(
     output = tmp_path / "out"
     done = command(
         "prune", "small_models:small", *only(folder), "-o", output, "--criterion", "magnitude",
-        "--calibration-samples", 60, "--validation-samples", 60,
+        "--calibration-samples", 60, "--validation-samples", 60, "--allow-chance",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert f"{folder}: unreadable, left out: 0/000.png" in done.err

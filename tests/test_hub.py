@@ -32,6 +32,7 @@ calibration-samples = 24
 validation-samples = 30
 latency-runs = 10
 select = "unit"
+allow-chance = true
 """
 """What CSWAP_CONFIG points to."""
 

@@ -134,6 +134,8 @@ class Console:
             faster, words = _speed(target, pruned=pruned)
             words = escape(words) if faster else f"[yellow]{escape(words)}[/]"
             self._line(f"[bold]{target['target']}[/]", _target_line(target), words)
+        for doubt in told.get("doubts", ()):
+            self._line("[red]doubt[/]", doubt)
         for fallback in told.get("fallbacks", ()):
             self._line("[yellow]note[/]", fallback)
         if "targets" in told:

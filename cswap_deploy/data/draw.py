@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cswap_deploy.data.sampling import Counts, balanced_shares, interleaved, shuffled_queues
-from cswap_deploy.data.sets import ImageSet, Pixels, digest, image_digest
-from cswap_deploy.data.sources import Source
+from cswap_deploy.data.sets import ImageSet, digest, image_digest
+from cswap_deploy.data.sources import Decoded, Source
 from cswap_deploy.errors import UsageError
 from cswap_deploy.progress import Phases
 from cswap_deploy.records.model import DataSpec, ModelSpec
@@ -64,14 +65,14 @@ class Drawer:
             UsageError: More than one image in a hundred (and more than one) did not decode.
         """
         before = len(self._unreadable) if self._tried > len(self._source.broken) else 0
-        taken: dict[int, list[Pixels]] = {}
+        taken: dict[int, list[Decoded]] = {}
         self._request.progress.begin(f"decoding {part} images", int(shares.sum()))
         while shares.any():
             short = np.zeros_like(shares)
             for label, image in self._read(shares):
                 if image is None:
                     short[label] += 1
-                elif refuse and image_digest(image) in refuse:
+                elif refuse and image_digest(image.pixels) in refuse:
                     short[label] += 1
                     self.refused += 1
                 else:
@@ -83,10 +84,10 @@ class Drawer:
             shares = shares + balanced_shares(left - shares, rest, self.order)
         self._check(allowed=max(1, self._tried // 100))
         self._request.progress.end()
-        return self._image_set(taken, tuple(self._unreadable[before:]))
+        return self._image_set(taken, part, tuple(self._unreadable[before:]))
 
-    def _read(self, shares: Counts) -> Iterator[tuple[int, Pixels | None]]:
-        """Label and pixels; None for what does not decode."""
+    def _read(self, shares: Counts) -> Iterator[tuple[int, Decoded | None]]:
+        """Label and image; None for what does not decode."""
         batch = [(c, self._queues[c].pop()) for c in self.order for _ in range(shares[c])]
         with ThreadPoolExecutor(_THREADS) as pool:  # Pillow decodes outside the interpreter's lock
             for start in range(0, len(batch), _CHUNK):
@@ -112,17 +113,21 @@ class Drawer:
                 fix="remove or replace these files",
             )
 
-    def _image_set(self, taken: dict[int, list[Pixels]], unreadable: tuple[str, ...]) -> ImageSet:
+    def _image_set(
+        self, taken: dict[int, list[Decoded]], part: str, unreadable: tuple[str, ...]
+    ) -> ImageSet:
         ordered = interleaved(taken, self.order)
         channels, height, width = self._request.model.preprocessing.input_size
         images = np.empty((len(ordered), height, width, channels), dtype=np.uint8)
         for position, (_, image) in enumerate(ordered):
-            images[position] = image
+            images[position] = image.pixels
         labels = np.array([label for label, _ in ordered], dtype=np.int64)
         mapping = self._source.mapping
+        odd = Counter(what for _, image in ordered for what in image.oddities)
+        told = (f"{n} of {len(ordered)} {part} images {what}" for what, n in sorted(odd.items()))
         spec = DataSpec(
             source=self._source.name, sha256=digest(images, labels), count=len(ordered),
             classes=len(taken), mapping=mapping.words, class_indices=mapping.indices,
-            unreadable=unreadable,
+            unreadable=unreadable, notes=(*self._source.notes, *told),
         )  # fmt: skip
         return ImageSet(images, labels, spec)

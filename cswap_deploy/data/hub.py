@@ -14,8 +14,7 @@ import numpy as np
 from cswap_deploy.data.draw import Request
 from cswap_deploy.data.labels import CLASS_MAP_FIX, PLAIN, Classes, ClassMapping
 from cswap_deploy.data.sampling import Counts, balanced_shares, take_balanced
-from cswap_deploy.data.sets import Pixels
-from cswap_deploy.data.sources import DATA_FIX, Source, decode
+from cswap_deploy.data.sources import DATA_FIX, Decoded, Source, decode
 from cswap_deploy.errors import MissingDependencyError, UsageError, missing
 from cswap_deploy.models.hub import hub_errors, hub_words, reach_hub, settings_within
 
@@ -159,18 +158,18 @@ def _read(stream: Any, name: str, classes: Classes, request: Request, count: int
     first = list(islice(rows, _PEEK))
     broken: list[str] = []
 
-    def read(row: tuple[int, Mapping[str, Any] | None]) -> Pixels | None:
+    def read(row: tuple[int, Mapping[str, Any] | None]) -> Decoded | None:
         position, encoded = row
         if encoded is None:
-            pixels: Pixels | str = "no image in this row"
+            made: Decoded | str = "no image in this row"
         else:
             data = encoded.get("bytes")
-            pixels = decode(io.BytesIO(data) if data else Path(encoded["path"]), preprocessing)
-        if isinstance(pixels, str):
-            broken.append(f"row {position}: {pixels}")
+            made = decode(io.BytesIO(data) if data else Path(encoded["path"]), preprocessing)
+        if isinstance(made, str):
+            broken.append(f"row {position}: {made}")
             return None
         request.progress.advance(1)
-        return pixels
+        return made
 
     quota = _quota(
         [row[label] for row in first], labels.possible(),

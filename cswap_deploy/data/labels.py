@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +23,10 @@ _SYNSET = re.compile(r"n\d{8}")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 CLASS_MAP_FIX = (
     "pass --class-map FILE, a JSON object from each name to the model's class index, "
-    'for example {"cat": 0, "dog": 1}'
+    'for example {"cat": 0, "dog": 1}, or a text of the names, one a line, in the model\'s order'
 )
+_FEW = 20
+"""Names of which a fix line writes the whole class map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +49,23 @@ class Classes:
     class_map: dict[str, int] | None = None
     """Folder or label name -> class index; wins over everything."""
 
-    def map_names(self, names: Sequence[str], *, where: str) -> ClassMapping:
+    def map_names(
+        self, names: Sequence[str], *, where: str, empty: Sequence[str] = ()
+    ) -> ClassMapping:
         """Map class names of a data set to the model's class indices.
 
         In this order: the class map; the model's own class names; numbers as class indices;
         ImageNet synsets and names for an ImageNet-1k model; and, only for a model whose classes
         have no known names, the sorted names when there are exactly as many as it has classes.
 
+        Args:
+            names: Of the classes that have images.
+            where: The data, for messages.
+            empty: Class folders without images: they count where names are numbered.
+
         Raises:
-            UsageError: A name cannot be mapped, is ambiguous, or its index is out of range.
+            UsageError: A name cannot be mapped, is ambiguous, or its index is out of range; or
+                names that would be numbered have another order by their numbers than as text.
         """
         names, model = sorted(names), self.model
         if self.class_map is not None:
@@ -60,12 +73,18 @@ class Classes:
             if absent:
                 raise UsageError(
                     f"{len(absent)} of {len(names)} names in {where} are not in the class map: "
-                    f"{_some(absent)}",
+                    f"{some(absent)}",
                     fix=CLASS_MAP_FIX,
                 )
             given = {n: self.class_map[n] for n in names}
             return ClassMapping(given, "class map given by the user")
         known = _known_names(model)
+        if _are_splits(names) and not any(_key(n) in known for n in names):
+            raise UsageError(
+                f"the class names in {where} are {some(names)}; these look like splits: pass one "
+                "with --data, another with --validation-data",
+                fix=_split_fix(names, where),
+            )
         numbers = all(n.isascii() and n.isdigit() for n in names)
         if numbers and not all(_key(n) in known for n in names):
             indices = {n: int(n) for n in names}
@@ -73,17 +92,53 @@ class Classes:
             return ClassMapping(indices, "names are class indices")
         if known:
             return _by_name(names, known, model, where)
-        if len(names) == model.num_classes:
-            return ClassMapping(
-                {n: i for i, n in enumerate(names)},
-                f"sorted names numbered 0..{len(names) - 1} (torchvision's convention: "
-                f"{model.name} does not say what its {model.num_classes} classes are)",
-            )
+        for numbered in (names, sorted({*names, *empty})):
+            if len(numbered) == model.num_classes:
+                _check_order(numbered, where, model)
+                return ClassMapping(
+                    {n: i for i, n in enumerate(numbered) if n in names},
+                    f"sorted names numbered 0..{len(numbered) - 1} (torchvision's convention: "
+                    f"{model.name} does not say what its {model.num_classes} classes are)",
+                )
         raise UsageError(
-            f"{where} has {len(names)} classes ({_some(names)}) and {model.name} has "
-            f"{model.num_classes} without names, so they cannot be matched{_split_hint(names)}",
+            f"{where} has {len(names)} classes ({some(names)}) and {model.name} has "
+            f"{model.num_classes} without names, so they cannot be matched",
             fix=f"name them by class index, or {CLASS_MAP_FIX}",
         )
+
+    def coverage(self, labels: Labels, mapping: ClassMapping) -> list[str]:
+        """Sentences on the model's classes that have no image, or a single one.
+
+        Args:
+            labels: (N,) class indices of all images.
+            mapping: Where the labels came from; its names are shown.
+        """
+        counts = np.bincount(labels, minlength=self.model.num_classes)
+        names = {index: name for name, index in mapping.indices.items()}
+
+        def shown(classes: Any) -> str:
+            known = [(int(k), names.get(int(k)) or self._name(int(k))) for k in classes]
+            return some([f"{k} ({name})" if name not in ("", str(k)) else str(k)
+                         for k, name in known])  # fmt: skip
+
+        told = []
+        if (absent := np.flatnonzero(counts == 0)).size:
+            told.append(
+                f"{len(absent):,} of the {len(counts):,} classes of {self.model.name} have no "
+                f"images: {shown(absent)}"
+            )
+        if (single := np.flatnonzero(counts == 1)).size:
+            told.append(
+                f"{len(single):,} of the {len(counts):,} classes of {self.model.name} have one "
+                f"image only: {shown(single)}"
+            )
+        return told
+
+    def _name(self, index: int) -> str:
+        if index < len(self.model.class_names):
+            return self.model.class_names[index]
+        imagenet = self.model.label_space == "imagenet-1k"
+        return imagenet_classes()[index][1].split(",")[0] if imagenet else ""
 
     def map_ordered(self, names: Sequence[str], *, where: str) -> ClassMapping:
         """Map the names of a ``ClassLabel`` feature, whose own order often is the model's.
@@ -112,7 +167,9 @@ class Classes:
 
     def check(self, labels: Labels, *, where: str) -> None:
         """Refuse labels that the model has no class for; see :func:`check_range`."""
-        check_range(labels, self.model.num_classes, where=where, name=self.model.name)
+        classes = self.model.num_classes
+        fix = _counted_from_one(labels, classes) or CLASS_MAP_FIX
+        check_range(labels, classes, where=where, name=self.model.name, fix=fix)
 
 
 def check_range(
@@ -122,7 +179,7 @@ def check_range(
     wrong = np.unique(labels[(labels < 0) | (labels >= classes)])
     if wrong.size:
         raise UsageError(
-            f"labels out of range in {where}: {_some([str(v) for v in wrong.tolist()])}; "
+            f"labels out of range in {where}: {some([str(v) for v in wrong.tolist()])}; "
             f"{name} has {classes} classes, 0..{classes - 1}",
             fix=fix,
         )
@@ -141,22 +198,39 @@ def check_classes(labels: Labels, *, where: str, fix: str) -> None:
 
 
 def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
-    """Read ``--class-map``, a JSON object of class indices; else raise a :class:`UsageError`."""
+    """Read ``--class-map``: a JSON object of class indices, or the names in their order.
+
+    These are a JSON list, or a text with one name a line; a slash at the end, as ``ls -d */``
+    prints, is left out.
+
+    Raises:
+        UsageError: It cannot be read, or does not fit the model.
+    """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line.removesuffix("/") for line in text.splitlines() if line.strip()]
+        loaded = json.loads(text) if text.lstrip()[:1] in ("{", "[") else lines
     except (OSError, ValueError) as err:
         raise UsageError(f"cannot read the class map {path}: {err}", fix=CLASS_MAP_FIX) from err
+    if isinstance(loaded, list) and all(isinstance(name, str) for name in loaded):
+        if twice := sorted({name for name in loaded if loaded.count(name) > 1}):
+            raise UsageError(
+                f"the class map {path} has names twice: {some(twice)}", fix="leave one of each"
+            )
+        loaded = {name: index for index, name in enumerate(loaded)}
     if not isinstance(loaded, dict) or not all(type(v) is int for v in loaded.values()):
         raise UsageError(
-            f"the class map {path} is not a JSON object of integers", fix=CLASS_MAP_FIX
+            f"the class map {path} is not a JSON object of integers, nor a list of names",
+            fix=CLASS_MAP_FIX,
         )
     wrong = {k: v for k, v in loaded.items() if not 0 <= v < model.num_classes}
     if wrong:
         raise UsageError(
             f"the class map {path} has indices outside 0..{model.num_classes - 1}, "
-            f"the classes of {model.name}: {_some([f'{k}: {v}' for k, v in wrong.items()])}"
+            f"the classes of {model.name}: {some([f'{k}: {v}' for k, v in wrong.items()])}",
+            fix=f"give each name an index from 0 to {model.num_classes - 1}",
         )
-    return dict(loaded)
+    return {unicodedata.normalize("NFC", name): index for name, index in loaded.items()}
 
 
 def _known_names(model: ModelSpec) -> dict[str, set[int]]:
@@ -191,14 +265,14 @@ def _by_name(
     if unknown:
         raise UsageError(
             f"{len(unknown)} of {len(names)} class names in {where} are no classes of "
-            f"{model.name}: {_some(unknown)}{_split_hint(names)}",
+            f"{model.name}: {some(unknown)}",
             fix=CLASS_MAP_FIX,
         )
     vague = [n for n in names if len(known[_key(n)]) > 1]
     if vague:
         raise UsageError(
             f"class names in {where} that mean more than one class of {model.name}: "
-            + _some([f"{n} ({', '.join(map(str, sorted(known[_key(n)])))})" for n in vague]),
+            + some([f"{n} ({', '.join(map(str, sorted(known[_key(n)])))})" for n in vague]),
             fix=CLASS_MAP_FIX,
         )
     indices = {n: next(iter(known[_key(n)])) for n in names}
@@ -212,12 +286,58 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_\-]+", " ", name).strip().lower()
 
 
-def _split_hint(names: Sequence[str]) -> str:
-    if names and all(n.lower() in _SPLITS for n in names):
-        return "; these look like splits: pass one with --data, another with --validation-data"
-    return ""
+def _check_order(names: list[str], where: str, model: ModelSpec) -> None:
+    """Refuse to number names that have another order by the numbers in them."""
+    by_number = sorted(names, key=_natural)
+    if by_number == names:
+        return
+    differing = [n for n in names if names.index(n) != by_number.index(n)]
+    shown = "\n    ".join(f"{names.index(n)} or {by_number.index(n)}: {n}" for n in differing[:5])
+    more = f"\n    and {len(differing) - 5} more" if len(differing) > 5 else ""
+    folder = shlex.quote(where)
+    two = (
+        f"(cd {folder} && LC_ALL=C ls -d */) > FILE",
+        f"(cd {folder} && LC_ALL=C ls -dv */) > FILE",
+    )
+    if not Path(where).is_dir():
+        two = json.dumps(names, ensure_ascii=False), json.dumps(by_number, ensure_ascii=False)
+    raise UsageError(
+        f"the class index of {len(differing)} of {len(names)} names in {where} depends on how they "
+        f"are sorted, as text or by number, and {model.name} does not name its classes:\n    "
+        f"{shown}{more}",
+        fix="pass --class-map FILE, the names in the order of the network's training; as text, as "
+        f"torchvision and Keras sort them: {two[0]}; by number: {two[1]}",
+    )
 
 
-def _some(items: Sequence[str], limit: int = 5) -> str:
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts the numbers in names by their value."""
+    found = re.findall(r"([0-9]+)|([^0-9]+)", name)
+    return [(bool(number), int(number or 0), text) for number, text in found]
+
+
+def _counted_from_one(labels: Labels, classes: int) -> str:
+    """The fix for labels 1..K of a model with the classes 0..K-1."""
+    if not labels.size or labels.min() != 1 or labels.max() != classes:
+        return ""
+    text = f"a text of the numbers, one a line: seq 1 {classes} > FILE"
+    if classes <= _FEW:
+        text = f"this JSON: {json.dumps({str(n): n - 1 for n in range(1, classes + 1)})}"
+    return f"if they count from 1, pass --class-map FILE with {text}; else name them by class index"
+
+
+def _split_fix(names: Sequence[str], where: str) -> str:
+    """The flags for a folder of splits."""
+    first, *rest = sorted(names, key=lambda n: not n.lower().startswith("train"))
+    second = f" --validation-data {shlex.quote(f'{where}/{rest[0]}')}" if rest else ""
+    return f"pass --data {shlex.quote(f'{where}/{first}')}{second}"
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    return bool(names) and all(n.lower() in _SPLITS for n in names)
+
+
+def some(items: Sequence[str], limit: int = 5) -> str:
+    """A few of them, and how many more there are."""
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -44,6 +44,7 @@ class Samples:
                 found.append(f"{spec.source}: {spec.mapping}")
             if spec.unreadable:
                 found.append(f"{spec.source}: unreadable, left out: {', '.join(spec.unreadable)}")
+            found += [f"{spec.source}: {note}" for note in spec.notes]
         if self.shared_images:
             found.append(f"{self.shared_images} images are in both sets, as allowed")
         return tuple(dict.fromkeys(found))  # both sets often come from one source

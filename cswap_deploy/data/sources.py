@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from cswap_deploy.data.labels import PLAIN, Classes, ClassMapping
+from cswap_deploy.data.labels import PLAIN, Classes, ClassMapping, some
 from cswap_deploy.data.sets import Labels, Pixels
 from cswap_deploy.errors import UsageError
 from cswap_deploy.records.model import Preprocessing
 from cswap_deploy.runtime.preprocess import (
     PICTURE_SUFFIXES,
     UNREADABLE,
-    is_picture,
+    find_pictures,
+    is_hidden,
+    oddities,
+    open_picture,
     resize_and_crop,
 )
 
 DATA_FIX = "pass --data DIR (class folders), --data FILE.npz or --data hf:NAME[:split]"
 _ARRAYS_FIX = "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez"
 _FOLDER_FIX = "put the images of each class in a folder named by its index, synset or name"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image of the network's size."""
+
+    pixels: Pixels
+    """(H, W, C)."""
+    oddities: tuple[str, ...] = ()
+    """See :func:`~cswap_deploy.runtime.preprocess.oddities`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,40 +52,48 @@ class Source:
     """(N,) class indices of the model."""
     mapping: ClassMapping
     """Names of the data, where the labels came from names."""
-    read: Callable[[int], Pixels | str]
-    """(H, W, C) of the network's size, or why the image does not decode."""
+    read: Callable[[int], Decoded | str]
+    """The image, or why it does not decode."""
     describe: Callable[[int], str] = "image {}".format
     """Name of an image for messages."""
     broken: tuple[str, ...] = ()
     """Images that did not decode while the source was opened; not among ``labels``."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of it; see ``records.model.DataSpec``."""
 
 
-def decode(file: Path | IO[bytes], pre: Preprocessing) -> Pixels | str:
+def decode(file: Path | IO[bytes], pre: Preprocessing) -> Decoded | str:
     """Bring one picture to the network's size, or say in Pillow's words why it does not decode."""
     try:
-        with Image.open(file) as image:
-            return resize_and_crop(image, pre)
-    except UnidentifiedImageError:
-        return "no image format that Pillow knows"
+        with open_picture(file) as image:
+            odd = oddities(image, pre)
+            return Decoded(resize_and_crop(image, pre), odd)
     except UNREADABLE as err:
-        vague = isinstance(err, ValueError | TypeError | IndexError)
+        vague = isinstance(err, TypeError | IndexError)
         return f"{type(err).__name__}: {err}" if vague else str(err)
 
 
 def open_folder(root: Path, classes: Classes) -> Source:
     """List a folder of class folders; nothing is decoded yet.
 
+    Pictures at any depth below a class folder are of that class. Hidden files are passed over, and
+    what else is no picture is said in a note.
+
     Raises:
-        UsageError: There are no class folders with images, or a name cannot be mapped.
+        UsageError: There are no class folders with images, they cannot be listed, or a name cannot
+            be mapped.
     """
-    by_name: dict[str, list[Path]] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if files := sorted(path for path in folder.rglob("*") if is_picture(path)):
-            by_name[folder.name] = files
+    try:
+        found, others = _list(root)
+    except OSError as err:
+        raise UsageError(
+            f"cannot list {err.filename}: {err.strerror}", fix="let it be read, or remove it"
+        ) from err
+    by_name = {name: files for name, files in found.items() if files}
+    where = readable(str(root))
     if not by_name:
-        loose = sum(p.suffix.lower() in PICTURE_SUFFIXES for p in root.iterdir() if p.is_file())
-        what = f"{loose} images without class folders" if loose else "no class folders with images"
-        raise UsageError(f"{root} holds {what}", fix=_FOLDER_FIX)
+        raise UsageError(f"{where} holds {_what_there_is(others, root)}", fix=_FOLDER_FIX)
+    _check_depth(by_name, root)
     preprocessing = classes.model.preprocessing
     if preprocessing.input_size[0] not in (1, 3):
         raise UsageError(
@@ -79,14 +101,89 @@ def open_folder(root: Path, classes: Classes) -> Source:
             "do not have",
             fix="pass the images as an .npz file with an array 'images' (N, H, W, C) uint8",
         )
-    mapping = classes.map_names(list(by_name), where=str(root))
-    files = [file for found in by_name.values() for file in found]
-    labels = [mapping.indices[name] for name, found in by_name.items() for _ in found]
+    empty = [name for name in found if name not in by_name]
+    mapping = classes.map_names(list(by_name), where=where, empty=empty)
+    files = [file for of_class in by_name.values() for file in of_class]
+    labels = np.array(
+        [mapping.indices[name] for name, of_class in by_name.items() for _ in of_class],
+        dtype=np.int64,
+    )
+
+    def describe(index: int) -> str:
+        return readable(files[index].relative_to(root).as_posix())
+
     return Source(
-        str(root), np.array(labels, dtype=np.int64), mapping,
-        read=lambda i: decode(files[i], preprocessing),
-        describe=lambda i: files[i].relative_to(root).as_posix(),
+        where, labels, mapping, read=lambda i: decode(files[i], preprocessing), describe=describe,
+        notes=(
+            *_folder_notes(root, by_name, empty, others),
+            *classes.coverage(labels, mapping),
+        ),
     )  # fmt: skip
+
+
+def readable(name: str) -> str:
+    """A name as it can be shown, saved and compared: one spelling for each accented letter, and
+    bytes that are no text as escapes."""
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return unicodedata.normalize("NFC", text)
+
+
+def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The pictures of each class folder, and all other files there and beside them."""
+    inside = sorted(path for path in root.iterdir() if not is_hidden(path.name))
+    others = [path for path in inside if not path.is_dir()]
+    found: dict[str, list[Path]] = {}
+    for folder in filter(Path.is_dir, inside):
+        pictures, more = find_pictures(folder)
+        found.setdefault(readable(folder.name), []).extend(pictures)
+        others += more
+    return found, others
+
+
+def _what_there_is(others: Sequence[Path], root: Path) -> str:
+    """What stands in the place of class folders with images."""
+    loose = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in others if path.parent == root)
+    if loose:
+        return f"{loose} images without class folders"
+    names = [readable(path.relative_to(root).as_posix()) for path in others]
+    strange = f"; files that are no pictures by their names: {some(names)}" if names else ""
+    return f"no class folders with images{strange}"
+
+
+def _check_depth(by_name: dict[str, list[Path]], root: Path) -> None:
+    """Refuse a folder around the folder of class folders, as archives often leave one."""
+    if len(by_name) > 1:
+        return
+    ((name, files),) = by_name.items()
+    deeper = sorted({readable(path.relative_to(root).parts[1]) for path in files})
+    if len(deeper) > 1 and all(len(path.relative_to(root).parts) > 2 for path in files):
+        raise UsageError(
+            f"{readable(str(root))} holds the single folder {name}, with the folders "
+            f"{some(deeper)}: these are the classes, it seems",
+            fix=f"pass {readable(str(root / name))}",
+        )
+
+
+def _folder_notes(
+    root: Path, by_name: dict[str, list[Path]], empty: Sequence[str], others: Sequence[Path]
+) -> list[str]:
+    notes = []
+    if empty:
+        verb = "has" if len(empty) == 1 else "have"
+        notes.append(f"{len(empty)} of {len(by_name) + len(empty)} class folders {verb} no "
+                     f"pictures: {some(empty)}")  # fmt: skip
+    relative = [path.relative_to(root) for files in by_name.values() for path in files]
+    nested = sorted({readable(p.parent.as_posix()) for p in relative if len(p.parts) > 2})
+    if nested:
+        notes.append(f"pictures of folders within class folders are of the outer class: "
+                     f"{some(nested)}")  # fmt: skip
+    if others:
+        names = [readable(path.relative_to(root).as_posix()) for path in others]
+        notes.append(
+            f"{len(others)} file{'' if len(others) == 1 else 's'} left out, as no pictures by "
+            f"their names, not in a class folder, or broken links: {some(names)}"
+        )
+    return notes
 
 
 def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source:
@@ -114,11 +211,15 @@ def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source
     images = _checked_images(images, path, preprocessing)
     labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(images),):
-        raise UsageError(f"{path}: images {images.shape} and labels {labels.shape} do not match")
+        raise UsageError(
+            f"{path}: images {images.shape} and labels {labels.shape} do not match", fix=_ARRAYS_FIX
+        )
     indices, mapping = _class_indices(labels, classes, where=str(path))
     return Source(
-        name or str(path), indices, mapping, read=lambda i: _resized(images[i], preprocessing)
-    )
+        name or str(path), indices, mapping,
+        read=lambda i: Decoded(_resized(images[i], preprocessing)),
+        notes=tuple(classes.coverage(indices, mapping)),
+    )  # fmt: skip
 
 
 def _resized(image: Pixels, preprocessing: Preprocessing) -> Pixels:
@@ -157,13 +258,16 @@ def _checked_images(images: Pixels, path: Path, preprocessing: Preprocessing) ->
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:
-        raise UsageError(f"{path}: images have shape {images.shape}, (N, H, W, C) is wanted")
+        raise UsageError(
+            f"{path}: images have shape {images.shape}, (N, H, W, C) is wanted", fix=_ARRAYS_FIX
+        )
     channels, height, width = preprocessing.input_size
     fits = images.shape[1:] == (height, width, channels)
     if not fits and (images.shape[3] not in (1, 3, 4) or channels not in (1, 3)):
         hint = "; the channels come last" if images.shape[1] in (1, 3, 4) else ""
         raise UsageError(
             f"{path}: images have shape {images.shape}, (N, H, W, C) with 1, 3 or 4 channels "
-            f"is wanted, or (N, {height}, {width}, {channels}) exactly{hint}"
+            f"is wanted, or (N, {height}, {width}, {channels}) exactly{hint}",
+            fix="save images.transpose(0, 2, 3, 1)" if hint else _ARRAYS_FIX,
         )
     return images

@@ -107,7 +107,7 @@ def _load_demo(config: ModelConfig, seed: int) -> LoadedModel:
         class_names=demos.CLASS_NAMES,
         preprocessing=Preprocessing(
             input_size=size, mean=config.mean or demos.MEAN, std=config.std or demos.STD,
-            resize_shorter=size[1],
+            resize_shorter=size[1], exif_rotate=config.exif_rotate,
         ),
     )  # fmt: skip
 
@@ -144,7 +144,10 @@ def _require_preprocessing(config: ModelConfig) -> Preprocessing:
             f"{config.model} does not say how its pictures are prepared",
             fix=f"pass {' '.join(absent)}",
         )
-    return Preprocessing(input_size=size, mean=mean, std=std, resize_shorter=min(size[1:]))
+    return Preprocessing(
+        input_size=size, mean=mean, std=std, resize_shorter=min(size[1:]),
+        exif_rotate=config.exif_rotate,
+    )  # fmt: skip
 
 
 def _load_timm(config: ModelConfig, seed: int) -> LoadedModel:

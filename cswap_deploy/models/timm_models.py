@@ -173,6 +173,7 @@ def preprocessing(module: nn.Module, config: ModelConfig) -> Preprocessing:
         input_size=(channels, height, width), mean=mean, std=std,
         resize_shorter=int(min(height, width) / found["crop_pct"]),
         interpolation=interpolation if interpolation in ("bilinear", "nearest") else "bicubic",
+        exif_rotate=config.exif_rotate,
     )  # fmt: skip
 
 

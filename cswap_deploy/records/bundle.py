@@ -134,6 +134,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "preprocessing": manifest.model.preprocessing.model_dump(mode="json"),
         "targets": [_target(result) for result in manifest.targets],
         "files": {ref.path: ref.size_bytes for ref in manifest.files},
+        "doubts": list(manifest.doubts),
         "fallbacks": list(manifest.fallbacks),
     }
 

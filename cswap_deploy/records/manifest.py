@@ -10,6 +10,7 @@ from cswap_deploy.config import RatioOf
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
 from cswap_deploy.records.measurements import (
     AccuracyChange,
+    DenseCheck,
     Device,
     Latency,
     Parity,
@@ -57,6 +58,8 @@ class Manifest(Value):
     validation: DataSpec | None
     shared_images: int = 0
     """Images in both sets; above zero only where the user allowed it."""
+    dense_checks: tuple[DenseCheck, ...] = ()
+    """Whether the dense network was better than guessing; none for random weights."""
     ratio_effective: dict[RatioOf, float]
     dense: Size
     pruned: Size
@@ -77,6 +80,13 @@ class Manifest(Value):
     fallbacks: tuple[str, ...] = ()
     stages: dict[str, Literal["run", "reused"]] = Field(default_factory=dict)
     files: tuple[FileRef, ...] = ()
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why its accuracy says little: random weights, or a dense network that only guesses."""
+        if self.model.is_random:
+            return (f"the weights are {self.model.weights}: accuracy says nothing",)
+        return tuple(check.words for check in self.dense_checks if check.verdict != "above")
 
     @property
     def ratio_requested(self) -> float:

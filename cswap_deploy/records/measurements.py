@@ -84,6 +84,38 @@ class Accuracy(Value):
     images: int
 
 
+Verdict = Literal["above", "at", "few"]
+"""Top-1 against guessing: better, no better, or too few images to tell."""
+
+
+class DenseCheck(Value):
+    """The dense network's top-1 on the first images of a set, before anything is removed."""
+
+    part: Literal["calibration", "validation"]
+    right: int
+    """Images that it predicts right."""
+    images: int
+    classes: int
+    """Distinct labels among the images."""
+    verdict: Verdict
+    reordered: float | None = None
+    """Top-1 (fraction) with its classes in another order, where that says something."""
+
+    @property
+    def words(self) -> str:
+        """The check in a sentence."""
+        text = (
+            f"the dense network is right on {self.right} of {self.images} {self.part} images "
+            f"({self.right / self.images:.1%}), guessing among their {self.classes} classes on "
+            f"{1 / self.classes:.1%}"
+        )
+        if self.verdict == "few":
+            return f"{text}: too few images to tell the two apart"
+        if self.verdict == "at" and self.reordered is not None:
+            text += f"; with its classes in another order it would be right on {self.reordered:.1%}"
+        return text
+
+
 class AccuracyChange(Value):
     """Pruned against dense on the same images."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field
@@ -13,9 +14,10 @@ from cswap_deploy.runtime.outputs import Outputs
 class Preprocessing(Value):
     """From a decoded RGB (or grey) image to the network's input.
 
-    Resize the shorter side to ``resize_shorter`` pixels, crop the centre to ``input_size``, divide
-    by 255, subtract ``mean``, divide by ``std``. An image that already has the input's height and
-    width is neither resized nor cropped when ``resize_shorter`` equals that size.
+    Turn it by its EXIF orientation where ``exif_rotate`` says so, resize the shorter side to
+    ``resize_shorter`` pixels, crop the centre to ``input_size``, divide by 255, subtract ``mean``,
+    divide by ``std``. An image that already has the input's height and width is neither resized
+    nor cropped when ``resize_shorter`` equals that size.
     """
 
     input_size: tuple[int, int, int]
@@ -25,6 +27,8 @@ class Preprocessing(Value):
     resize_shorter: int
     """Pixels."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    exif_rotate: bool = False
+    """timm and torchvision do not turn pictures; some devices do."""
 
 
 class ModelSpec(Value):
@@ -46,6 +50,11 @@ class ModelSpec(Value):
     class_names: tuple[str, ...] = ()
     preprocessing: Preprocessing
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are not trained, and were asked to be that."""
+        return re.fullmatch(r"random \(seed -?\d+\)", self.weights) is not None
+
 
 class DataSpec(Value):
     """Which images were used: enough to tell whether two runs saw the same ones."""
@@ -63,3 +72,5 @@ class DataSpec(Value):
     """Folder or label name -> class index of the model, where names had to be mapped."""
     unreadable: tuple[str, ...] = ()
     """Files that did not decode and were left out."""
+    notes: tuple[str, ...] = ()
+    """What else to know: classes without images, files left out, how odd pictures were taken."""

@@ -45,6 +45,8 @@ def summary(manifest: Manifest) -> str:
         )
     if not scored(manifest):
         text += " Accuracy was not measured."
+    if any(check.verdict == "at" for check in manifest.dense_checks):
+        text += " The dense network is no better than guessing on these images."
     for r in manifest.targets:
         if r.latency is not None and r.dense_latency is not None:
             text += (
@@ -109,7 +111,7 @@ def _parity(manifest: Manifest) -> Tile:
 
 def warnings(manifest: Manifest) -> tuple[str, ...]:
     """What a reader must know before trusting the figures."""
-    out = []
+    out = [f"{doubt[0].upper()}{doubt[1:]}." for doubt in manifest.doubts]
     if manifest.shared_images:
         out.append(
             f"{manifest.shared_images:,} images are in both the calibration and the validation "

@@ -299,15 +299,18 @@ def _data(manifest: Manifest) -> Section | None:
         if data.class_indices:
             named = tuple(f"{name} = {index}" for name, index in sorted(data.class_indices.items()))
             text.append(f"Class indices of the {role} set: {c.some(named, 12)}.")
+    told = (f"{data.source}: {note}." for data in used.values() for note in data.notes)
+    text += dict.fromkeys(told)  # both sets often come from one source
     if len(used) == len(roles):
         both = manifest.shared_images
         text.append(f"{both:,} images are in both sets." if both else "No image is in both sets.")
     spec = manifest.model.preprocessing
+    turned = "turned by EXIF orientation, " if spec.exif_rotate else ""
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
     text.append(
-        f"Preprocessing: shorter side to {spec.resize_shorter} pixels ({spec.interpolation}), "
-        f"centre crop to {' x '.join(map(str, spec.input_size))} (C x H x W), mean ({mean}), "
-        f"standard deviation ({std})."
+        f"Preprocessing: {turned}shorter side to {spec.resize_shorter} pixels "
+        f"({spec.interpolation}), centre crop to {' x '.join(map(str, spec.input_size))} "
+        f"(C x H x W), mean ({mean}), standard deviation ({std})."
     )
     heads = "set | source | class mapping | sha256 | images | classes | unreadable"
     return section("Data", *text, tables=[table(heads, rows)])

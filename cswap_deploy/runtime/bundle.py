@@ -23,6 +23,7 @@ class Transform:
     std: tuple[float, ...]
     resize_shorter: int
     interpolation: str
+    exif_rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class DeviceBundle:
                 input_size=tuple(steps["input_size"]), mean=tuple(steps["mean"]),
                 std=tuple(steps["std"]), resize_shorter=steps["resize_shorter"],
                 interpolation=steps["interpolation"],
+                exif_rotate=steps.get("exif_rotate", False),  # manifests before it have none
             ),
             engines=tuple(_engine(result["engine"]) for result in told["targets"]),
             digests={ref["path"]: ref["sha256"] for ref in told["files"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,14 @@ from PIL import Image
 from cswap_deploy.errors import ArtifactError, MissingDependencyError, UsageError
 from cswap_deploy.runtime.bundle import DeviceBundle, EngineFile
 from cswap_deploy.runtime.outputs import to_logits, to_probabilities
-from cswap_deploy.runtime.preprocess import UNREADABLE, filled_up, normalise, resize_and_crop
+from cswap_deploy.runtime.preprocess import (
+    UNREADABLE,
+    filled_up,
+    normalise,
+    oddities,
+    open_picture,
+    resize_and_crop,
+)
 from cswap_deploy.runtime.session import Session
 from cswap_deploy.runtime.tensorrt_session import MODULES, TensorRtSession
 
@@ -39,6 +47,9 @@ class Classifier:
         self, bundle: DeviceBundle, session: Session, target: str, notes: Sequence[str] = ()
     ) -> None:
         self.bundle, self.target, self.notes = bundle, target, tuple(notes)
+        self.oddities: Counter[str] = Counter()
+        """What a user may want to know of how pictures were taken -> how many; see
+        :func:`~cswap_deploy.runtime.preprocess.oddities`."""
         self._session = session
 
     @classmethod
@@ -91,11 +102,15 @@ class Classifier:
         """
         try:
             if isinstance(picture, Image.Image):
-                return resize_and_crop(picture, self.bundle.transform)
-            with Image.open(picture) as opened:
-                return resize_and_crop(opened, self.bundle.transform)
+                return self._prepared(picture)
+            with open_picture(picture) as opened:
+                return self._prepared(opened)
         except UNREADABLE as err:
             raise UsageError(f"cannot read {picture}: {err}") from err
+
+    def _prepared(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
+        self.oddities.update(oddities(picture, self.bundle.transform))
+        return resize_and_crop(picture, self.bundle.transform)
 
     def logits(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Run one batch of pictures from :meth:`prepare`: (N, H, W, C) -> (N, classes).

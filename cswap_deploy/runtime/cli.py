@@ -102,25 +102,36 @@ def _run(options: argparse.Namespace) -> int:
                 print(file)
                 for guess in guesses:
                     print(f"  {100 * guess.probability:6.2f} %  {guess.name}")
+    for what, count in classifier.oddities.items():
+        print(f"note: {count} of {len(files)} pictures {what}", file=sys.stderr)
     if seen:
-        try:
-            np.save(options.save_input, normalise(np.stack(seen), classifier.bundle.transform))
-        except OSError as err:
-            raise UsageError(f"cannot write {options.save_input}: {err.strerror or err}") from err
+        _save(options.save_input, normalise(np.stack(seen), classifier.bundle.transform))
     if options.json:
         told = {"target": classifier.target, "provider": classifier.provider}
         print(json.dumps(told | {"images": results, "unreadable": failed}))
     return UsageError.exit_code if failed else 0
 
 
+def _save(path: Path, images: Any) -> None:
+    import numpy as np
+
+    try:
+        np.save(path, images)
+    except OSError as err:
+        raise UsageError(f"cannot write {path}: {err.strerror or err}") from err
+
+
 def _pictures(given: Sequence[Path]) -> list[Path]:
     """Files as they are; of a folder its pictures, at any depth, sorted."""
-    from cswap_deploy.runtime.preprocess import PICTURE_SUFFIXES, is_picture
+    from cswap_deploy.runtime.preprocess import PICTURE_SUFFIXES, find_pictures
 
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if is_picture(p))
+            try:
+                inside, _ = find_pictures(path)
+            except OSError as err:
+                raise UsageError(f"cannot list {err.filename}: {err.strerror}") from err
             if not inside:
                 kinds = ", ".join(sorted(PICTURE_SUFFIXES))
                 raise UsageError(f"{path} holds no pictures ({kinds})")

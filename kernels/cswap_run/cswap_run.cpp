@@ -145,6 +145,7 @@ struct Bundle { // what this program needs of manifest.json
   std::string sha256, version, device;
   Shape input;
   std::size_t resize_shorter;
+  bool exif_rotate;
   std::vector<float> mean, std;
   std::vector<std::string> class_names;
   bool gives_probabilities; // its softmax is part of the network
@@ -189,6 +190,7 @@ Bundle parseManifest(const nlohmann::json &manifest, const fs::path &folder) {
   bundle.input = {size.at(0).get<std::size_t>(), size.at(1).get<std::size_t>(),
                   size.at(2).get<std::size_t>()};
   bundle.resize_shorter = pre.at("resize_shorter").get<std::size_t>();
+  bundle.exif_rotate = pre.value("exif_rotate", false);
   bundle.mean = pre.at("mean").get<std::vector<float>>();
   bundle.std = pre.at("std").get<std::vector<float>>();
   bundle.class_names = model.value("class_names", std::vector<std::string>());
@@ -251,7 +253,7 @@ std::string howToPrepare(const Bundle &bundle, const std::string &name) {
           : size;
   const std::string stem = fs::path(name).stem().string();
   const bool grey = bundle.input.channels == 1;
-  return "convert " + name + " -resize '" + resized + "^' -gravity center -extent " + size +
+  return "convert " + name + (bundle.exif_rotate ? " -auto-orient" : "") + " -resize '" + resized + "^' -gravity center -extent " + size +
          (grey ? " -colorspace Gray" : "") + " -depth 8 " + stem + "-" + size +
          (grey ? ".pgm" : ".ppm") +
          ", or, for the very pixels that the network was measured on: cswap-run BUNDLE " + name +

@@ -371,3 +371,17 @@ def test_an_effect_with_its_interval() -> None:
 )
 def test_divergences_have_two_digits(value: float, text: str) -> None:
     assert cells.nats(value) == text
+
+
+def test_the_images_are_described_with_what_is_odd_about_them() -> None:
+    manifest = made_up_manifest()
+    note = "2 of the 10 classes of demo-resnet have no images: 3, 4"
+    both = {
+        role: getattr(manifest, role).model_copy(update={"notes": (note,), "source": "photos"})
+        for role in ("calibration", "validation")
+    }
+    steps = manifest.model.preprocessing.model_copy(update={"exif_rotate": True})
+    model = manifest.model.model_copy(update={"preprocessing": steps})
+    said = render_markdown(manifest.model_copy(update={**both, "model": model}), made_up_plan())
+    assert said.count(f"photos: {note}.") == 1
+    assert "Preprocessing: turned by EXIF orientation, shorter side to 28 pixels" in said

@@ -510,6 +510,10 @@ def test_a_picture_of_another_size(cswap_run: Runner, bundle: Path, tmp_path: Pa
         "wide-6x4.ppm,",
         "cswap-run BUNDLE wide.ppm --save-input wide.npy",
     )
+    told = json.loads((bundle / "manifest.json").read_text())
+    told["model"]["preprocessing"]["exif_rotate"] = True
+    (bundle / "manifest.json").write_text(json.dumps(told))
+    refused(cswap_run(bundle, "wide.ppm"), 2, "fix: convert wide.ppm -auto-orient -resize '6x4^'")
 
 
 @pytest.mark.parametrize(
