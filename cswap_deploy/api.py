@@ -64,10 +64,9 @@ class Bundle:
     def _dense(self, architecture: nn.Module | None) -> nn.Module:
         from cswap_deploy.errors import UsageError
         from cswap_deploy.models.load import fresh_module
-        from cswap_deploy.models.plain import plain
 
         if architecture is not None:
-            return plain(architecture)[0]
+            return architecture
         spec = self.manifest.model
         if spec.source == "factory" and ":" not in spec.name:
             raise UsageError(

@@ -30,7 +30,6 @@ from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, 
 from cswap_deploy.measure.evaluate import Evaluation, Predictions
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
-from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
 from cswap_deploy.network.outputs import FEW, outputs_of
@@ -211,8 +210,8 @@ class PrunedFiles:
 
     def module(self, run: Run) -> nn.Module:
         """The pruned network, made from the dense architecture, the plan and the weights."""
-        dense, example = copied(run.loaded.module), run.calibration.images[:2]
-        return load_pruned(self.folder / WEIGHTS, self.plan, dense, example)
+        example = run.calibration.images[:2]
+        return load_pruned(self.folder / WEIGHTS, self.plan, run.loaded.module, example)
 
 
 def prune(run: Run) -> PrunedFiles:

@@ -33,7 +33,7 @@ from cswap_deploy.causal.experiment import Experiment, not_finite
 from cswap_deploy.causal.interventions import AblationValue, stack
 from cswap_deploy.causal.masked_forward import MaskedForward
 from cswap_deploy.network.graph import Env, Graph
-from cswap_deploy.network.nodes import bytes_of, input_of
+from cswap_deploy.network.nodes import batch_dim, bytes_of, input_of
 from cswap_deploy.network.units import Group, channel_dim
 
 DIRECTIONS = 2
@@ -82,11 +82,13 @@ def estimate_effects(
         if len(units)
     ]
     readers = [
-        {node: _Reader(graph, layer, values) for node, layer, values in forward.consumers}
+        {node: _Reader(graph, node, layer, values) for node, layer, values in forward.consumers}
         for forward in forwards
     ]
     kept = sum(map(bytes_of, graph.nodes))  # by a backward pass, about
     count = max(1, min(_MOST_IMAGES, experiment.budget.total // (2 * kept)))
+    if any(batch_dim(node) is None for of in readers for node in of):
+        count = 1  # what all images share shows no image's own gradient
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in forwards]
     parts = (torch.split(values, count) for values in (experiment.images, experiment.labels))
     for images, labels in zip(*parts, strict=True):
@@ -116,7 +118,7 @@ def _estimate_part(
     if not torch.isfinite(logits).all():
         raise not_finite(graph, images)
     residuals = [
-        {node: reader.residuals(inputs[node].detach()) for node, reader in of.items()}
+        {node: reader.residuals(inputs[node].detach(), len(images)) for node, reader in of.items()}
         for of in readers
     ]
     changes = []
@@ -136,13 +138,16 @@ def _estimate_part(
 class _Reader:
     """A consumer, and the ablation value of each unit that it reads."""
 
-    def __init__(self, graph: Graph, layer: str, values: list[AblationValue]) -> None:
+    def __init__(
+        self, graph: Graph, node: fx.Node, layer: str, values: list[AblationValue]
+    ) -> None:
         self._dim = channel_dim(graph.layer(layer))
+        self._batch = batch_dim(node) or 0
         self._values = stack(values)
 
-    def residuals(self, x: Tensor) -> Tensor:
+    def residuals(self, x: Tensor, images: int) -> Tensor:
         """(N, ...) input -> (N, positions, U * b): ``a_B - A a - c`` of every unit."""
-        rows = self._rows(x)
+        rows = self._rows(x, images)
         found = rows[..., self._values.index.flatten()]
         if self._values.weights is not None:
             found = found - rows @ self._values.weights.T
@@ -153,14 +158,14 @@ class _Reader:
     def changes(self, gradient: Tensor, residuals: Tensor) -> Tensor:
         """(U, N): the derivative along ``gradient``, that of the input, of each unit's change."""
         index = self._values.index
-        rows = self._rows(gradient)[..., index.flatten()]
+        rows = self._rows(gradient, len(residuals))[..., index.flatten()]
         each = torch.einsum("npu,npu->un", rows, residuals).double()
         return -each.view(*index.shape, -1).sum(1)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, images: int) -> Tensor:
         """(N, positions, I)."""
-        rows = x.movedim(self._dim, -1)
-        return rows.reshape(len(rows), -1, rows.shape[-1])
+        rows = x.movedim((self._batch, self._dim), (0, -1))
+        return rows.reshape(images, -1, rows.shape[-1])
 
 
 def _forward(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, PruneError
-from cswap_deploy.models.plain import copied
+from cswap_deploy.models.plain import copied, plain
 from cswap_deploy.network.graph import trace
 from cswap_deploy.network.groups import by_itself, find_groups
 from cswap_deploy.network.units import (
@@ -185,7 +185,7 @@ def load_pruned(weights: Path, plan: PrunePlan, dense: nn.Module, example: Tenso
     Args:
         weights: A safetensors file that :func:`contiguous_state` filled.
         plan: What the network keeps.
-        dense: The dense architecture, any weights; shrunk in place.
+        dense: The dense architecture, any weights; not changed.
         example: (N, C, H, W), any values.
 
     Raises:
@@ -193,7 +193,9 @@ def load_pruned(weights: Path, plan: PrunePlan, dense: nn.Module, example: Tenso
     """
     from safetensors.torch import load_file
 
-    module = apply_plan(plan, dense, example) if plan.groups else dense
+    module, _ = plain(dense)
+    if plan.groups:
+        apply_plan(plan, module, example)
     try:
         module.load_state_dict(load_file(weights), strict=True)
     except RuntimeError as err:
