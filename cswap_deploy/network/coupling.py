@@ -211,13 +211,14 @@ class Coupling:
         """Which labels leave together, once everything was followed."""
         while True:
             together = self._together()
+            known = self._without_blocked(together)
             before = len(self._links), len(self._blocked)
-            if not self._decide_open(together, last=False):
-                self._close_boxes(together)
+            if not self._decide_open(known, last=False):
+                self._close_boxes(known)
             if (len(self._links), len(self._blocked)) == before:
                 if not self._open:
                     break
-                self._decide_open(together, last=True)
+                self._decide_open(known, last=True)
         reasons: dict[int, str] = {}
         for labels, reason in self._blocked:
             for unit in torch.unique(together[labels]).tolist():
@@ -236,6 +237,13 @@ class Coupling:
         _, found = connected_components(graph, directed=False)
         _, first, number = np.unique(found, return_index=True, return_inverse=True)
         return torch.from_numpy(first[number])
+
+    def _without_blocked(self, together: Tensor) -> Tensor:
+        """The same, with what is blocked as fixed as what never had a label."""
+        blocked = torch.zeros(self._count, dtype=torch.bool)
+        for labels, _ in self._blocked:
+            blocked[together[labels]] = True
+        return torch.where(blocked[together], FIXED, together)
 
     def _decide_open(self, together: Tensor, *, last: bool) -> bool:
         """Couple the pairs that are aligned now; whether there were any."""
