@@ -36,11 +36,15 @@ def refused(root: Path, classes: int, **more: Any) -> UsageError:
 def test_names_whose_order_depends_on_how_they_are_sorted(tmp_path: Path) -> None:
     names = [f"class_{n}" for n in range(1, 11)]
     root = folder(tmp_path / "my photos", names, each=3)
+    (root / "__MACOSX").mkdir()
     err = refused(root, 10)
     said = str(err)
     assert f"the class index of 9 of 10 names in {root} depends on how they are sorted" in said
     assert "net does not name its classes" in said
-    for line in ("1 or 9: class_10", "2 or 1: class_2", "5 or 4: class_5", "and 4 more"):
+    for line in (
+        "class_10: 1 as text, 9 by number", "class_2: 2 as text, 1 by number",
+        "class_5: 5 as text, 4 by number", "and 4 more",
+    ):  # fmt: skip
         assert f"\n    {line}\n" in said
     assert str(err.fix).startswith("pass --class-map FILE")
     # Each of the two commands of the fix makes a class map that works.
@@ -115,6 +119,8 @@ def test_many_labels_that_count_from_one(tmp_path: Path) -> None:
     file = npz(tmp_path / "a.npz", count=90, labels=np.arange(90) % 30 + 1)
     err = refused(file, 30)
     assert "a text of the numbers, one a line: seq 1 30 > FILE" in str(err.fix)
+    some = npz(tmp_path / "c.npz", count=40, labels=np.arange(40) % 20 + 11)  # 11 to 30
+    assert "if they count from 1" in str(refused(some, 30).fix)
     (tmp_path / "map").write_text("\n".join(map(str, range(1, 31))))
     got = draw(file, spec(classes=30), 40, class_map=tmp_path / "map")
     assert sorted(set(got.calibration.labels.tolist())) == list(range(30))
