@@ -289,6 +289,18 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         assert json.loads(made.model_dump_json())["classes"] == 2
 
 
+def test_a_path_that_is_no_text_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    root = os.fsencode(folder(tmp_path / "data", ["0", "1"]))
+    os.rename(root, root + b"\xff")
+    name = os.fsdecode(root + b"\xff")
+    with pytest.raises(
+        UsageError, match=r"data\\udcff is no UTF-8.*\n  fix: rename the folder, or"
+    ):
+        draw(name, spec())
+    (tmp_path / "link").symlink_to(name)
+    assert draw(tmp_path / "link", spec()).calibration.spec.count == 4
+
+
 def test_a_zero_byte_picture_is_called_that(tmp_path: Path) -> None:
     root = folder(tmp_path, ["0", "1"], each=60)
     (root / "1" / "7.png").write_bytes(b"")
