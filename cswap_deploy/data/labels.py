@@ -70,14 +70,14 @@ class Classes:
         """
         names, model = sorted(names), self.model
         if self.class_map is not None:
-            absent = [n for n in names if n not in self.class_map]
+            absent = [n for n in names if composed(n) not in self.class_map]
             if absent:
                 raise UsageError(
                     f"{len(absent)} of {len(names)} names in {where} are not in the class map: "
                     f"{some(absent)}",
                     fix=CLASS_MAP_FIX,
                 )
-            given = {n: self.class_map[n] for n in names}
+            given = {n: self.class_map[composed(n)] for n in names}
             return ClassMapping(given, "class map given by the user")
         known = _known_names(model)
         if _are_splits(names) and not any(_key(n) in known for n in names):
@@ -233,7 +233,7 @@ def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
             f"the classes of {model.name}: {some([f'{k}: {v}' for k, v in wrong.items()])}",
             fix=f"give each name an index from 0 to {model.num_classes - 1}",
         )
-    return {unicodedata.normalize("NFC", name): index for name, index in loaded.items()}
+    return {composed(name): index for name, index in loaded.items()}
 
 
 def _known_names(model: ModelSpec) -> dict[str, set[int]]:
@@ -286,7 +286,12 @@ def _by_name(
 
 def _key(name: str) -> str:
     """Case, blanks, dashes and underscores do not matter."""
-    return re.sub(r"[\s_\-]+", " ", name).strip().lower()
+    return re.sub(r"[\s_\-]+", " ", composed(name)).strip().lower()
+
+
+def composed(name: str) -> str:
+    """A name in one of the spellings that Unicode has for accented letters, to compare it."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _check_order(names: list[str], where: str, model: ModelSpec) -> None:

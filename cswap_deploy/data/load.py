@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ import numpy as np
 from cswap_deploy.config import DataConfig
 from cswap_deploy.data.draw import Drawer, Request
 from cswap_deploy.data.hub import open_hub, open_imagenet
-from cswap_deploy.data.labels import Classes, check_classes, read_class_map
+from cswap_deploy.data.labels import Classes, check_classes, composed, read_class_map
 from cswap_deploy.data.sampling import split_counts, split_shares
 from cswap_deploy.data.sets import ImageSet, Samples, image_digest
 from cswap_deploy.data.sources import DATA_FIX, Source, open_folder, open_npz, readable
@@ -81,7 +80,7 @@ def _open(
         )
     given = read_class_map(config.class_map, model) if config.class_map is not None else None
     classes = Classes(model, given)
-    if readable(data) != unicodedata.normalize("NFC", data):
+    if readable(data) != composed(data):
         raise UsageError(
             f"the path {readable(data)} is no UTF-8, so the manifest cannot name it",
             fix="rename the folder, or pass a link to it",

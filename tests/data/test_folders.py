@@ -275,6 +275,14 @@ def test_names_of_every_spelling(tmp_path: Path) -> None:
     assert got.calibration.spec.class_indices == {composed: 2, "日本 語": 0, "b ö s": 1}
 
 
+def test_labels_of_every_spelling(tmp_path: Path) -> None:
+    file = npz(tmp_path / "a.npz", labels=np.array(["cafe\u0301", "tea"] * 20))
+    assert draw(file, spec(classes=2, names=("caf\u00e9", "tea"))).calibration.spec.classes == 2
+    (tmp_path / "map").write_text("tea\ncafe\u0301\n")
+    got = draw(file, spec(classes=2), class_map=tmp_path / "map").calibration.spec
+    assert sorted(got.class_indices.values()) == [0, 1]
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", ["a", "b"], each=3)
     for name in (b"caf\xe8", b"caf\xe9"):
