@@ -35,7 +35,7 @@ from cswap_deploy.records.measurements import Latency
 from cswap_deploy.records.value import canonical_json
 from cswap_deploy.runtime.bundle import DeviceBundle, Transform
 from cswap_deploy.runtime.classifier import ONNX_TARGETS, load_engine
-from cswap_deploy.runtime.preprocess import normalise, resize_and_crop
+from cswap_deploy.runtime.preprocess import normalise, open_picture, resize_and_crop
 from cswap_deploy.runtime.session import Floats, Session
 from cswap_deploy.targets import get_target
 
@@ -96,7 +96,7 @@ def pictures(folder: Path | None, transform: Transform, count: int) -> Floats:
         with np.load(IMAGES["validation"]) as arrays:
             found = [Image.fromarray(pixels[..., 0]) for pixels in arrays["images"][:count]]
     else:
-        found = [Image.open(path) for path in sorted(folder.iterdir())[:count]]
+        found = [open_picture(path) for path in sorted(folder.iterdir())[:count]]
     return normalise(np.stack([resize_and_crop(p, transform) for p in found]), transform)
 
 

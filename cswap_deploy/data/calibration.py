@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cswap_deploy.config import DataConfig, ModelConfig
-from cswap_deploy.data.labels import check_classes, check_range
+from cswap_deploy.data.labels import are_from_one, check_classes, check_range
 from cswap_deploy.data.load import load_calibration
 from cswap_deploy.data.sampling import balanced_sample, take_balanced
 from cswap_deploy.data.sets import ImageSet, Labels
@@ -153,10 +153,10 @@ class _Network:
                 fix="bring them to one size",
             )
         labels = labels.astype(np.int64)
-        check_range(
-            labels, self.classes, where="the calibration data", name=self.name,
-            fix="pass the network's class indices",
-        )  # fmt: skip
+        fix = "pass the network's class indices"
+        if are_from_one(labels, self.classes):
+            fix += ": labels - 1, if they count from 1"
+        check_range(labels, self.classes, where="the calibration data", name=self.name, fix=fix)
         return images, labels
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from cswap_deploy.data.sets import Labels
 from cswap_deploy.errors import UsageError
 from cswap_deploy.records.model import ModelSpec
+from cswap_deploy.runtime.preprocess import is_hidden
 
 _SYNSET = re.compile(r"n\d{8}")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
@@ -69,14 +70,14 @@ class Classes:
         """
         names, model = sorted(names), self.model
         if self.class_map is not None:
-            absent = [n for n in names if n not in self.class_map]
+            absent = [n for n in names if composed(n) not in self.class_map]
             if absent:
                 raise UsageError(
                     f"{len(absent)} of {len(names)} names in {where} are not in the class map: "
                     f"{some(absent)}",
                     fix=CLASS_MAP_FIX,
                 )
-            given = {n: self.class_map[n] for n in names}
+            given = {n: self.class_map[composed(n)] for n in names}
             return ClassMapping(given, "class map given by the user")
         known = _known_names(model)
         if _are_splits(names) and not any(_key(n) in known for n in names):
@@ -208,7 +209,9 @@ def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        lines = [line.removesuffix("/") for line in text.splitlines() if line.strip()]
+        listed = (line for line in text.splitlines() if line.strip())
+        # What systems leave beside class folders is listed with them.
+        lines = [n.removesuffix("/") for n in listed if not (n[-1] == "/" and is_hidden(n[:-1]))]
         loaded = json.loads(text) if text.lstrip()[:1] in ("{", "[") else lines
     except (OSError, ValueError) as err:
         raise UsageError(f"cannot read the class map {path}: {err}", fix=CLASS_MAP_FIX) from err
@@ -230,7 +233,7 @@ def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
             f"the classes of {model.name}: {some([f'{k}: {v}' for k, v in wrong.items()])}",
             fix=f"give each name an index from 0 to {model.num_classes - 1}",
         )
-    return {unicodedata.normalize("NFC", name): index for name, index in loaded.items()}
+    return {composed(name): index for name, index in loaded.items()}
 
 
 def _known_names(model: ModelSpec) -> dict[str, set[int]]:
@@ -283,7 +286,12 @@ def _by_name(
 
 def _key(name: str) -> str:
     """Case, blanks, dashes and underscores do not matter."""
-    return re.sub(r"[\s_\-]+", " ", name).strip().lower()
+    return re.sub(r"[\s_\-]+", " ", composed(name)).strip().lower()
+
+
+def composed(name: str) -> str:
+    """A name in one of the spellings that Unicode has for accented letters, to compare it."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _check_order(names: list[str], where: str, model: ModelSpec) -> None:
@@ -292,7 +300,9 @@ def _check_order(names: list[str], where: str, model: ModelSpec) -> None:
     if by_number == names:
         return
     differing = [n for n in names if names.index(n) != by_number.index(n)]
-    shown = "\n    ".join(f"{names.index(n)} or {by_number.index(n)}: {n}" for n in differing[:5])
+    shown = "\n    ".join(
+        f"{n}: {names.index(n)} as text, {by_number.index(n)} by number" for n in differing[:5]
+    )
     more = f"\n    and {len(differing) - 5} more" if len(differing) > 5 else ""
     folder = shlex.quote(where)
     two = (
@@ -303,7 +313,7 @@ def _check_order(names: list[str], where: str, model: ModelSpec) -> None:
         two = json.dumps(names, ensure_ascii=False), json.dumps(by_number, ensure_ascii=False)
     raise UsageError(
         f"the class index of {len(differing)} of {len(names)} names in {where} depends on how they "
-        f"are sorted, as text or by number, and {model.name} does not name its classes:\n    "
+        f"are sorted, and {model.name} does not name its classes:\n    "
         f"{shown}{more}",
         fix="pass --class-map FILE, the names in the order of the network's training; as text, as "
         f"torchvision and Keras sort them: {two[0]}; by number: {two[1]}",
@@ -316,9 +326,14 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(bool(number), int(number or 0), text) for number, text in found]
 
 
+def are_from_one(labels: Labels, classes: int) -> bool:
+    """Whether labels seem to be 1..K where the model has the classes 0..K-1."""
+    return bool(labels.size and labels.min() >= 1 and labels.max() == classes)
+
+
 def _counted_from_one(labels: Labels, classes: int) -> str:
     """The fix for labels 1..K of a model with the classes 0..K-1."""
-    if not labels.size or labels.min() != 1 or labels.max() != classes:
+    if not are_from_one(labels, classes):
         return ""
     text = f"a text of the numbers, one a line: seq 1 {classes} > FILE"
     if classes <= _FEW:

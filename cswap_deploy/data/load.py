@@ -11,10 +11,10 @@ import numpy as np
 from cswap_deploy.config import DataConfig
 from cswap_deploy.data.draw import Drawer, Request
 from cswap_deploy.data.hub import open_hub, open_imagenet
-from cswap_deploy.data.labels import Classes, check_classes, read_class_map
+from cswap_deploy.data.labels import Classes, check_classes, composed, read_class_map
 from cswap_deploy.data.sampling import split_counts, split_shares
 from cswap_deploy.data.sets import ImageSet, Samples, image_digest
-from cswap_deploy.data.sources import DATA_FIX, Source, open_folder, open_npz
+from cswap_deploy.data.sources import DATA_FIX, Source, open_folder, open_npz, readable
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.demos import IMAGES
 from cswap_deploy.progress import Phases
@@ -80,6 +80,11 @@ def _open(
         )
     given = read_class_map(config.class_map, model) if config.class_map is not None else None
     classes = Classes(model, given)
+    if readable(data) != composed(data):
+        raise UsageError(
+            f"the path {readable(data)} is no UTF-8, so the manifest cannot name it",
+            fix="rename the folder, or pass a link to it",
+        )
     if data.startswith("hf:"):
         return open_hub(data[3:], classes, request, wanted=wanted)
     path = Path(data).expanduser()

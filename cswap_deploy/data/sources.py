@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cswap_deploy.data.labels import PLAIN, Classes, ClassMapping, some
+from cswap_deploy.data.labels import PLAIN, Classes, ClassMapping, composed, some
 from cswap_deploy.data.sets import Labels, Pixels
 from cswap_deploy.errors import UsageError
 from cswap_deploy.records.model import Preprocessing
@@ -125,7 +124,7 @@ def readable(name: str) -> str:
     """A name as it can be shown, saved and compared: one spelling for each accented letter, and
     bytes that are no text as escapes."""
     text = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    return unicodedata.normalize("NFC", text)
+    return composed(text)
 
 
 def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:

@@ -11,7 +11,7 @@ from torch import nn
 from cswap_deploy.config import Config
 from cswap_deploy.data import ImageSet, Samples
 from cswap_deploy.data.load import Part
-from cswap_deploy.errors import StageError, UsageError
+from cswap_deploy.errors import UsageError
 from cswap_deploy.measure.accuracy import predict
 from cswap_deploy.measure.evaluate import EVALUATION_BATCH, torch_run
 from cswap_deploy.models.load import LoadedModel
@@ -61,8 +61,8 @@ def check_labels(
         if check.verdict == "at" and not config.data.allow_chance:
             raise UsageError(
                 f"{check.words}.\n  This is what labels in another class order look like (here: "
-                f"{images.spec.mapping}), or another --mean and --std than in training, or wrong "
-                f"weights (here: {spec.weights})",
+                f"{images.spec.mapping.partition('; ')[0]}), or another --mean and --std than in "
+                f"training, or wrong weights (here: {spec.weights})",
                 fix="pass the class order with --class-map FILE, the --mean and --std of the "
                 "training, the right --checkpoint; or --allow-chance to go on all the same",
             )
@@ -90,12 +90,16 @@ def check_dense(
         batch: Largest batch (samples) that the network is given.
 
     Returns:
-        None where a logit is not finite: the prune stage names the layer.
+        None where the network fails or gives no (N, classes) logits, all finite: the stages after
+        this one say what is wrong with it, and where.
     """
     try:
-        predicted = predict(torch_run(module), images, batch=batch).argmax(1)
-    except StageError:
+        logits = predict(torch_run(module), images, batch=batch)
+    except Exception:  # noqa: BLE001 - the user's code may raise anything
         return None
+    if logits.ndim != 2 or len(logits) != len(labels):
+        return None
+    predicted = logits.argmax(1)
     classes = len(np.unique(labels))
     right = int((predicted == labels).sum())
     return DenseCheck(

@@ -7,6 +7,7 @@ to stderr.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit codes are those of ``cswap-deploy``."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         code = _run(options)
         sys.stdout.flush()

@@ -167,7 +167,7 @@ BROKEN[3, 1, 2, 2] = np.nan
         ((X, LABELS[:-1]), r"labels have shape \(19,\) and type int64 for 20", "class indices"),
         ((X, np.eye(4)[LABELS]), r"labels have shape \(20, 4\)", r"labels.argmax\(1\)"),
         ((X, LABELS / 2), "type float64 for 20 images", "class indices"),
-        ((X, LABELS + 1), r"out of range in .*: 4; mine has 4 classes, 0\.\.3", "class indices"),
+        ((X, LABELS + 1), r"out of range in .*: 4; mine has 4 classes, 0\.\.3", "indices: labels"),
         ((X, LABELS - 1), "out of range in the calibration data: -1", "class indices"),
         ((X, LABELS * 0), "has 20 images, all of class 0: effects are", "images of all classes"),
         ((X[:1], LABELS[:1]), "has 1 image, all of class 0", "images of all classes"),

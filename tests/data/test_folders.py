@@ -36,11 +36,15 @@ def refused(root: Path, classes: int, **more: Any) -> UsageError:
 def test_names_whose_order_depends_on_how_they_are_sorted(tmp_path: Path) -> None:
     names = [f"class_{n}" for n in range(1, 11)]
     root = folder(tmp_path / "my photos", names, each=3)
+    (root / "__MACOSX").mkdir()
     err = refused(root, 10)
     said = str(err)
     assert f"the class index of 9 of 10 names in {root} depends on how they are sorted" in said
     assert "net does not name its classes" in said
-    for line in ("1 or 9: class_10", "2 or 1: class_2", "5 or 4: class_5", "and 4 more"):
+    for line in (
+        "class_10: 1 as text, 9 by number", "class_2: 2 as text, 1 by number",
+        "class_5: 5 as text, 4 by number", "and 4 more",
+    ):  # fmt: skip
         assert f"\n    {line}\n" in said
     assert str(err.fix).startswith("pass --class-map FILE")
     # Each of the two commands of the fix makes a class map that works.
@@ -115,6 +119,8 @@ def test_many_labels_that_count_from_one(tmp_path: Path) -> None:
     file = npz(tmp_path / "a.npz", count=90, labels=np.arange(90) % 30 + 1)
     err = refused(file, 30)
     assert "a text of the numbers, one a line: seq 1 30 > FILE" in str(err.fix)
+    some = npz(tmp_path / "c.npz", count=40, labels=np.arange(40) % 20 + 11)  # 11 to 30
+    assert "if they count from 1" in str(refused(some, 30).fix)
     (tmp_path / "map").write_text("\n".join(map(str, range(1, 31))))
     got = draw(file, spec(classes=30), 40, class_map=tmp_path / "map")
     assert sorted(set(got.calibration.labels.tolist())) == list(range(30))
@@ -269,6 +275,14 @@ def test_names_of_every_spelling(tmp_path: Path) -> None:
     assert got.calibration.spec.class_indices == {composed: 2, "日本 語": 0, "b ö s": 1}
 
 
+def test_labels_of_every_spelling(tmp_path: Path) -> None:
+    file = npz(tmp_path / "a.npz", labels=np.array(["cafe\u0301", "tea"] * 20))
+    assert draw(file, spec(classes=2, names=("caf\u00e9", "tea"))).calibration.spec.classes == 2
+    (tmp_path / "map").write_text("tea\ncafe\u0301\n")
+    got = draw(file, spec(classes=2), class_map=tmp_path / "map").calibration.spec
+    assert sorted(got.class_indices.values()) == [0, 1]
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", ["a", "b"], each=3)
     for name in (b"caf\xe8", b"caf\xe9"):
@@ -281,6 +295,18 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert told
     for made in (got.calibration.spec, got.validation.spec):
         assert json.loads(made.model_dump_json())["classes"] == 2
+
+
+def test_a_path_that_is_no_text_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    root = os.fsencode(folder(tmp_path / "data", ["0", "1"]))
+    os.rename(root, root + b"\xff")
+    name = os.fsdecode(root + b"\xff")
+    with pytest.raises(
+        UsageError, match=r"data\\udcff is no UTF-8.*\n  fix: rename the folder, or"
+    ):
+        draw(name, spec())
+    (tmp_path / "link").symlink_to(name)
+    assert draw(tmp_path / "link", spec()).calibration.spec.count == 4
 
 
 def test_a_zero_byte_picture_is_called_that(tmp_path: Path) -> None:

@@ -112,13 +112,25 @@ def test_another_order_of_the_classes_is_seen() -> None:
     )
 
 
-def test_what_is_not_finite_is_left_to_the_stage_that_names_the_layer() -> None:
-    class Broken(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1) * torch.nan
+class NotFinite(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) * torch.nan
 
+
+class OneImage(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(1, 3)
+
+
+class NoLogits(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"maps": x}
+
+
+@pytest.mark.parametrize("module", [NotFinite(), OneImage(), NoLogits(), nn.Identity()])
+def test_what_is_no_classifier_is_left_to_the_stages_that_name_it(module: nn.Module) -> None:
     x, labels = np.ones((4, 1, 1, 3), np.float32), np.arange(4) % 3
-    assert check_dense(Broken(), x, labels, part="calibration", batch=16) is None
+    assert check_dense(module, x, labels, part="calibration", batch=16) is None
 
 
 # --- a build -------------------------------------------------------------------------------------

@@ -411,3 +411,47 @@ def test_a_picture_that_is_no_picture_from_python(bundle: Path) -> None:
     first, second = same
     assert first == second
     assert list(classifier.predict([])) == []
+
+
+# --- odd names and odd pictures ------------------------------------------------------------------
+
+
+def test_names_that_are_no_text_are_printed_as_they_are(bundle: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    os.rename(tmp_path / "a.png", name)
+    done = subprocess.run(
+        [sys.executable, "-m", "cswap_deploy.runtime.cli", bundle, name],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(name + b"\n")
+
+
+def test_odd_pictures_are_prepared_by_the_bundle_and_said_once(
+    run: Callable[..., Ran], bundle: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        picture(1).save(tmp_path / f"{name}.png", exif=exif)
+    Image.fromarray(np.zeros((20, 24), np.int32)).save(tmp_path / "c.tif")
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.tif")]
+    seen = []
+    for rotate, how in ((None, "are taken as stored"), (False, "stored"), (True, "were turned")):
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        steps = manifest["model"]["preprocessing"]
+        steps["exif_rotate"] = rotate
+        if rotate is None:
+            del steps["exif_rotate"]  # a bundle of an earlier version
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        ran = run(bundle, *files, "--save-input", tmp_path / "seen.npy")
+        assert ran.code == 2
+        assert "c.tif: 32-bit integer pixels have no known scale" in ran.err
+        assert ran.err.count("note: 2 of 3 pictures carry an EXIF orientation other than 1") == 1
+        assert how in ran.err
+        seen.append(np.load(tmp_path / "seen.npy")[0])
+    np.testing.assert_array_equal(seen[0], seen[1])
+    upright = picture(1).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(seen[2], normalise(resize_and_crop(upright, PRE)[None], PRE)[0])
