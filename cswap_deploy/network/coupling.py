@@ -8,7 +8,7 @@ reaches, or the network would not run any more. Labels that meet in one element 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,6 +102,7 @@ class Coupling:
     _count: int = 1
     _links: list[Tensor] = field(default_factory=list)
     _blocked: list[tuple[Tensor, str]] = field(default_factory=list)
+    _tied: list[tuple[Tensor, str]] = field(default_factory=list)
     _open: list[tuple[Value, Value]] = field(default_factory=list)
     """Pairs of which one is repeated along a dimension that the other differs along: whether they
     are coupled shows when all else is known."""
@@ -131,6 +132,20 @@ class Coupling:
         labels = labels[labels != FIXED]
         if len(labels):
             self._blocked.append((labels, reason))
+
+    def tie(self, value: Value, dims: Iterable[int], reason: str) -> Value:
+        """What lies along some dimensions leaves together, as where it is added up or normalised.
+
+        Returns:
+            The value, with labels that do not differ along them.
+        """
+        labels = value.labels
+        for dim in dims:
+            if labels.shape[dim] > 1:
+                self.link(labels, labels.narrow(dim, 0, 1))
+                self._tied.append((labels.reshape(-1), reason))
+                labels = labels.narrow(dim, 0, 1)
+        return Value(labels, value.shape)
 
     def link(self, a: Tensor, b: Tensor) -> None:
         """Labels in the same places leave together; shapes are broadcast."""
@@ -223,7 +238,8 @@ class Coupling:
         for labels, reason in self._blocked:
             for unit in torch.unique(together[labels]).tolist():
                 reasons[unit] = reasons.get(unit) or reason
-        return Resolved(together, reasons)
+        tied = {int(together[labels[0]]): reason for labels, reason in reversed(self._tied)}
+        return Resolved(together, reasons, tied)
 
     def _together(self) -> Tensor:
         """Label -> the least label that it leaves with."""
@@ -274,6 +290,8 @@ class Resolved:
     """Label -> the unit it belongs to, named by its least label."""
     reasons: dict[int, str]
     """Unit that cannot be removed -> why; empty for what makes the output."""
+    tied: dict[int, str]
+    """Unit -> why it is as large as it is, where that is known."""
 
 
 def _units_along(labels: Tensor, dim: int) -> int:

@@ -144,7 +144,9 @@ def _resize(layer: Any) -> None:
         if sized is not None:
             layer.num_features = len(sized)
     elif isinstance(layer, nn.GroupNorm):
-        layer.num_groups = layer.num_channels = len(layer.weight)
+        each = layer.num_channels // layer.num_groups
+        layer.num_channels = len(layer.weight)
+        layer.num_groups = layer.num_channels // each
     elif isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = tuple(layer.weight.shape)
     elif isinstance(layer, nn.PReLU):

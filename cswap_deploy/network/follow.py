@@ -234,9 +234,7 @@ class _Follower:
         if not isinstance(dims, list | tuple) or not dims:
             dims = range(ndim)
         which = {int(d) % ndim for d in dims if isinstance(d, int)}
-        if value.varies(sorted(which)):
-            self.coupling.block(value.labels, f"{said(node)} joins its channels")
-            return self._fixed(node)
+        value = self.coupling.tie(value, sorted(which), f"{said(node)} joins its channels")
         found = node.meta["val"]
         first = found[0] if isinstance(found, list | tuple) else found
         shape = shape_in(first)
@@ -249,54 +247,47 @@ class _Follower:
         value = self._one(node.args[0])
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
         assert isinstance(dim, int)
-        if value.varies([dim]):
-            self.coupling.block(value.labels, f"{said(node)} joins its channels")
-            return self._fixed(node)
-        return value
+        return self.coupling.tie(value, [dim], f"{said(node)} joins its channels")
 
     def _pool(self, node: fx.Node, name: str) -> _Labelled:
         value = self._one(node.args[0])
         digits = re.search(r"(\d)d", name)
         count = int(digits[1]) if digits else 2
         found = node.meta["val"]
-        if value.varies(range(len(value.shape) - count, len(value.shape))):
-            self.coupling.block(value.labels, f"{said(node)} joins its channels")
-            return self._fixed(node)
+        last = range(len(value.shape) - count, len(value.shape))
+        value = self.coupling.tie(value, last, f"{said(node)} joins its channels")
         if isinstance(found, list | tuple):
             return [Value(value.labels, shape_in(f)) for f in found]
         return Value(value.labels, shape_in(found))
 
-    def _norm_over(self, node: fx.Node, dims: Sequence[int], kind: str) -> _Labelled:
-        value = self._one(node.args[0])
-        if value.varies(dims):
-            reason = f"feeds {kind}, which normalises across channels"
-            self.coupling.block(value.labels, reason)
-            return self._fixed(node)
-        return value
+    def _norm_over(self, value: Value, dims: Iterable[int], kind: str) -> Value:
+        return self.coupling.tie(value, dims, f"feeds {kind}, which normalises across channels")
 
     def _on_layer_norm(self, node: fx.Node) -> _Labelled:
-        count = len(node.args[1])  # type: ignore[arg-type]
-        return self._norm_over(node, range(-count, 0), "LayerNorm")
+        sizes: Any = node.args[1]
+        kind = "RMSNorm" if opname(node) == "rms_norm" else "LayerNorm"
+        return self._norm_over(self._one(node.args[0]), range(-len(sizes), 0), kind)
+
+    _on_rms_norm = _on_layer_norm
 
     def _on_native_layer_norm(self, node: fx.Node) -> _Labelled:
         found = self._on_layer_norm(node)
-        return found if isinstance(found, list) else [found] * 3  # type: ignore[list-item]
-
-    def _on_rms_norm(self, node: fx.Node) -> _Labelled:
-        count = len(node.args[1])  # type: ignore[arg-type]
-        return self._norm_over(node, range(-count, 0), "RMSNorm")
+        return [found] * 3 if isinstance(found, Value) else None
 
     def _on_group_norm(self, node: fx.Node) -> _Labelled:
-        value = self._one(node.args[0])
-        spatial = list(range(2, len(value.shape)))
-        if value.shape[1] == node.args[1] and not value.varies(spatial):  # each channel by itself
-            return self._scaled(node, value, node.args[2:4])
-        return self._norm_over(node, range(1, len(value.shape)), "GroupNorm")
+        value, groups = self._one(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
+        value = self._norm_over(value, range(2, len(value.shape)), "GroupNorm")
+        if groups < value.shape[1] and value.varies([1]):
+            batch, channels, *rest = value.shape
+            labels = value.labels.reshape(-1, groups, channels // groups, *[1] * len(rest))
+            parts = Value(labels, (batch, groups, channels // groups, *rest))
+            parts = self._norm_over(parts, [2], "GroupNorm")
+            value = Value.of(parts.full.reshape(value.shape))
+        return self._scaled(node, value, node.args[2:4])
 
     def _on_instance_norm(self, node: fx.Node) -> _Labelled:
         value = self._one(node.args[0])
-        if value.varies(range(2, len(value.shape))):
-            return self._norm_over(node, range(2, len(value.shape)), "InstanceNorm")
+        value = self._norm_over(value, range(2, len(value.shape)), "InstanceNorm")
         return self._scaled(node, value, node.args[1:5])
 
     def _on_batch_norm(self, node: fx.Node) -> _Labelled:

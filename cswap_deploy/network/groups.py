@@ -51,7 +51,7 @@ class _Finder:
     def __init__(self, graph: Graph, coupling: Coupling) -> None:
         self.graph, self.coupling = graph, coupling
         found = coupling.resolve()
-        self._unit, self._blocked = found.unit, dict(found.reasons)
+        self._unit, self._blocked, self._tied = found.unit, dict(found.reasons), found.tied
         self._layers = {
             f"{name}.weight".lstrip("."): layer
             for name, layer in graph.module.named_modules(remove_duplicate=False)
@@ -136,7 +136,7 @@ class _Finder:
         if not units:
             return None, why
         if len(units) < 2:
-            return None, why or "has a single unit: all of it would go"
+            return None, why or self._tied.get(units[0], "has a single unit: all of it would go")
         at = {key: self._indices(units, key) for key in self._places[units[0]]}
         group = Group(
             name, self._kind(weight, units),
