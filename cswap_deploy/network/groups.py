@@ -171,7 +171,7 @@ class _Finder:
             if isinstance(module, _SIZED) or not where.any():
                 continue
             for dim in range(units.ndim):
-                each = int(where.movedim(dim, 0).flatten(1).any(1).sum())
+                each = int(where.movedim(dim, 0).reshape(units.shape[dim], -1).any(1).sum())
                 for name, value in vars(module).items() if units.shape[dim] > 1 else ():
                     if type(value) is int and value == spelled.value.shape[dim]:
                         found[spelled.module, name] = Attribute(spelled.module, name, each)

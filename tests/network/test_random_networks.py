@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from apart import limited
 from built_right import build, follow_the_fix, pictures
-from hypothesis import HealthCheck, note, settings
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 from ordinary.base import cbr
@@ -207,10 +207,12 @@ HOLDERS = ("residual", "concat")
 settings.register_profile(
     "quick", max_examples=3, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),  # every step of shrinking is a build
 )  # fmt: skip
 settings.register_profile(
-    "nightly", settings.get_profile("quick"), max_examples=34, derandomize=False, print_blob=True
-)
+    "nightly", settings.get_profile("quick"), max_examples=34, derandomize=False, print_blob=True,
+    phases=(Phase.generate, Phase.shrink),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("first", KINDS)

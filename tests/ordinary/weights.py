@@ -138,7 +138,7 @@ class TiedInParallel(Around):
         return F.relu(self.left(self.a(x))) + F.relu(self.right(self.b(x)))
 
 
-@network()
+@network("any", words="does not export")
 class TransposedTwin(Around):
     """An autoencoder's tied weights: ``F.linear(F.linear(x, w), w.T)``."""
 
@@ -570,7 +570,7 @@ class Mixture(Around):
         return (found * weight[:, :, None, None, None]).sum(1)
 
 
-@network("any", words="trace|removed|read|groups")
+@network("any", words="trace|export|read|groups")
 class DynamicConvolution(Around):
     """CondConv: each image has a kernel of its own, mixed from two."""
 
