@@ -277,7 +277,9 @@ class Coupling:
             dims = [d for d in range(labels.ndim) if labels.shape[d] > 1]
             if len(dims) < 2:
                 continue
-            best = max(dims, key=lambda d: (_units_along(labels, d), d))
+            counts = {d: _units_along(labels, d) for d in dims}
+            # Where as many are left, a dimension that has no other's pattern repeated along it.
+            best = max(dims, key=lambda d: (counts[d], counts[d] == labels.shape[d], d))
             rows = labels.movedim(best, 0).reshape(labels.shape[best], -1)
             self.link(rows, rows[:, :1])
 

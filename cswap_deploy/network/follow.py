@@ -348,7 +348,7 @@ class _Follower:
         ).reshape(-1)
         if name is None:
             self.coupling.block(inputs, f"{words} computes its weight on the way")
-            return self._fixed(node)
+            return self._through_pieces(node) if linear else self._fixed(node)
         shape = tuple(weight.meta["val"].shape)  # type: ignore[union-attr]
         transposed = "transpose" in opname(node)
         groups = int(node.args[6]) if not linear and len(node.args) > 6 else 1  # type: ignore[arg-type]
@@ -376,6 +376,16 @@ class _Follower:
         out = list(shape_in(node.meta["val"]))
         labels = outputs.view([-1 if d == dim else 1 for d in range(len(out))])
         return Value(labels, tuple(out))
+
+    def _through_pieces(self, node: fx.Node) -> _Labelled:
+        """A linear map by a piece of a parameter, as one of query, key and value: its rows go."""
+        weight = self._one(node.args[1])
+        rows = self.coupling.tie(weight, [1], "").labels.reshape(-1)
+        out = shape_in(node.meta["val"])
+        bias = self._tensors(node.args[2:3])
+        if bias:
+            self.coupling.link(bias[0].full, rows.expand(weight.shape[0]))
+        return Value(rows.view([1] * (len(out) - 1) + [-1]), out)
 
     def _bias(self, node: fx.Node, weight: str, outputs: Tensor) -> None:
         """A layer's own bias goes with its outputs; another tensor is coupled with them."""

@@ -66,7 +66,10 @@ class _Finder:
             if dim == self._out_dim(tensor):
                 self._outputs[tensor] = self._unit[labels]
         for name, labels in coupling.cells.items():
-            self._place_cells(name, compressed(self._unit[labels]))
+            units = compressed(self._unit[labels])
+            self._place_cells(name, units)
+            if units.ndim > 1 and units.shape[0] > 1 == units[0].numel():
+                self._outputs[name] = units.reshape(-1)
         for read in coupling.reads:
             if self._place((read.layer, _INPUTS), self._unit[read.labels]):
                 self._differ(read.layer, self._unit[read.labels])

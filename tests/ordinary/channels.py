@@ -471,7 +471,7 @@ class SpatialGate(Around):
         return x * torch.sigmoid(self.gate(x))
 
 
-@network()
+@network("whole")
 class SpatialGatingUnit(nn.Module):
     """gMLP: halves of the tokens' channels, one normed and mixed over tokens, multiplied."""
 
