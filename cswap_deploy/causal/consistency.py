@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from cswap_deploy.causal.masked_forward import MaskedForward
 from cswap_deploy.network.graph import Graph
@@ -32,7 +32,7 @@ class Trusted:
 
 
 def try_masking(graph: Graph, groups: Sequence[Group], images: Tensor) -> Trusted:
-    """Measure two units of every group both ways.
+    """Measure units both ways: of every group behind whose cut lies something not yet tried.
 
     Args:
         graph: The network; its weights are masked for a moment.
@@ -40,23 +40,24 @@ def try_masking(graph: Graph, groups: Sequence[Group], images: Tensor) -> Truste
         images: (N, C, H, W), any; a few are used.
     """
     found = Trusted()
+    right: set[fx.Node] = set()
     for group in groups:
-        units = [0, group.units - 1]
-        fault = _fault(graph, group, units, images[:2], together=True)
-        if fault is None:
+        behind = set(graph.suffix(n for r in group.consumers for n in graph.readers(r.layer)).nodes)
+        if behind <= right:
             continue
-        alone = _fault(graph, group, units, images[:2], together=False)
-        if alone is None:
+        if _fault(graph, group, images[:2], together=True) is not None:
+            alone = _fault(graph, group, images[:2], together=False)
+            if alone is not None:
+                found.excluded[group.name] = f"its masked forwards are not whole ones: {alone}"
+                continue
             found.together = False
-        else:
-            found.excluded[group.name] = f"its masked forwards are not whole ones: {alone}"
+        right |= behind
     return found
 
 
-def _fault(
-    graph: Graph, group: Group, units: list[int], images: Tensor, *, together: bool
-) -> str | None:
+def _fault(graph: Graph, group: Group, images: Tensor, *, together: bool) -> str | None:
     """What is wrong with what follows the cut; nothing where it is as a whole forward."""
+    units = [0, group.units - 1]
     try:
         with torch.inference_mode():
             forward = MaskedForward(graph, group, units, {})

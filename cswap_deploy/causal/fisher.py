@@ -194,9 +194,13 @@ def _gradient(
 ) -> dict[fx.Node, Tensor]:
     """The gradient of ``weights . logits`` by each consumer's input, through that consumer only."""
     found = torch.autograd.grad(
-        (logits * weights.to(logits.dtype)).sum(), list(inputs.values()), retain_graph=True
+        (logits * weights.to(logits.dtype)).sum(),
+        list(inputs.values()),
+        retain_graph=True,
+        allow_unused=True,  # behind a rounding or an index nothing can be differentiated
     )
-    return dict(zip(inputs, found, strict=True))
+    gradients = zip(inputs.items(), found, strict=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in gradients}
 
 
 def fisher_directions(logits: Tensor, labels: Tensor, count: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +116,25 @@ def _unparametrize(module: nn.Module) -> None:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
+    from torch.nn.utils.prune import BasePruningMethod
     from torch.nn.utils.spectral_norm import SpectralNorm
     from torch.nn.utils.weight_norm import WeightNorm
 
     found = module._forward_pre_hooks.values()
-    return [hook for hook in found if isinstance(hook, SpectralNorm | WeightNorm)]
+    return [h for h in found if isinstance(h, SpectralNorm | WeightNorm | BasePruningMethod)]
 
 
 def _unhook(module: nn.Module) -> None:
     for hook in _hooks(module):
-        if type(hook).__name__ == "WeightNorm":
+        if hasattr(hook, "_tensor_name"):
+            prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
+        elif type(hook).__name__ == "WeightNorm":
             nn.utils.remove_weight_norm(module, hook.name)
         else:
             nn.utils.remove_spectral_norm(module, hook.name)
+            for key, loads in list(module._load_state_dict_pre_hooks.items()):
+                if "SpectralNorm" in type(getattr(loads, "hook", loads)).__name__:
+                    del module._load_state_dict_pre_hooks[key]  # torch forgets it
 
 
 def _standardised(module: nn.Module) -> bool:
@@ -158,7 +164,7 @@ ADAPTERS: dict[str, Adapter] = {
         parametrize.is_parametrized, _unparametrize, "parametrizations were removed"
     ),
     "weight-norm": Adapter(
-        lambda m: bool(_hooks(m)), _unhook, "weight or spectral normalisation was folded"
+        lambda m: bool(_hooks(m)), _unhook, "what a hook computes weights from was folded"
     ),
     "weight-standardised": Adapter(
         _standardised, _fold_standardised, "standardised weights were folded"

@@ -340,9 +340,7 @@ class _Follower:
         layer = self.graph.reader_of(node)
         words = layer or name or said(node)
         others = [d for d in range(len(value.shape)) if d != dim]
-        if value.varies(others):
-            self.coupling.block(value.labels, f"{words} mixes it along another dimension")
-            value = Value.fixed(value.shape)
+        value = self.coupling.tie(value, others, f"{words} mixes it along another dimension")
         inputs = value.labels.expand(
             [value.shape[d] if d == dim else 1 for d in range(len(value.shape))]
         ).reshape(-1)

@@ -175,9 +175,8 @@ class _Finder:
                 continue
             for dim in range(units.ndim):
                 each = int(where.movedim(dim, 0).reshape(units.shape[dim], -1).any(1).sum())
-                for name, value in vars(module).items() if units.shape[dim] > 1 else ():
-                    if type(value) is int and value == spelled.value.shape[dim]:
-                        found[spelled.module, name] = Attribute(spelled.module, name, each)
+                for name in _numbers(module, spelled.value.shape, dim) * (units.shape[dim] > 1):
+                    found[spelled.module, name] = Attribute(spelled.module, name, each)
         return tuple(found.values())
 
     def _product_macs(self, unit: int) -> int:
@@ -187,6 +186,17 @@ class _Finder:
             labels = self._unit[product.labels]
             total += round(product.macs * int((labels == unit).sum()) / labels.numel())
         return total
+
+
+def _numbers(module: nn.Module, shape: Sequence[int], dim: int) -> list[str]:
+    """Attributes with the size of a dimension: numbers, and places in shapes that are kept."""
+    found = []
+    for name, value in vars(module).items():
+        if type(value) is int and value == shape[dim]:
+            found.append(name)
+        elif type(value) in (tuple, list) and tuple(value) == tuple(shape):
+            found.append(f"{name}[{dim}]")
+    return found
 
 
 def by_itself(layer: nn.Module) -> bool:
