@@ -23,12 +23,16 @@ from pydantic import (
 )
 
 from cswap_deploy.errors import UsageError
-from cswap_deploy.settings import Flag, Section, read_toml
+from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 
 RatioOf = Literal["params", "channels", "macs"]
+Task = Literal["classify", "binary", "features", "dense", "detect", "any"]
+"""What a network's outputs are. ``classify``: (N, classes), of which one is right. ``binary``:
+(N, K) logits of independent yes or no. ``dense``: maps (N, classes, H, W). ``features``,
+``detect``, ``any``: numbers that decide nothing by themselves."""
 Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
 """Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
@@ -67,6 +71,11 @@ class ModelConfig(Section):
         tuple[float, ...] | None, Flag("Mean of pixels in [0, 1].", metavar="R,G,B")
     ] = None
     std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
+    task: Annotated[
+        Task | Literal["auto"],
+        Flag("What the outputs are: classify, binary, features, dense, detect, any."),
+    ] = "auto"
+    """``auto``: from what the network returns; see :func:`models.outputs.recognise`."""
 
     @model_validator(mode="after")
     def _both(self) -> Self:
@@ -281,35 +290,6 @@ class ExportConfig(Section):
         }
 
 
-class BatchRange(BaseModel):
-    """Smallest, tuned-for and largest batch (samples); as text ``1:8:64``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min: int = 1
-    opt: int = 1
-    max: int = 16
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        parts = value.split(":")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
-            raise ValueError("MIN:OPT:MAX is wanted, for example 1:8:64")
-        return dict(zip(("min", "opt", "max"), map(int, parts), strict=True))
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"batches must ascend from 1: {self}")
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
-
-
 class BuilderOptions(Section):
     """What TensorRT's builders can be told; ``targets.tensorrt_flavours`` says which package has
     what."""
@@ -378,6 +358,10 @@ class MeasureConfig(Section):
     latency_runs: Annotated[int, Field(ge=10), Flag("Timed calls.")] = 200
     threads: Annotated[
         int | None, Field(ge=1), Flag("Threads of a CPU runtime (this machine's cores).", "N")
+    ] = None
+    metric: Annotated[
+        str | None,
+        Flag("Your own figure, (outputs, labels) -> float.", "MODULE:FUNCTION", in_key=False),
     ] = None
     budget: Annotated[
         Path | None,

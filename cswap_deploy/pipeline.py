@@ -149,6 +149,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
     told: dict[str, Any] = {
         "model": loaded.spec.name,
         "weights": loaded.spec.weights,
+        "task": loaded.spec.task,
         "calibration_images": samples.calibration.spec.count,
         "validation_images": samples.validation.spec.count,
         "output": str(config.bundle_path()),
@@ -156,7 +157,8 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
     }
     if config.prune.ratio > 0:
         progress.begin("timing a few units", 0)
-        calibration = calibration_set(samples.calibration, loaded.spec.preprocessing)
+        steps, task = loaded.spec.preprocessing, loaded.spec.task
+        calibration = calibration_set(samples.calibration, steps, task=task)
         told |= forecast_pruning(loaded.module, calibration, config=config.prune)
         progress.end()
     return told

@@ -6,9 +6,9 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from cswap_deploy.errors import UsageError
 
@@ -29,6 +29,35 @@ class Flag:
     """In TOML files and Python only; the command has no flag for it."""
     in_key: bool = True
     """Whether another value may give another result, so that it belongs to the store's key."""
+
+
+class BatchRange(BaseModel):
+    """Smallest, tuned-for and largest batch (samples); as text ``1:8:64``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: int = 1
+    opt: int = 1
+    max: int = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = value.split(":")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError("MIN:OPT:MAX is wanted, for example 1:8:64")
+        return dict(zip(("min", "opt", "max"), map(int, parts), strict=True))
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batches must ascend from 1: {self}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
 
 
 class Section(BaseModel):

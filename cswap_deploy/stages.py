@@ -53,7 +53,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 5, "export": 3, "precision": 4, "engine": 5, "score": 4, "validate": 4,
+    "prune": 6, "export": 4, "precision": 5, "engine": 6, "score": 5, "validate": 5,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -76,7 +76,8 @@ class Run:
     @cached_property
     def calibration(self) -> Calibration:
         """Normalised once, when a stage first asks."""
-        return calibration_set(self.samples.calibration, self.loaded.spec.preprocessing)
+        spec = self.loaded.spec
+        return calibration_set(self.samples.calibration, spec.preprocessing, task=spec.task)
 
     def images(self, most: int) -> Any:
         """The first calibration images as an array, (N, C, H, W) float32."""
@@ -99,6 +100,7 @@ class Run:
         return {
             "calibration": self.samples.calibration.spec.sha256,
             "preprocessing": self.loaded.spec.preprocessing.model_dump(mode="json"),
+            "task": self.loaded.spec.task,
         }
 
     def stage(

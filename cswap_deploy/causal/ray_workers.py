@@ -29,6 +29,7 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.causal.measurement import MOST_IMAGES, LocalMeasurement, Tick
 from cswap_deploy.causal.memory import Budget, keep_freed_memory
+from cswap_deploy.config import Task as TaskName
 from cswap_deploy.errors import MissingDependencyError, StageError, UsageError, missing
 from cswap_deploy.models.load import fresh_module, weights_digest
 from cswap_deploy.network.deletion import contiguous_state
@@ -72,6 +73,8 @@ class Task:
     labels: np.ndarray
     moments: Mapping[str, Moments]
     variant_bytes: int
+    task: TaskName = "classify"
+    """What the network's outputs are."""
 
 
 class Worker:
@@ -120,7 +123,9 @@ class Worker:
         images = torch.from_numpy(task.images.copy()).contiguous(memory_format=torch.channels_last)
         labels = torch.from_numpy(task.labels.copy())
         budget = Budget(self._budget, task.variant_bytes)
-        return LocalMeasurement(Experiment(self._graph, images, labels, task.moments, budget))
+        return LocalMeasurement(
+            Experiment(self._graph, images, labels, task.moments, budget, task.task)
+        )
 
 
 @dataclass(slots=True)
@@ -153,6 +158,7 @@ class WorkerPool:
         task = Task(
             weights_digest(module), save(contiguous_state(module)), images.contiguous().numpy(),
             experiment.labels.numpy(), experiment.moments, experiment.budget.variant_bytes,
+            experiment.task,
         )  # fmt: skip
         return RayMeasurement(self, self._tasks, self.ray.put(task), len(images))
 

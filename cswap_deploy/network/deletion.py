@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, PruneError
+from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.network.groups import find_groups, remove_units
 from cswap_deploy.network.units import Group, give_bias, mask_weight
 from cswap_deploy.records.plan import PrunePlan
 
 TOLERANCE = 1e-4
-"""Largest |difference of logits| between the masked and the deleted network, relative to the
-largest logit where that is above one (float32)."""
+"""Largest |difference of outputs| between the masked and the deleted network, relative to the
+output's largest value where that is above one (float32)."""
 _FIX = "use the model the plan was made for, with the same timm version"
 
 
@@ -75,8 +76,8 @@ def delete_removed(
     difference, scale = _difference(masked, smaller, images)
     if not difference <= TOLERANCE * max(1.0, scale):
         raise PruneError(
-            f"deleting the masked units changed the logits by {difference:.2e} "
-            f"(largest logit {scale:.2e}, allowed {TOLERANCE:.0e})"
+            f"deleting the masked units changed the outputs by {difference:.2e} "
+            f"(largest value {scale:.2e}, allowed {TOLERANCE:.0e})"
         )
     return smaller.eval()
 
@@ -155,11 +156,20 @@ def _fault(module: nn.Module, example: Tensor, groups: Sequence[Group]) -> str |
         words = str(err).strip().splitlines() or [type(err).__name__]
         return f"deleting a unit breaks the network: {words[0]}"
     if not difference <= TOLERANCE * max(1.0, scale):
-        return f"deleting a unit is not the same as masking it (logits differ by {difference:.1e})"
+        return f"deleting a unit is not the same as masking it (outputs differ by {difference:.1e})"
     return None
 
 
 def _difference(a: nn.Module, b: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Largest difference and largest value, of the output where they are furthest apart."""
     with torch.no_grad():
-        left, right = a(images), b(images)
-    return float((left - right).abs().max()), float(left.abs().max())
+        pairs = zip(
+            named_outputs(a(images)).values(), named_outputs(b(images)).values(), strict=True
+        )
+    found = []
+    for left, right in pairs:
+        if left.shape != right.shape:
+            raise ValueError(f"an output of shape {tuple(left.shape)} becomes {tuple(right.shape)}")
+        if left.is_floating_point():
+            found.append((float((left - right).abs().max()), float(left.abs().max())))
+    return max(found, key=lambda pair: pair[0] / max(1.0, pair[1]))

@@ -18,11 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from cswap_deploy.errors import ExportError
+from cswap_deploy.models.outputs import OUTPUT, tensors_alone
 from cswap_deploy.network.branches import streams_first
 from cswap_deploy.network.nodes import CONSUMING, ancestors, batched, elements, memory_format_of
+from cswap_deploy.network.outputs import Output, measured_outputs
 from cswap_deploy.network.units import Consumer
 from cswap_deploy.progress import captured
 
@@ -47,10 +49,16 @@ class Suffix:
 class Graph:
     """An exported network, executable in parts on a module's live parameters; see :func:`trace`."""
 
-    def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
+    def __init__(
+        self, program: ExportedProgram, module: nn.Module, names: Sequence[str] = (OUTPUT,)
+    ) -> None:
         self.module = module
         self.program = program
         """What was exported; other modules of the architecture can be bound to it."""
+        self.names = tuple(names)
+        """Of what the network returns, in order."""
+        self.outputs: tuple[Output, ...] = ()
+        """Its floating-point outputs with one row an image: what effects are measured on."""
         self.nodes: list[fx.Node] = []
         """Operations, in the order in which they run."""
         self._bound: dict[fx.Node, Callable[[], Any]] = {}
@@ -58,12 +66,15 @@ class Graph:
         self._bind_inputs(program)
         for node in program.graph.nodes:
             if node.op == "output":
-                self.output: fx.Node = node.args[0][0]
+                specs = zip(node.args[0], program.graph_signature.output_specs, strict=True)
+                returned = [n for n, spec in specs if spec.kind is OutputKind.USER_OUTPUT]
+                self.outputs = measured_outputs(returned, names, self._input, module)
             elif node.op == "call_function":
                 self.nodes.append(node)
                 self._targets[node] = _functional(node.target)
         self.nodes = streams_first(self.nodes)
         self._sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+        self._kept = frozenset(output.node for output in self.outputs)
         self._last_use = _last_uses(self.nodes)
         self._readers = self._find_readers()
         self.code = program.graph_module.code
@@ -71,14 +82,14 @@ class Graph:
 
     def on(self, module: nn.Module) -> Graph:
         """The same graph on another module of the same architecture; no new export."""
-        return Graph(self.program, module)
+        return Graph(self.program, module, self.names)
 
     def to(self, device: torch.device) -> Graph:
         """A copy of the network on another device."""
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(copy.deepcopy(self.program), device)
-        return Graph(program, copy.deepcopy(self.module).to(device))
+        return Graph(program, copy.deepcopy(self.module).to(device), self.names)
 
     def readers(self, layer: str) -> Sequence[fx.Node]:
         """The convolution or linear nodes that read a layer's weight itself."""
@@ -108,9 +119,11 @@ class Graph:
         for node in self.nodes:
             if node not in dirty and any(a in dirty for a in node.all_input_nodes):
                 dirty.add(node)
-        useful = ancestors(self.output)
+        useful = set().union(*map(ancestors, self._kept))
         nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
-        inputs = {a for n in nodes if not (given and n in first) for a in n.all_input_nodes}
+        inputs = self._kept | {
+            a for n in nodes if not (given and n in first) for a in n.all_input_nodes
+        }
         cached = tuple(
             n for n in self.nodes if n in inputs and n not in dirty and n not in self._sizes
         )
@@ -127,9 +140,18 @@ class Graph:
         )
 
     def run(self, images: Tensor, *, keep: Collection[fx.Node] = ()) -> tuple[Tensor, Env]:
-        """Logits (N, classes) of images (N, C, H, W), and the values of ``keep``."""
+        """Outputs of images (N, C, H, W) (see :meth:`rows`), and the values of ``keep``."""
         *_, (_, env) = self.step(images, keep=keep)  # one environment, from the first to the last
-        return env[self.output], {node: env[node] for node in keep if node in env}
+        return self.rows(env), {node: env[node] for node in keep if node in env}
+
+    def rows(self, env: Env) -> Tensor:
+        """All :attr:`outputs` as one row an image, one after the other: (N, elements).
+
+        Logits (N, classes) are that already.
+        """
+        values = [self.value(output.node, env) for output in self.outputs]
+        parts = [v if v.ndim == 2 else v.reshape(len(v), -1) for v in values]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def first_not_finite(self, images: Tensor) -> tuple[str, str]:
         """The first layer whose output is not finite, and what it holds; ``the output`` if none."""
@@ -155,7 +177,7 @@ class Graph:
             yield node, env
             env[node] = self.execute(node, env)
             for dead in self._last_use.get(node, ()):
-                if dead not in keep:
+                if dead not in keep and dead not in self._kept:
                     env.pop(dead, None)
 
     def run_suffix(
@@ -177,7 +199,7 @@ class Graph:
             replace: How to compute a changed node; it sees the values of the V * N batch.
 
         Returns:
-            Logits (V * N, classes).
+            Outputs (V * N, elements); see :meth:`rows`.
         """
         env: Env = {
             node: _Repeated(value, variants) if batched(node) else value
@@ -190,8 +212,9 @@ class Graph:
             else:
                 env[node] = self.execute(node, env, batch=variants * images)
             for dead in last.get(node, ()):
-                env.pop(dead, None)
-        return cast(Tensor, env[self.output])
+                if dead not in self._kept:
+                    env.pop(dead, None)
+        return self.rows(env)
 
     def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
         """One node, on values from ``env`` and on live parameters."""
@@ -269,7 +292,7 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
         ExportError: ``torch.export`` cannot trace the module; the message has its words.
     """
     try:
-        with torch.no_grad(), captured():
+        with torch.no_grad(), captured(), tensors_alone(module) as names:
             program = torch.export.export(
                 module, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
@@ -288,7 +311,7 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
             f"{type(module).__name__} uses control-flow operators, which cannot be cut",
             fix="replace torch.cond and the like by plain tensor code",
         )
-    return Graph(program, module)
+    return Graph(program, module, names)
 
 
 class _Repeated:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cswap_deploy.errors import PruneError
 from cswap_deploy.models.adapters import Adapter, Heads, find_heads
+from cswap_deploy.models.outputs import tensors_alone
 from cswap_deploy.network.units import Group, Kind, Member, depthwise
 from cswap_deploy.progress import captured
 
@@ -123,7 +124,7 @@ class _Item:
 def _dependency_graph(module: nn.Module, example: Tensor) -> Any:
     import torch_pruning
 
-    with captured(), torch.enable_grad():
+    with captured(), torch.enable_grad(), tensors_alone(module):
         frozen = [p for p in module.parameters() if not p.requires_grad]
         for p in frozen:
             p.requires_grad_(True)  # the trace follows gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -41,7 +42,8 @@ def forecast_pruning(
         adaptive=resolved.measuring == "adaptive",
     )  # fmt: skip
     few = min(count, _IMAGES)
-    rate = _macs_per_second(prepared, Calibration(images[:few], calibration.labels[:few]))
+    part = replace(calibration, images=images[:few], labels=calibration.labels[:few])
+    rate = _macs_per_second(prepared, part)
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
         "excluded": prepared.excluded,
@@ -63,7 +65,7 @@ def _macs_per_second(prepared: Prepared, few: Calibration) -> float:
     for group in groups[:: max(1, len(groups) // _GROUPS)]:
         units = range(min(_UNITS, group.units))
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]
-        measurement = LocalMeasurement(Experiment(graph, few.images, few.labels))
+        measurement = LocalMeasurement(Experiment(graph, few.images, few.labels, task=few.task))
         begun = time.perf_counter()
         measurement.effects({group: units})
         seconds += time.perf_counter() - begun

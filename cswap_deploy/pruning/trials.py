@@ -17,9 +17,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.causal.interventions import Moments, ablation_values, fold
 from cswap_deploy.causal.mixtures import lightly_mixed
+from cswap_deploy.causal.tasks import OutputEffect
+from cswap_deploy.config import Task
 from cswap_deploy.network.nodes import elements
 from cswap_deploy.network.units import Group
 from cswap_deploy.progress import Phases, Silent
@@ -50,6 +51,8 @@ class Trials:
     """What is gone from it."""
     images: Tensor
     """(N, C, H, W), every prefix balanced by class."""
+    task: Task = "classify"
+    """What the network's outputs are."""
 
     @property
     def possible(self) -> bool:
@@ -65,8 +68,8 @@ class Trials:
             ridge: Of the refit; ``None``: no refit.
 
         Returns:
-            (images that evaluate,) float64, nats: means of an image's own divergence and its
-            mixtures'.
+            (images that evaluate,) float64, in the task's measure: means of an image's own
+            divergence and its mixtures'.
         """
         trial = self.network.on(copy.deepcopy(self.network.module))
         remove(trial, gone, moments)
@@ -75,9 +78,10 @@ class Trials:
                 g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())] for g in trial.groups
             }
             refit_behind(trial, removed, self.images[: self._few], ridge=ridge, progress=Silent())
+        effect = OutputEffect(self.task, self.network.dense.outputs)
         with torch.inference_mode():
             found = [
-                kl_divergence(trial.graph.run(part)[0].double()[None], wanted)[0]
+                effect.divergence(trial.graph.run(part)[0].double()[None], wanted)[0]
                 for part, wanted in self._evaluation
             ]
         return torch.cat(found).view(1 + _MIXTURES, -1).mean(0)
@@ -90,7 +94,7 @@ class Trials:
 
     @cached_property
     def _evaluation(self) -> list[tuple[Tensor, Tensor]]:
-        """Images that evaluate, in parts, and the dense network's logits."""
+        """Images that evaluate, in parts, and the dense network's outputs."""
         unseen = self.images[self._few :]
         mixed = [lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES)]
         with torch.inference_mode():

@@ -17,12 +17,13 @@ from fake_gpu_bench import ONNX, RTX, V10, V10_3, V11, Bench, every_package, ima
 from small_bundle import picture
 from small_onnx import CLASSES, SHAPE, small_onnx
 
-from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.runtime.classifier import Classifier
 from cswap_deploy.runtime.cli import main
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets.tensorrt import TensorRt
 
 pytest.importorskip("onnxruntime")

@@ -1,0 +1,154 @@
+"""Small networks whose outputs are not class scores; factories for ``small_tasks:NAME``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from small_models import CLASSES, SmallNet, small
+from torch import Tensor, nn
+
+
+class Headless(SmallNet):
+    """A backbone: one feature vector an image."""
+
+    num_classes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+class OneLogit(SmallNet):
+    """Yes or no."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))[:, :1]
+
+
+class Maps(SmallNet):
+    """A class for each pixel, and an auxiliary map, as torchvision's networks return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(16, 4, 1)
+        self.auxiliary = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = F.relu(self.norm(self.stem(x)))
+        z = F.relu(y + self.conv2(F.relu(self.conv1(y))))
+        up = {"size": x.shape[2:], "mode": "bilinear"}
+        return {
+            "out": F.interpolate(self.score(z), **up),
+            "aux": F.interpolate(self.auxiliary(y), **up),
+        }
+
+
+class Detector(SmallNet):
+    """An SSD-like head: lists of boxes and scores, one of each scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes = nn.ModuleList([nn.Conv2d(16, 8, 3, 1, 1), nn.Conv2d(32, 8, 3, 1, 1)])
+        self.scores = nn.ModuleList([nn.Conv2d(16, 6, 3, 1, 1), nn.Conv2d(32, 6, 3, 1, 1)])
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.norm(self.stem(x)))
+        y = F.relu(y + self.conv2(F.relu(self.conv1(y))))
+        maps = (y, F.relu(self.conv3(y)))
+
+        def flat(heads: nn.ModuleList, last: int) -> Tensor:
+            parts = [head(m).permute(0, 2, 3, 1) for head, m in zip(heads, maps, strict=True)]
+            return torch.cat([p.reshape(p.shape[0], -1, last) for p in parts], 1)
+
+        return [flat(self.boxes, 4), flat(self.scores, 3)]
+
+
+@dataclass
+class Found:
+    """What ``Fields`` returns; unknown to PyTorch."""
+
+    embedding: Tensor
+    logits: Tensor
+    best: Tensor
+    anchors: Tensor
+    scale: float = 1.0
+
+
+class Fields(SmallNet):
+    """A dataclass of what has a size, what has none, and what is the same for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchors", torch.arange(6.0).view(3, 2))
+
+    def forward(self, x: Tensor) -> Found:
+        y = self.features(x)
+        logits = self.head(y)
+        return Found(y, logits, logits.argmax(1), self.anchors)
+
+
+class Selecting(SmallNet):
+    """Returns as many rows as it finds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.features(x))
+        return y[y[:, 0] > 0]
+
+
+def _made(kind: type[SmallNet]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        module = kind().eval()
+    module.load_state_dict(small().state_dict(), strict=False)
+    return module
+
+
+def headless() -> nn.Module:
+    return _made(Headless)
+
+
+def one_logit() -> nn.Module:
+    return _made(OneLogit)
+
+
+def maps() -> nn.Module:
+    return _made(Maps)
+
+
+def detector() -> nn.Module:
+    return _made(Detector)
+
+
+def fields() -> nn.Module:
+    return _made(Fields)
+
+
+def selecting() -> nn.Module:
+    return _made(Selecting)
+
+
+def share_right(outputs: Any, labels: Any) -> float:
+    """A metric of the user's: top-1."""
+    return float((outputs.argmax(1) == labels).mean())
+
+
+def mean_of_outputs(outputs: Any, labels: Any) -> float:
+    """A metric that needs no labels."""
+    assert labels is None
+    values = outputs.values() if isinstance(outputs, dict) else [outputs]
+    return float(sum(value.mean() for value in values))
+
+
+def no_number(outputs: Any, labels: Any) -> str:
+    """Not a metric."""
+    return "good"
+
+
+def shapes_of(outputs: Any) -> dict[str, tuple[int, ...]]:
+    """For the tests."""
+    return {name: tuple(value.shape) for name, value in outputs.items()}
+
+
+__all__ = ["CLASSES", "detector", "fields", "headless", "maps", "one_logit", "selecting"]
