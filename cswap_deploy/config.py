@@ -73,7 +73,7 @@ class ModelConfig(Section):
     std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
     task: Annotated[
         Task | Literal["auto"],
-        Flag("What the outputs are: classify, binary, features, dense, detect, any."),
+        Flag("classify, binary, features, dense, detect, any.", metavar="TASK"),
     ] = "auto"
     """``auto``: from what the network returns; see :func:`models.outputs.recognise`."""
 
@@ -361,7 +361,7 @@ class MeasureConfig(Section):
     ] = None
     metric: Annotated[
         str | None,
-        Flag("Your own figure, (outputs, labels) -> float.", "MODULE:FUNCTION", in_key=False),
+        Flag("Own figure: MODULE:FUNCTION(outputs, labels).", metavar="NAME", in_key=False),
     ] = None
     budget: Annotated[
         Path | None,

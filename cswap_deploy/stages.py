@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,10 +23,13 @@ from cswap_deploy.data import Calibration, Samples, calibration_set, load_sample
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
 from cswap_deploy.export.modelopt import modelopt_version
+from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import Graphs, export_networks
+from cswap_deploy.measure import score as scoring
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
-from cswap_deploy.measure.evaluate import Evaluation, Predictions
+from cswap_deploy.measure.evaluate import Evaluation
+from cswap_deploy.measure.metric import metric_digest
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
@@ -37,9 +39,9 @@ from cswap_deploy.pruning.prune import prune as prune_network
 from cswap_deploy.pruning.state import RoundStore
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
 from cswap_deploy.records.files import require_files
-from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
+from cswap_deploy.records.graphs import SCORE, ExportRecord, PrecisionRecord, Score
 from cswap_deploy.records.manifest import TargetResult
-from cswap_deploy.records.measurements import AccuracyChange, Device
+from cswap_deploy.records.measurements import Device
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file, sha256_text
@@ -82,6 +84,11 @@ class Run:
     def images(self, most: int) -> Any:
         """The first calibration images as an array, (N, C, H, W) float32."""
         return self.calibration.images[:most].contiguous().numpy()
+
+    def labels(self, most: int) -> Any:
+        """Their labels, (N,); ``None`` for a task without classes."""
+        known = self.loaded.spec.task == "classify"
+        return self.samples.calibration.labels[:most] if known else None
 
     @cached_property
     def device(self) -> Device:
@@ -169,6 +176,9 @@ def load(
     else:
         loaded = load_model(config.model, seed=config.run.seed)
     progress.end()
+    if config.model.task == "auto" and loaded.spec.task != "classify":
+        shown = ", ".join(loaded.spec.outputs)
+        progress.note(f"taken for task {loaded.spec.task} (outputs {shown}); --task says otherwise")
     samples = load_samples(config.data, model=loaded.spec, seed=config.run.seed, progress=progress)
     calibration, validation = samples.calibration.spec, samples.validation.spec
     progress.done(
@@ -267,19 +277,23 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
 
     def make(out: Path) -> None:
         check = partial(
-            check_graph, images=run.images(max(PARITY_BATCHES)), tolerance=config.parity_tolerance
-        )
+            check_graph, spec=run.loaded.spec, images=run.images(max(PARITY_BATCHES)),
+            tolerance=config.parity_tolerance,
+        )  # fmt: skip
         record = export_networks(
             pruned.module(run), run.loaded.module, config=config,
-            input_size=run.loaded.spec.preprocessing.input_size, check=check, folder=out,
-            progress=run.progress,
+            spec=run.loaded.spec, check=check, folder=out, progress=run.progress,
         )  # fmt: skip
         (out / "export.json").write_text(record.canonical_json())
 
     folder = run.stage(
         "export",
         make,
-        inputs={"pruned": run.keys["prune"], "weights": sha256_file(pruned.folder / WEIGHTS)},
+        inputs={
+            "pruned": run.keys["prune"],
+            "weights": sha256_file(pruned.folder / WEIGHTS),
+            "outputs": list(run.loaded.spec.outputs),
+        },
         settings=config.export_key(),
         tools=tool_versions(
             "cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"
@@ -289,7 +303,8 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
     run.fallbacks += record.model.notes
     run.done(
         "export",
-        f"{record.model.size_bytes / 2**20:.2f} MiB, {record.model.nodes} nodes, logits within "
+        f"{record.model.size_bytes / 2**20:.2f} MiB, {record.model.nodes} nodes, "
+        f"{'logits' if run.loaded.spec.task == 'classify' else 'outputs'} within "
         f"{max(p.max_abs for p in record.parity):.1e}",
     )
     graphs = Graphs.exported(folder, record)
@@ -307,7 +322,7 @@ def narrow(run: Run, graphs: Graphs) -> Graphs:
     def make(out: Path) -> None:
         record = precision.narrow(
             graphs.float32, config=config, images=run.images(precision.PRECISION_IMAGES),
-            labels=run.samples.calibration.labels[: precision.PRECISION_IMAGES], path=out / MODEL,
+            labels=run.labels(precision.PRECISION_IMAGES), path=out / MODEL,
             progress=run.progress,
         )  # fmt: skip
         (out / "precision.json").write_text(record.canonical_json())
@@ -367,26 +382,29 @@ def engine(run: Run, target: str, graphs: Graphs) -> Path:
 
 
 def score(run: Run, pruned: PrunedFiles) -> Path:
-    """What both networks predict in PyTorch: ``classes.npz`` and ``accuracy.json``."""
+    """What both networks predict in PyTorch: ``score.json``, and a classifier's predictions."""
     run.progress.stage("score", "PyTorch, dense and pruned")
+    spec, metric = run.loaded.spec, run.config.measure.metric
 
     def make(out: Path) -> None:
-        found = run.evaluation.networks(
-            run.loaded.module, pruned.module(run), largest=run.config.engine.batch.max
-        )
-        np.savez(out / "classes.npz", dense=found.dense, pruned=found.pruned)
-        change = run.evaluation.change(found.dense, found.pruned)
-        (out / "accuracy.json").write_text(change.canonical_json())
+        record = scoring.score_networks(
+            run.evaluation, run.loaded.module, pruned.module(run), spec=spec, metric=metric,
+            largest=run.config.engine.batch.max, folder=out,
+        )  # fmt: skip
+        (out / SCORE).write_text(record.canonical_json())
 
     folder = run.stage(
         "score",
         make,
-        inputs={"pruned": run.keys["prune"], "validation": run.samples.validation.spec.sha256},
-        settings={},
+        inputs={
+            "pruned": run.keys["prune"],
+            "validation": run.samples.validation.spec.sha256,
+            "metric": "" if metric is None else metric_digest(metric),
+        },
+        settings={"task": spec.task, "metric": metric},
         tools=tool_versions("cswap-deploy", "torch", "timm"),
     )
-    change = read_value(folder / "accuracy.json", AccuracyChange)
-    run.done("score", f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}")
+    run.done("score", scoring.summary(read_value(folder / SCORE, Score)))
     return folder
 
 
@@ -433,6 +451,7 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
             "parity_tolerance": config.export.parity_tolerance,
             "precision": config.export.precision,
             "drop_limit": config.export.drop_limit,
+            "task": run.loaded.spec.task,
         },
         tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
     )
@@ -442,10 +461,12 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
 
 
 def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> TargetResult:
-    config, graphs = run.config, before.graphs
-    classes = np.load(before.scores / "classes.npz")
+    config, graphs, loaded = run.config, before.graphs, run.loaded
+    reference = scoring.reference_of(
+        before.scores, loaded.module, loaded.spec, graphs.model.outputs, batch=BATCH
+    )
     test = EngineTest(
-        before.pruned.module(run), Predictions(classes["dense"], classes["pruned"]),
+        before.pruned.module(run), reference,
         run.images(images_needed(config)), run.evaluation, config,
     )  # fmt: skip
     if not result.engine.runnable:

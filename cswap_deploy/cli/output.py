@@ -219,14 +219,23 @@ class _Memory(ProgressColumn):
 
 
 def _target_line(target: dict[str, Any]) -> str:
-    if target["top1"] is None:
+    if target["top1"] is None and target["outputs"] is None:
         return f"built, not run here: {target['reason']}"
-    line = f"top-1 {target['top1']:.2%} (drop {100 * target['top1_drop']:+.2f} points)"
+    if target["top1"] is None:
+        line = ", ".join(_output_words(*pair) for pair in target["outputs"].items())
+    else:
+        line = f"top-1 {target['top1']:.2%} (drop {100 * target['top1_drop']:+.2f} points)"
     if target["p50_ms"] is not None:
         line += f", p50 {target['p50_ms']:.2f} ms, p99 {target['p99_ms']:.2f} ms"
         if target.get("speedup"):
             line += f", {target['speedup']:.2f}x the dense network's speed"
     return line
+
+
+def _output_words(name: str, change: dict[str, Any]) -> str:
+    error, agreement = change["error_db"], change["agreement"]
+    text = name if error is None else f"{name} {error:.1f} dB"
+    return text if agreement is None else f"{text} ({agreement:.2%} of decisions alike)"
 
 
 def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -45,7 +45,7 @@ ROUNDED = "rounded.onnx"
 
 
 def narrow(
-    onnx: OnnxArtifact, *, config: ExportConfig, images: Floats, labels: Labels, path: Path,
+    onnx: OnnxArtifact, *, config: ExportConfig, images: Floats, labels: Labels | None, path: Path,
     progress: Progress | None = None,
 ) -> PrecisionRecord:  # fmt: skip
     """Give a graph the dtypes that the engine will have.
@@ -56,7 +56,8 @@ def narrow(
             rest float16).
         images: (N, C, H, W) float32, normalised calibration images in no particular order; the
             first ``PRECISION_IMAGES`` are used.
-        labels: (N,).
+        labels: (N,); ``None`` where there are no classes: then outputs must change by no more than
+            ``config.drop_limit`` of their squared size.
         path: File to write.
         progress: Told of what takes time.
 
@@ -88,7 +89,7 @@ def narrow(
         precision=config.precision, layers=done.layers, kept=done.kept,
         calibration=done.calibration, tried=tuple(comparer.tried), images=comparer.images,
         kl=done.comparison.kl, agreement=done.comparison.agreement, drop_limit=config.drop_limit,
-        emulated=bool(done.rounded),
+        emulated=bool(done.rounded), by_outputs=labels is None,
     )  # fmt: skip
     made = describe_onnx(path).model_copy(
         update={"path": Path(path.name), "precision": config.precision, "notes": onnx.notes}
@@ -100,7 +101,8 @@ def summary(record: PrecisionRecord) -> str:
     """One line for the screen."""
     model, result = record.model, record.result
     text = f"{model.size_bytes / 2**20:.2f} MiB, {result.agreement:.2%} of {result.images} "
-    text += "predictions as in float32"
+    text += "outputs" if result.by_outputs else "predictions"
+    text += " as in float32"
     if result.calibration:
         text += f", ranges by {result.calibration}"
     return text + (f"; {len(result.kept)} nodes kept wider" if result.kept else "")

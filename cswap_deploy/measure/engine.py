@@ -5,21 +5,54 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from cswap_deploy.config import Config
 from cswap_deploy.errors import GateError
-from cswap_deploy.measure.evaluate import Classes, Evaluation, Predictions, torch_run
+from cswap_deploy.measure.evaluate import Evaluation, Predictions, torch_run
 from cswap_deploy.measure.latency import measure_latency
-from cswap_deploy.measure.parity import PARITY_BATCHES, Run, parity, require_parity
+from cswap_deploy.measure.outputs import (
+    OutputRun,
+    relative_error,
+    torch_outputs,
+    trimmed,
+    worst_words,
+)
+from cswap_deploy.measure.parity import PARITY_BATCHES, AnyRun, Run, parity, require_parity
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.manifest import TargetResult
-from cswap_deploy.records.measurements import AccuracyChange, Latency, Parity
+from cswap_deploy.records.measurements import AccuracyChange, Latency, OutputChange, Parity
+from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.preprocess import filled_up
-from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.runtime.session import Floats, Outputs, Session
+
+
+@dataclass(frozen=True, slots=True)
+class OutputReference:
+    """What engines of networks that do not classify are compared with."""
+
+    dense: nn.Module
+    spec: ModelSpec
+    rows: frozenset[str]
+    """Outputs with one row an image."""
+
+    def torch(self, module: nn.Module) -> OutputRun:
+        """A network in PyTorch."""
+        run = torch_outputs(module, self.spec.outputs)
+        return lambda images: trimmed(run(images), self.rows, len(images))
+
+    def engine(self, session: Session, smallest: int) -> OutputRun:
+        """An engine that takes batches from ``smallest`` on."""
+
+        def run(images: Floats) -> Outputs:
+            found = session.named(filled_up(images, smallest))
+            return trimmed(found, self.rows, len(images))
+
+        return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +60,8 @@ class EngineTest:
     """What engines are compared with, and how."""
 
     pruned: nn.Module
-    predicted: Predictions
-    """Predictions of both networks in PyTorch."""
+    reference: Predictions | OutputReference
+    """Predictions of both networks in PyTorch, or what makes outputs to compare."""
     calibration: Floats
     """(N, C, H, W) float32, normalised: the first calibration images, for parity and latency."""
     evaluation: Evaluation
@@ -42,28 +75,30 @@ class EngineTest:
         ``load_dense`` builds and loads the dense float32 graph on the same runtime.
 
         Raises:
-            ExportError: A float32 engine's logits differ from the pruned network's.
+            ExportError: A float32 engine's outputs differ from the pruned network's.
             GateError: An engine of reduced precision loses too much accuracy.
         """
         batch, precision = self.config.engine.batch, self.config.export.precision
-
-        def network(images: Floats) -> Floats:
-            return session.run(filled_up(images, batch.min))[: len(images)]
-
+        candidate: AnyRun = self._logits(session)
+        expected: AnyRun = torch_run(self.pruned)
+        if isinstance(self.reference, OutputReference):
+            expected = self.reference.torch(self.pruned)
+            candidate = self.reference.engine(session, batch.min)
         compared = parity(
-            torch_run(self.pruned), network, self.calibration[: max(PARITY_BATCHES)],
+            expected, candidate, self.calibration[: max(PARITY_BATCHES)],
             reference_name="pruned network, PyTorch", candidate_name=f"engine, {engine.target}",
             tolerance=self.config.export.parity_tolerance if precision == "fp32" else None,
             batches=tuple(min(size, batch.max) for size in PARITY_BATCHES),
         )  # fmt: skip
-        classes = self._classify(network, f"the engine of {engine.target}")
+        judged = self._judged(engine, session, f"the engine of {engine.target}", "this engine")
         latency, dense_latency = self._latency(session, load_dense)
-        result = TargetResult(
-            engine=engine, parity=require_parity(compared), latency=latency,
-            accuracy=self.evaluation.change(self.predicted.dense, classes),
-            dense_latency=dense_latency,
-        )  # fmt: skip
-        return result if precision == "fp32" else self._reduced(result, classes, "this engine")
+        return judged.model_copy(
+            update={
+                "parity": require_parity(compared),
+                "latency": latency,
+                "dense_latency": dense_latency,
+            }
+        )
 
     def emulate(self, engine: EngineArtifact, session: Session, name: str) -> TargetResult:
         """Judge the precision of an engine that this machine cannot run.
@@ -74,21 +109,45 @@ class EngineTest:
         Raises:
             GateError: The precision loses too much accuracy.
         """
-        classes = self._classify(session.run, f"the {self.config.export.precision} graph")
-        return self._reduced(TargetResult(engine=engine), classes, name)
+        what = f"the {self.config.export.precision} graph"
+        judged = self._judged(engine, session, what, name)
+        return judged.model_copy(update={"accuracy": None, "outputs": None})
 
-    def _classify(self, network: Run, what: str) -> Classes:
-        largest = self.config.engine.batch.max
-        return self.evaluation.classify(network, what=what, largest=largest)
+    def _judged(
+        self, engine: EngineArtifact, session: Session, what: str, name: str
+    ) -> TargetResult:
+        """Accuracy against the dense network; reduced precision also against the pruned one."""
+        batch, export = self.config.engine.batch, self.config.export
+        gate: dict[str, Any] = {
+            "precision": export.precision, "limit": export.drop_limit, "measured_on": name,
+        }  # fmt: skip
+        if isinstance(self.reference, Predictions):
+            run = self._logits(session)
+            classes = self.evaluation.classify(run, what=what, largest=batch.max)
+            change = self.evaluation.change(self.reference.dense, classes)
+            result = TargetResult(engine=engine, accuracy=change)
+            if export.precision != "fp32":
+                reduced = self.evaluation.change(self.reference.pruned, classes)
+                require_precision(reduced, engine.target, **gate)
+                result = result.model_copy(update={"reduced": reduced, "judged_by": name})
+            return result
+        of, task = self.reference, self.reference.spec.task
+        made = of.engine(session, batch.min)
 
-    def _reduced(self, result: TargetResult, classes: Classes, name: str) -> TargetResult:
-        reduced = self.evaluation.change(self.predicted.pruned, classes)
-        export = self.config.export
-        require_precision(
-            reduced, result.engine.target, precision=export.precision, limit=export.drop_limit,
-            measured_on=name,
-        )  # fmt: skip
-        return result.model_copy(update={"reduced": reduced, "judged_by": name})
+        def changed(module: nn.Module) -> OutputChange:
+            before = of.torch(module)
+            return self.evaluation.output_change(before, made, task, what=what, largest=batch.max)
+
+        result = TargetResult(engine=engine, outputs=changed(of.dense))
+        if export.precision != "fp32":
+            moved = changed(self.pruned)
+            require_outputs(moved, engine.target, **gate)
+            result = result.model_copy(update={"reduced_outputs": moved, "judged_by": name})
+        return result
+
+    def _logits(self, session: Session) -> Run:
+        smallest = self.config.engine.batch.min
+        return lambda images: session.run(filled_up(images, smallest))[: len(images)]
 
     def _latency(
         self, session: Session, load_dense: Callable[[], Session]
@@ -111,19 +170,23 @@ def images_needed(config: Config) -> int:
 
 
 def check_graph(
-    module: nn.Module, graph: Path, name: str, *, images: Floats, tolerance: float
+    module: nn.Module, graph: Path, name: str, *, spec: ModelSpec, images: Floats, tolerance: float
 ) -> Parity:
     """Compare a float32 graph in ONNX Runtime with its network in PyTorch.
 
     ``name`` is the graph's in the report; of the images, (N, C, H, W) and normalised, the first 8
-    are used; ``tolerance`` is the largest difference of logits.
+    are used; ``tolerance`` is the largest difference of logits, or what ``parity`` says of others.
 
     Raises:
         ExportError: The difference exceeds the tolerance.
     """
-    candidate, few = OnnxSession(graph, threads=None).run, images[: max(PARITY_BATCHES)]
+    session, few = OnnxSession(graph, threads=None), images[: max(PARITY_BATCHES)]
+    expected: AnyRun = torch_run(module)
+    candidate: AnyRun = session.run
+    if spec.task != "classify":
+        expected, candidate = torch_outputs(module, spec.outputs), session.named
     compared = parity(
-        torch_run(module), candidate, few, reference_name="PyTorch", candidate_name=name,
+        expected, candidate, few, reference_name="PyTorch", candidate_name=name,
         tolerance=tolerance,
     )  # fmt: skip
     return require_parity(compared)
@@ -149,15 +212,38 @@ def require_precision(
         )
 
 
+def require_outputs(
+    change: OutputChange, target: str, *, precision: str, limit: float, measured_on: str
+) -> None:
+    """The same gate without classes: ``limit`` is of the squared error over the squared size.
+
+    Raises:
+        GateError: An output changes by more.
+    """
+    error = relative_error(change)
+    if error > limit:
+        raise GateError(
+            f"{target} in {precision} changes the outputs of the pruned float32 network by "
+            f"{error:.2e} of their squared size ({worst_words(change)}, on {change.images} images, "
+            f"by {measured_on}); allowed are {limit:g}",
+            fix="a wider --precision, --keep-fp32 for what is sensitive, or raise --precision-drop",
+        )
+
+
 def summary(result: TargetResult) -> str:
     """One line for the screen."""
-    if result.accuracy is None or result.latency is None:
+    if result.latency is None:
         text = f"not run on this machine: {result.engine.reason}"
         if result.reduced is not None:
             text += f"; {result.reduced.pruned.top1:.2%} top-1 by {result.judged_by}"
+        if result.reduced_outputs is not None:
+            text += f"; {worst_words(result.reduced_outputs)} by {result.judged_by}"
         return text
-    change = result.accuracy
-    text = f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}"
+    change, text = result.accuracy, "not evaluated"
+    if change is not None:
+        text = f"top-1 {change.dense.top1:.2%} -> {change.pruned.top1:.2%}"
+    elif result.outputs is not None:
+        text = worst_words(result.outputs)
     if result.dense_latency is not None:
         text += f", p50 {result.dense_latency.p50_ms:.2f} -> {result.latency.p50_ms:.2f} ms"
     return text

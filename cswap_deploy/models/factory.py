@@ -35,7 +35,7 @@ def call(name: str) -> nn.Module:
         absent = err.name if isinstance(err, ModuleNotFoundError) else None
         if absent and f"{module_name}.".startswith(f"{absent}."):
             raise UsageError(f"there is no module {absent}, for {name}", fix=_FIX) from err
-        raise UsageError(f"{module_name} does not import: {_last_line(err)}") from err
+        raise UsageError(f"{module_name} does not import: {last_line(err)}") from err
     factory = getattr(module, attribute, None)
     if not callable(factory):
         what = "has no" if factory is None else "does not call"
@@ -43,7 +43,7 @@ def call(name: str) -> nn.Module:
     try:
         made = factory()
     except Exception as err:
-        raise UsageError(f"{name}() raised {_last_line(err)}") from err
+        raise UsageError(f"{name}() raised {last_line(err)}") from err
     if not isinstance(made, nn.Module):
         raise UsageError(f"{name}() returned a {type(made).__name__}, not an nn.Module")
     return made
@@ -79,7 +79,7 @@ def examine(
             out = module(torch.zeros(1, *input_size))
     except Exception as err:
         raise UsageError(
-            f"{name} does not take an image of --input-size {tuple(input_size)}: {_last_line(err)}"
+            f"{name} does not take an image of --input-size {tuple(input_size)}: {last_line(err)}"
         ) from err
     outputs = named_outputs(out)
     if task == "auto":
@@ -93,7 +93,7 @@ def examine(
     return Returned(task, names, classes)
 
 
-def _last_line(err: Exception) -> str:
+def last_line(err: Exception) -> str:
     """The exception, and the line of the user's file that raised it."""
     words = f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"
     frames = traceback.extract_tb(err.__traceback__)

@@ -104,13 +104,32 @@ class Classifier:
         """
         return self._session.run(normalise(pixels, self.bundle.transform))
 
+    def run(self, pictures: Sequence[Picture]) -> dict[str, npt.NDArray[Any]]:
+        """Every output of one batch of N > 0 pictures, by name, whatever the task: (N, ...) each.
+
+        Raises:
+            UsageError: A picture does not decode.
+            StageError: The engine does not take this batch.
+        """
+        return self.outputs([self.prepare(picture) for picture in pictures])
+
+    def outputs(self, pixels: Sequence[npt.NDArray[np.uint8]]) -> dict[str, npt.NDArray[Any]]:
+        """The same of pictures from :meth:`prepare`."""
+        batch = filled_up(np.stack(pixels), self._session.batch_min)
+        found = self._session.named(normalise(batch, self.bundle.transform))
+        # The last batch of many may be a short one.
+        return {
+            name: value[: len(pixels)] if name in self.bundle.rows else value
+            for name, value in found.items()
+        }
+
     def predict(
         self, pictures: Iterable[Picture], *, top: int = 5, batch: int = 1
     ) -> Iterator[list[Guess]]:
         """The ``top`` likeliest classes of each picture, in order; ``batch`` of them run together.
 
         Raises:
-            UsageError: A picture does not decode.
+            UsageError: A picture does not decode, or the network does not classify.
             StageError: The engine does not take this batch.
         """
         waiting: list[npt.NDArray[np.uint8]] = []
@@ -125,8 +144,14 @@ class Classifier:
         """The ``top`` likeliest classes of each of N >= 0 pictures that run together.
 
         Raises:
+            UsageError: The network does not classify.
             StageError: The engine does not take this batch.
         """
+        if self.bundle.task != "classify":
+            raise UsageError(
+                f"{self.bundle.model} is of task {self.bundle.task}: it has no classes to name",
+                fix="take its outputs: .run(pictures), or cswap-run BUNDLE PICTURES -o FILE.npz",
+            )
         if not pixels:
             return []
         # The last batch of many may be a short one.

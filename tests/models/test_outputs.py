@@ -17,7 +17,7 @@ from cswap_deploy.models.load import LoadedModel, load_model
 from cswap_deploy.models.outputs import named_outputs
 
 A, B, C = torch.zeros(1, 2), torch.ones(1, 3), torch.zeros(1)
-Pair = namedtuple("Pair", "boxes scores")  # noqa: PYI024
+Pair = namedtuple("Pair", "boxes scores")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_the_user_says_is_taken_where_it_fits() -> None:
         with pytest.raises(UsageError, match=r"are wanted") as err:
             load(name, task)
         assert "--task features, dense, detect or any" in str(err.value)
-    with pytest.raises(UsageError, match="maps \\(1, classes, H, W\\)") as err:
+    with pytest.raises(UsageError, match=r"maps \(1, classes, H, W\)") as err:
         load("small_models:small", "dense")
     assert err.value.fix == "pass --task any"
     with pytest.raises(ValueError, match="task"):
@@ -101,5 +101,5 @@ def test_a_network_whose_rows_are_not_images_is_refused_by_name() -> None:
 
     with pytest.raises(ExportError, match=r"output boxes of Flat has shape .*one row an image"):
         trace(Flat(), torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ExportError, match="non-maximum suppression|cannot trace"):
+    with pytest.raises(ExportError, match=r"non-maximum suppression|cannot trace"):
         trace(small_tasks.selecting(), torch.randn(2, 3, 16, 16))
