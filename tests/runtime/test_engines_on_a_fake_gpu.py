@@ -364,3 +364,25 @@ def test_the_process_ends_in_peace(
     )  # fmt: skip
     assert done.returncode == (6 if damaged else 0), done.stderr
     assert done.stderr.startswith("error: " if damaged else "small on tensorrt 11")
+
+
+@every_package
+def test_every_output_comes_by_its_name(bench: Callable[..., Bench], package: str) -> None:
+    """A second output, of another rank and inside the graph."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load_model_from_string(ONNX)
+    inner = helper.make_tensor_value_info("c", TensorProto.FLOAT, ["batch", 8, 2, 2])
+    model.graph.output.append(inner)
+    two = model.SerializeToString()
+    b = bench(package)
+    session = b.session(make_engine(two, version=b.version))
+    expected = OnnxSession(two, threads=1)
+    for size in (1, 8, 3):
+        batch = images(size, seed=size)
+        found, wanted = session.named(batch), expected.named(batch)
+        assert set(found) == {"logits", "c"}
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-6)
+    session.close()
