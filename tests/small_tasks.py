@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import small_models
 import torch
 import torch.nn.functional as F
 from small_models import SmallNet, small
@@ -127,6 +128,59 @@ def fields() -> nn.Module:
 
 def selecting() -> nn.Module:
     return _made(Selecting)
+
+
+def dino(classes: int = 0) -> nn.Module:
+    """DINOv2's architecture, small: scaled branches, a class token, tokens normalised, no head."""
+    from small_networks import lively
+
+    from cswap_deploy.models.torchvision_shim import import_timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        module = import_timm().models.vision_transformer.VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2,
+            init_values=0.5, num_classes=classes,
+        )  # fmt: skip
+        lively(module)
+    return module
+
+
+def dino_with_a_head() -> nn.Module:
+    return dino(small_models.CLASSES)
+
+
+def _segmentation() -> Any:
+    from cswap_deploy.models.torchvision_shim import import_timm
+
+    import_timm()  # torchvision beside a CPU torch
+    from torchvision.models import segmentation
+
+    return segmentation
+
+
+def lraspp() -> nn.Module:
+    return _segmentation().lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=5
+    )
+
+
+def fcn(layers: tuple[int, ...] = (1, 1, 1, 1), width: int = 8) -> nn.Module:
+    """torchvision's FCN with its auxiliary map, on a shallow ResNet of bottlenecks."""
+    made = _segmentation().fcn._fcn_resnet
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    dilated = [False, True, True]
+    backbone = ResNet(
+        Bottleneck, list(layers), width_per_group=width, replace_stride_with_dilation=dilated
+    )
+    return made(backbone, 5, True)
+
+
+def fcn_resnet50() -> nn.Module:
+    return _segmentation().fcn_resnet50(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    )
 
 
 def share_right(outputs: Any, labels: Any) -> float:

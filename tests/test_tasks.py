@@ -231,6 +231,62 @@ def test_a_rerun_reuses_and_another_metric_measures_again(photos: Path, tmp_path
     assert (stages[2]["prune"], stages[2]["score"]) == ("reused", "run")
 
 
+# --- networks that others wrote -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factory", "outputs"),
+    [
+        ("lraspp", {"out"}),
+        ("fcn", {"out", "aux"}),
+        pytest.param("fcn_resnet50", {"out", "aux"}, marks=pytest.mark.slow),
+    ],
+)
+def test_torchvisions_segmentation(factory: str, outputs: set[str], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (14, 64, 64, 3), dtype=np.uint8)
+    file = tmp_path / "images.npz"
+    np.savez(file, images=images)
+    settings = SETTINGS | {
+        "input_size": (3, 64, 64), "round_to": 8, "calibration_samples": 8,
+        "validation_samples": 6, "ratio": 0.2,
+    }  # fmt: skip
+    bundle = cswap_deploy.build(
+        f"small_tasks:{factory}", data=file, output=tmp_path / "b", store=tmp_path / "s",
+        criterion="magnitude", refit=False, **settings,
+    )  # fmt: skip
+    manifest = bundle.manifest
+    assert (manifest.model.task, set(manifest.model.outputs)) == ("dense", outputs)
+    assert {t.shape for t in manifest.onnx.outputs} == {("batch", 5, 64, 64)}
+    assert 0.17 < bundle.plan.effective("params") < 0.23
+    (target,) = manifest.targets
+    assert target.parity.ok
+    assert {o.name for o in target.outputs.outputs} == outputs
+    assert all(0 < o.agreement <= 1 for o in target.outputs.outputs)
+
+
+@pytest.mark.parametrize(
+    ("factory", "task", "output"),
+    [("dino", "features", "output"), ("dino_with_a_head", "classify", "logits")],
+)
+def test_a_dinov2_backbone_without_and_with_a_head(
+    factory: str, task: str, output: str, pictures: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"data": pictures[0], "validation_data": pictures[1]}
+    bundle = cswap_deploy.build(
+        f"small_tasks:{factory}", output=tmp_path / "b", store=tmp_path / "s", **settings
+    )
+    manifest = bundle.manifest
+    assert (manifest.model.task, bundle.plan.task) == (task, task)
+    assert [t.name for t in manifest.onnx.outputs] == [output]
+    kinds = {g.kind for g in bundle.plan.groups if len(g.kept) < g.units}
+    assert kinds <= {"heads", "neurons"}
+    assert kinds
+    (target,) = manifest.targets
+    assert target.parity.ok
+    assert (target.accuracy is None) == (task == "features")
+    assert (target.outputs is None) == (task == "classify")
+
+
 # --- in memory -----------------------------------------------------------------------------------
 
 
