@@ -52,7 +52,7 @@ class Bundle:
         return load_pruned(self.path / WEIGHTS, self.plan, dense, self._example())
 
     def classifier(self, **options: Any) -> Classifier:
-        """What runs the bundle on this machine, pictures in, classes out.
+        """What runs the bundle on this machine: pictures in, classes or named outputs out.
 
         Args:
             **options: Of :meth:`cswap_deploy.runtime.classifier.Classifier.open`.
@@ -94,11 +94,12 @@ def prune(
     """Remove channels, attention heads and hidden neurons from a network, without training.
 
     Args:
-        module: Maps (N, C, H, W) float32 to logits (N, classes); not changed.
+        module: Maps (N, C, H, W) float32 to logits (N, classes), or to other outputs (``task``):
+            tensors, or tuples, lists, dictionaries and dataclasses of them; not changed.
         data: Images to measure on, as the network takes them: ``(images, labels)`` as tensors or
             arrays, (N, C, H, W) float32 and (N,) integers; an iterable of such batches, for example
             a ``DataLoader``; or the path of a folder of class folders or of an ``.npz`` file, with
-            ``input_size``, ``mean`` and ``std``.
+            ``input_size``, ``mean`` and ``std``. Without classes images alone will do.
         ratio: Fraction of the parameters to remove (see ``ratio_of``), 0 <= ratio < 1; 0.4 unless
             said.
         progress: Told of everything that takes time.
@@ -138,7 +139,7 @@ def build(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Bundle:
-    """Prune a pretrained classifier, export it, build engines, and check them.
+    """Prune a pretrained network, export it, build engines, and check them.
 
     The command ``cswap-deploy build`` does the same.
 

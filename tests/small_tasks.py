@@ -90,6 +90,22 @@ class Fields(SmallNet):
         return Found(y, logits, logits.argmax(1), self.anchors)
 
 
+class Probabilities(SmallNet):
+    """Ends in a sigmoid, and gives one number an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.head(self.features(x))[:, :1]).squeeze(1)
+
+
+class Twice(SmallNet):
+    """One tensor under two names, another that is read again inside, and an odd name."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.features(x)
+        z = self.head(y)
+        return {"linear": z, "again": z, "stem.weight": y.square()}
+
+
 class Selecting(SmallNet):
     """Returns as many rows as it finds."""
 
@@ -124,6 +140,14 @@ def detector() -> nn.Module:
 
 def fields() -> nn.Module:
     return _made(Fields)
+
+
+def probabilities() -> nn.Module:
+    return _made(Probabilities)
+
+
+def twice() -> nn.Module:
+    return _made(Twice)
 
 
 def selecting() -> nn.Module:

@@ -4,7 +4,8 @@ All outputs of one image are one row (``Graph.rows``). The effect of a unit on a
 
     classify   KL(p, p*) of the classes; beside it the true class's relative change
     binary     sum_k KL of the k-th yes or no,
-               p_k log(p_k / p*_k) + (1 - p_k) log((1 - p_k) / (1 - p*_k)),  p = sigmoid(o)
+               p_k log(p_k / p*_k) + (1 - p_k) log((1 - p_k) / (1 - p*_k)),  p = sigmoid(o),
+               or p = o where the network ends in a sigmoid
     dense      sum over outputs of the mean over pixels of KL(p, p*) of the channels, which are
                classes; of outputs that are no such maps as below
     others     sum over outputs of ||o* - o||^2 / ||o||^2, the relative squared change
@@ -39,6 +40,8 @@ from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.config import Task
 from cswap_deploy.network.outputs import Output
 
+_LEAST = 1e-7
+"""Probabilities are kept so far from 0 and 1."""
 PROBES = 4
 """Random directions of each image; a unit's mean over many images is much closer."""
 
@@ -95,6 +98,8 @@ class OutputEffect:
     def _one(self, output: Output, base: Tensor, masked: Tensor) -> Tensor:
         """The effect on one output; (N, k), (N, k) -> (N,)."""
         if self.task == "binary":
+            if output.probabilities:
+                base, masked = (x.logit(_LEAST) for x in (base, masked))
             return binary_divergence(masked, base)
         if self._is_map(output):
             before, after = (x.view(len(x), output.shape[0], -1).mT for x in (base, masked))
@@ -103,6 +108,9 @@ class OutputEffect:
 
     def _root(self, output: Output, drawn: Tensor, base: Tensor) -> Tensor:
         """The root of F times vectors; (N, k), (N, k) -> (N, k)."""
+        if self.task == "binary" and output.probabilities:
+            # of p itself, F is 1 / (p (1 - p))
+            return drawn / (base * (1 - base)).clamp_min(_LEAST).sqrt()
         if self.task == "binary":
             return drawn * (F.logsigmoid(base) + F.logsigmoid(-base)).div(2).exp()
         if self._is_map(output):

@@ -13,12 +13,12 @@ from torch import nn
 
 from cswap_deploy.errors import ArtifactError, ExportError
 from cswap_deploy.export.names import exported_modules, name_nodes
-from cswap_deploy.models.outputs import tensors_alone
+from cswap_deploy.models.outputs import INPUT, LOGITS, tensors_alone
 from cswap_deploy.progress import captured
 from cswap_deploy.records.engine import OnnxArtifact, TensorSpec
 from cswap_deploy.records.value import sha256_file
 
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+BATCH = "batch"
 _RETURNED = "returned::"
 _PROTOBUF_LIMIT = 2**31
 _LEFT_OVER = "BatchNorm nodes directly after a convolution were not folded into it"
@@ -27,7 +27,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def export_onnx(
     module: nn.Module, *, input_size: tuple[int, int, int], path: Path, opset: int = 18,
-    outputs: Sequence[str] = (OUTPUT,),
+    outputs: Sequence[str] = (LOGITS,),
 ) -> OnnxArtifact:  # fmt: skip
     """Export a network with a dynamic batch axis, weights inside the file.
 
@@ -62,7 +62,7 @@ def export_onnx(
     _name_outputs(proto.graph, outputs)
     name_nodes(proto.graph, modules=exported_modules(proto.graph))
     _strip_metadata(proto.graph)
-    _check_interface(proto.graph, what=what, classes=tuple(outputs) == (OUTPUT,))
+    _check_interface(proto.graph, what=what, classes=tuple(outputs) == (LOGITS,))
     honoured = _opset(proto)
     if honoured != opset:
         raise ExportError(
@@ -112,11 +112,6 @@ def _name_outputs(graph: Any, names: Sequence[str]) -> None:
     new = dict(wanted)
     for name in taken & set(names):
         new[name] = f"{name}::inner"
-    if INPUT in names:  # the input keeps its name, which runtimes are called with
-        raise ExportError(
-            f"an output cannot be named {INPUT!r}, as the input is",
-            fix="give it another key in what forward returns",
-        )
     for node in graph.node:
         node.input[:] = [new.get(name, name) for name in node.input]
         node.output[:] = [new.get(name, name) for name in node.output]

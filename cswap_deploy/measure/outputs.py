@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.records.measurements import OutputChange, OutputError
 from cswap_deploy.runtime.session import Floats, Outputs
 
+_HALF = 0.5
 OutputRun = Callable[[Floats], Outputs]
 """A network as a function: (B, C, H, W) float32 -> every output by name."""
 
@@ -39,7 +40,8 @@ def output_change(pairs: Iterable[tuple[Outputs, Outputs]], task: Task) -> Outpu
         error_db = 10 log10(sum ||o||^2 / sum ||o - o*||^2)
 
     over all images, for each output. Decisions are compared where there are some: the sign of
-    yes-or-no logits, the largest channel of each pixel of maps, integers as they are.
+    yes-or-no logits (of what is never outside 0..1, the side of 0.5), the largest channel of each
+    pixel of maps, integers as they are.
 
     Args:
         pairs: For each batch, the outputs before (o) and after (o*).
@@ -90,7 +92,11 @@ class _Sums:
     error: float = 0.0
     same: int = 0
     decided: int = 0
-    is_float: bool = field(default=False)
+    same_half: int = 0
+    """As ``same``, of probabilities."""
+    within: bool = True
+    """Whether all values are in 0..1."""
+    is_float: bool = False
 
     def add(self, before: npt.NDArray[Any], after: npt.NDArray[Any], task: Task, name: str) -> None:
         if before.dtype.kind == "f":
@@ -105,9 +111,15 @@ class _Sums:
         if old is not None and new is not None:
             self.same += int((old == new).sum())
             self.decided += old.size
+        if task == "binary":
+            self.same_half += int(((before > _HALF) == (after > _HALF)).sum())
+            self.within &= bool((before >= 0).all() and (before <= 1).all())
+        else:
+            self.within = False
 
     def result(self, name: str) -> OutputError:
-        agreement = self.same / self.decided if self.decided else None
+        same = self.same_half if self.within else self.same
+        agreement = same / self.decided if self.decided else None
         error = None
         if self.is_float and self.error > 0:
             error = 10 * math.log10(max(self.energy, 1e-300) / self.error)

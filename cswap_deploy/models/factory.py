@@ -84,7 +84,7 @@ def examine(
     outputs = named_outputs(out)
     if task == "auto":
         task = recognise(module, out, input_size=tuple(input_size))
-    elif task == "classify" and [tuple(v.shape) for v in outputs.values()] == [(1, 1)]:
+    elif task == "classify" and [v.numel() for v in outputs.values()] == [1]:
         task = "binary"  # a classifier of two classes with one logit
     check_task(task, out, name=name)
     single = isinstance(out, Tensor) and task in SCORED

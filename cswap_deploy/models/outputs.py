@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cswap_deploy.config import Task
 from cswap_deploy.errors import UsageError
 
-LOGITS, OUTPUT = "logits", "output"
+INPUT, LOGITS, OUTPUT = "input", "logits", "output"
+"""Names in the graph: its input, one output of scores, one of anything else."""
 SCORED: tuple[Task, ...] = ("classify", "binary")
 """Tasks of one (N, K) output of logits."""
 _FIX = "return a tensor, or a tuple, list, dict or dataclass of tensors"
@@ -83,17 +84,28 @@ def check_task(task: Task, returned: Any, *, name: str) -> None:
     """Refuse a task that a network's outputs for one image do not have.
 
     Raises:
-        UsageError: Says what it returns, and which ``--task`` takes that.
+        UsageError: Says what it returns, and which ``--task`` takes that; or an output has the
+            name of the graph's input.
     """
-    shapes = {key: tuple(value.shape) for key, value in named_outputs(returned).items()}
+    outputs = named_outputs(returned)
+    shapes = {key: tuple(value.shape) for key, value in outputs.items()}
     told = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
     if len(shapes) == 1 and not isinstance(returned, Mapping):
         told = str(next(iter(shapes.values())))
-    least = {"classify": 2, "binary": 1}.get(task)
-    if least is not None and not (
-        len(shapes) == 1 and all(len(s) == 2 and s[1] >= least for s in shapes.values())
-    ):
-        wanted = "logits (1, classes)" if task == "classify" else "logits (1, K)"
+    if INPUT in shapes:
+        raise UsageError(
+            f"{name} returns {told}: an output cannot be named {INPUT!r}, as the graph's input is",
+            fix="give it another key in what forward returns",
+        )
+    if not any(value.is_floating_point() for value in outputs.values()):
+        raise UsageError(
+            f"{name} returns {told} and no floating-point number: nothing says how far it moves",
+            fix="return what the classes or indices are chosen from, too",
+        )
+    one = len(shapes) == 1 and all(len(s) == 2 and s[1] > 1 for s in shapes.values())
+    flat = all(len(s) in (1, 2) for s in shapes.values())
+    if (task == "classify" and not one) or (task == "binary" and not flat):
+        wanted = "logits (1, classes)" if task == "classify" else "logits (1, K) of yes or no"
         raise UsageError(
             f"{name} returns {told} for one image, {wanted} are wanted",
             fix="pass --task features, dense, detect or any",

@@ -12,6 +12,12 @@ from torch import Tensor, fx, nn
 
 from cswap_deploy.errors import ExportError
 
+_aten = torch.ops.aten
+_RESHAPES = {
+    _aten.squeeze.default, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.view.default,
+    _aten.reshape.default, _aten.flatten.using_ints, _aten.select.int, _aten.slice.Tensor,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -26,6 +32,14 @@ class Output:
     def elements(self) -> int:
         """Numbers for one image."""
         return math.prod(self.shape)
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether a sigmoid makes it, whatever changes its shape after that."""
+        node = self.node
+        while node.target in _RESHAPES and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node.target in (_aten.sigmoid.default, _aten.sigmoid_.default)
 
 
 def measured_outputs(

@@ -91,6 +91,38 @@ def test_what_the_user_says_is_taken_where_it_fits() -> None:
         load("small_models:small", "pose")
 
 
+def test_yes_or_no_in_several_shapes() -> None:
+    spec = load("small_tasks:probabilities", "binary").spec
+    assert (spec.task, spec.outputs) == ("binary", ("logits",))
+    assert load("small_tasks:twice", "binary").spec.outputs == ("linear", "again", "stem.weight")
+
+
+def test_an_output_named_as_the_input_is_refused_at_once() -> None:
+    from cswap_deploy.models.load import wrap_module
+
+    class Echo(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"input": x.mean((2, 3))}
+
+    steps = {"input_size": INPUT_SIZE, "mean": MEAN, "std": STD}
+    with pytest.raises(UsageError, match="output cannot be named 'input'") as err:
+        wrap_module(Echo(), ModelConfig(model="Echo", **steps))
+    assert "another key" in str(err.value.fix)
+
+
+def test_decisions_alone_are_refused() -> None:
+    from cswap_deploy.models.load import wrap_module
+
+    class Best(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3)).argmax(1)
+
+    steps = {"input_size": INPUT_SIZE, "mean": MEAN, "std": STD}
+    with pytest.raises(UsageError, match="no floating-point number") as err:
+        wrap_module(Best(), ModelConfig(model="Best", **steps))
+    assert "chosen from" in str(err.value.fix)
+
+
 def test_a_network_whose_rows_are_not_images_is_refused_by_name() -> None:
     from cswap_deploy.errors import ExportError
     from cswap_deploy.network.graph import trace

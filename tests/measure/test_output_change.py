@@ -41,6 +41,8 @@ def test_error_in_decibels_by_hand() -> None:
     ("task", "before", "after", "share"),
     [
         ("binary", floats([1, -1], [2, 3]), floats([1, 1], [2, 3]), 3 / 4),
+        # never outside 0..1: probabilities
+        ("binary", floats([0.9, 0.2], [0.6, 0.4]), floats([0.9, 0.7], [0.8, 0.1]), 3 / 4),
         ("classify", floats([1, 2], [3, 4]), floats([2, 1], [3, 4]), 1 / 2),
         # (1, 2 channels, 1, 3 pixels)
         ("dense", floats([[[1, 1, 1]], [[0, 2, 0]]]), floats([[[1, 1, 1]], [[2, 2, 0]]]), 2 / 3),

@@ -146,3 +146,15 @@ def test_what_has_no_size_is_not_measured() -> None:
     rows, _ = graph.run(IMAGES)
     returned = small_tasks.fields()(IMAGES)
     torch.testing.assert_close(rows, torch.cat([returned.embedding, returned.logits], 1))
+
+
+def test_probabilities_are_not_squashed_again() -> None:
+    """A network that ends in a sigmoid has the effects of its logits."""
+    found = []
+    for module in (small_tasks.one_logit(), small_tasks.probabilities()):
+        experiment = Experiment(trace(module, IMAGES[:2]), IMAGES, LABELS, task="binary")
+        (exact,) = LocalMeasurement(experiment).effects({CONV1: range(8)})
+        (estimate,) = estimate_effects(experiment, {CONV1: range(8)})
+        found.append((torch.from_numpy(exact.kl), torch.from_numpy(estimate.kl)))
+    for logits, squashed in zip(*found, strict=True):
+        torch.testing.assert_close(squashed, logits, rtol=1e-2, atol=1e-9)
