@@ -74,6 +74,8 @@ class MaskedForward:
         if self.epilogue is not None:
             self._suffix = graph.suffix([self.epilogue.last], given=True)
             keep |= {self.epilogue.other} if self.epilogue.other is not None else set()
+        if task != "classify":  # logits of classes are small, maps are not
+            keep |= {output.node for output in graph.outputs}
         self.keep = frozenset(keep | {*self._suffix.cached})
         """Nodes whose values :meth:`measure` needs."""
         self.kept_bytes = sum(bytes_of(node) for node in self.keep)

@@ -19,6 +19,8 @@ from cswap_deploy.records.measurements import OutputChange, OutputError
 from cswap_deploy.runtime.session import Floats, Outputs
 
 _HALF = 0.5
+_PIECE = 1 << 24
+"""Elements that are compared at once."""
 OutputRun = Callable[[Floats], Outputs]
 """A network as a function: (B, C, H, W) float32 -> every output by name."""
 
@@ -53,14 +55,15 @@ def output_change(pairs: Iterable[tuple[Outputs, Outputs]], task: Task) -> Outpu
     sums: dict[str, _Sums] = {}
     images = 0
     for before, after in pairs:
-        size = max(len(value) for value in before.values() if value.ndim)
+        images += max(len(value) for value in before.values() if value.ndim)
         for name, value in before.items():
             other = after.get(name)
             if other is None or other.shape != value.shape:
                 got = "nothing" if other is None else f"shape {other.shape}"
                 raise StageError(f"output {name} has shape {value.shape} before and {got} after")
-            sums.setdefault(name, _Sums()).add(value, other, task, name)
-        images += size
+            one = sums.setdefault(name, _Sums())
+            for old, new in zip(_pieces(value), _pieces(other), strict=True):
+                one.add(old, new, task, name)
     return OutputChange(
         outputs=tuple(one.result(name) for name, one in sums.items()), images=images
     )
@@ -82,6 +85,14 @@ def decisions(values: npt.NDArray[Any], task: Task) -> npt.NDArray[Any] | None:
 def trimmed(outputs: Outputs, rows: frozenset[str], count: int) -> Outputs:
     """Of outputs with one row an image the first ``count`` rows; the others are left out."""
     return {name: value[:count] for name, value in outputs.items() if name in rows}
+
+
+def _pieces(values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """A few rows at a time: they become float64, and maps are large."""
+    if values.ndim == 0 or values.size <= _PIECE:
+        return [values]
+    rows = max(1, _PIECE * len(values) // values.size)
+    return [values[start : start + rows] for start in range(0, len(values), rows)]
 
 
 @dataclass(slots=True)

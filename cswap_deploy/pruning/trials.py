@@ -37,6 +37,10 @@ _CHUNK = 64
 """Images of one forward pass of an evaluation."""
 _MIXTURES = 2
 """Mixed copies of each image that evaluates, beside the image itself."""
+_MOST_BYTES = 2 << 30
+"""The dense network's outputs on the images that evaluate: those of maps are large."""
+_FEWEST = 8
+"""Images that evaluate, however large their outputs."""
 _MOST_ELEMENTS = 1 << 29
 """The refit holds some activations of all its images at once: at most 2 GiB each."""
 
@@ -95,12 +99,15 @@ class Trials:
     @cached_property
     def _evaluation(self) -> list[tuple[Tensor, Tensor]]:
         """Images that evaluate, in parts, and the dense network's outputs."""
-        unseen = self.images[self._few :]
+        row = 8 * sum(output.elements for output in self.network.dense.outputs)
+        affordable = max(_FEWEST, _MOST_BYTES // (row * (1 + _MIXTURES)))
+        unseen = self.images[self._few :][:affordable]
         mixed = [lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES)]
+        chunk = max(1, min(_CHUNK, _MOST_BYTES // (8 * row)))
         with torch.inference_mode():
             return [
                 (part, self.network.dense.run(part)[0].double())
-                for part in torch.split(torch.cat([unseen, *mixed]), _CHUNK)
+                for part in torch.split(torch.cat([unseen, *mixed]), chunk)
             ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cswap_deploy.errors import ExportError, GateError, StageError, UsageError
-from cswap_deploy.measure import metric
+from cswap_deploy.measure import metric, outputs
 from cswap_deploy.measure.engine import require_outputs
 from cswap_deploy.measure.metric import load_metric, measure_metric, metric_digest
 from cswap_deploy.measure.outputs import output_change, relative_error, worst_words
@@ -53,6 +53,16 @@ def test_error_in_decibels_by_hand() -> None:
 def test_decisions_by_hand(task: Any, before: Any, after: Any, share: float | None) -> None:
     (found,) = output_change([({"o": before}, {"o": after})], task).outputs
     assert found.agreement == share
+
+
+def test_large_outputs_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(size=(2, 5, 3, 4, 4)).astype(np.float32)
+    whole = output_change([({"o": before}, {"o": after})], "dense")
+    monkeypatch.setattr(outputs, "_PIECE", 100)
+    pieces = output_change([({"o": before}, {"o": after})], "dense")
+    assert pieces.outputs[0].error_db == pytest.approx(whole.outputs[0].error_db)
+    assert pieces.outputs[0].agreement == whole.outputs[0].agreement
 
 
 def test_outputs_that_do_not_match_or_are_not_finite() -> None:
