@@ -24,8 +24,14 @@ from cswap_deploy.runtime.preprocess import (
 )
 
 DATA_FIX = "pass --data DIR (class folders), --data FILE.npz or --data hf:NAME[:split]"
-_ARRAYS_FIX = "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez"
-_FOLDER_FIX = "put the images of each class in a folder named by its index, synset or name"
+_ARRAYS_FIX = (
+    "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez; labels are "
+    "not needed with --task features, dense, detect or any"
+)
+_FOLDER_FIX = (
+    "put the images of each class in a folder named by its index, synset or name; --task features "
+    "where the outputs are no classes"
+)
 
 
 @dataclass(frozen=True, slots=True)
