@@ -7,6 +7,7 @@ A pruned network is saved as its plan and a state dict, never as a pickled modul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, PruneError
+from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.models.plain import copied, plain
 from cswap_deploy.network.graph import trace
 from cswap_deploy.network.groups import by_itself, find_groups
@@ -29,8 +31,8 @@ from cswap_deploy.network.units import (
 from cswap_deploy.records.plan import PrunePlan
 
 TOLERANCE = 1e-4
-"""Largest |difference of logits| between the masked and the deleted network, relative to the
-largest logit where that is above one (float32)."""
+"""Largest |difference of outputs| between the masked and the deleted network, relative to the
+output's largest value where that is above one (float32)."""
 _FIX = "use the model the plan was made for, with the same timm version"
 
 
@@ -175,8 +177,8 @@ def delete_removed(
     difference, scale = _difference(masked, smaller, images)
     if not difference <= TOLERANCE * max(1.0, scale):
         raise PruneError(
-            f"deleting the masked units changed the logits by {difference:.2e} "
-            f"(largest logit {scale:.2e}, allowed {TOLERANCE:.0e})"
+            f"deleting the masked units changed the outputs by {difference:.2e} "
+            f"(largest value {scale:.2e}, allowed {TOLERANCE:.0e})"
         )
     return smaller.eval()
 
@@ -289,11 +291,26 @@ def _fault(module: nn.Module, example: Tensor, groups: Sequence[Group]) -> str |
         words = str(err).strip().splitlines() or [type(err).__name__]
         return f"deleting units breaks the network: {words[0]}"
     if not difference <= TOLERANCE * max(1.0, scale):
-        return f"deleting units is not the same as masking them (logits differ by {difference:.1e})"
+        return (
+            f"deleting units is not the same as masking them (outputs differ by {difference:.1e})"
+        )
     return None
 
 
 def _difference(a: nn.Module, b: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Largest difference and largest value, of the output where they are furthest apart."""
     with torch.no_grad():
-        left, right = a(images.contiguous()), b(images.contiguous())
-    return float((left - right).abs().max()), float(left.abs().max())
+        left, right = (named_outputs(m(images.contiguous())).values() for m in (a, b))
+    found = [(0.0, 0.0)]
+    for one, other in zip(left, right, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"an output of shape {tuple(one.shape)} becomes {tuple(other.shape)}")
+        if one.is_floating_point() and one.numel():
+            found.append((float((one - other).abs().max()), float(one.abs().max())))
+    return max(found, key=lambda pair: _ratio(*pair))
+
+
+def _ratio(difference: float, scale: float) -> float:
+    """Larger where outputs are further apart; what is no number is the furthest."""
+    found = difference / max(1.0, scale)
+    return math.inf if math.isnan(found) else found
