@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cswap_deploy.config import OPSETS, BatchRange, DataConfig, ExportConfig, ModelConfig
+from cswap_deploy.config import OPSETS, DataConfig, ExportConfig, ModelConfig
 from cswap_deploy.data import load_samples
 from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.export.precision import ROUNDED, narrow
@@ -33,6 +33,7 @@ from cswap_deploy.progress import Silent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.preprocess import normalise
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.stages import tool_versions
 from cswap_deploy.targets import BuildRequest
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx

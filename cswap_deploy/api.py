@@ -52,7 +52,7 @@ class Bundle:
         return load_pruned(self.path / WEIGHTS, self.plan, dense, self._example())
 
     def classifier(self, **options: Any) -> Classifier:
-        """What runs the bundle on this machine, pictures in, classes out.
+        """What runs the bundle on this machine: pictures in, classes or named outputs out.
 
         Args:
             **options: Of :meth:`cswap_deploy.runtime.classifier.Classifier.open`.
@@ -92,11 +92,13 @@ def prune(
     """Remove channels, attention heads and hidden neurons from a network, without training.
 
     Args:
-        module: Maps (N, C, H, W) float32 to logits or probabilities (N, classes); not changed.
+        module: Maps (N, C, H, W) float32 to logits or probabilities (N, classes), or to other
+            outputs (``task``): tensors, or tuples, lists, dictionaries and dataclasses of them; not
+            changed.
         data: Images to measure on, as the network takes them: ``(images, labels)`` as tensors or
             arrays, (N, C, H, W) float32 and (N,) integers; an iterable of such batches, for example
             a ``DataLoader``; or the path of a folder of class folders or of an ``.npz`` file, with
-            ``input_size``, ``mean`` and ``std``.
+            ``input_size``, ``mean`` and ``std``. Without classes images alone will do.
         ratio: Fraction of the parameters to remove (see ``ratio_of``), 0 <= ratio < 1; 0.4 unless
             said.
         progress: Told of everything that takes time.
@@ -116,9 +118,9 @@ def prune(
     from cswap_deploy.data import calibration_from
     from cswap_deploy.measure.chance import CHECK_IMAGES, check_dense
     from cswap_deploy.models.plain import plain
-    from cswap_deploy.network.outputs import outputs_of
+    from cswap_deploy.network.probabilities import output_kind
     from cswap_deploy.pruning.prune import prune as run
-    from cswap_deploy.runtime.outputs import note
+    from cswap_deploy.runtime.probabilities import note
 
     config = load_config(model=type(module).__name__, ratio=ratio, **settings)
     progress = progress if progress is not None else Silent()
@@ -127,12 +129,13 @@ def prune(
         data, module, model=config.model, config=config.data, seed=config.run.seed,
         progress=progress,
     )  # fmt: skip
-    first = calibration.images[:CHECK_IMAGES].contiguous().numpy()
-    labels = calibration.labels[:CHECK_IMAGES].numpy()
-    check = check_dense(module, first, labels, part="calibration", batch=config.engine.batch.max)
-    if check is not None and check.verdict == "at":  # what the labels mean is the caller's affair
-        notes += (check.words,)
-    if told := note(outputs_of(module, calibration.images)):
+    if calibration.task == "classify":
+        first = calibration.images[:CHECK_IMAGES].contiguous().numpy()
+        labels, most = calibration.labels[:CHECK_IMAGES].numpy(), config.engine.batch.max
+        check = check_dense(module, first, labels, part="calibration", batch=most)
+        if check is not None and check.verdict == "at":  # what labels mean is the caller's affair
+            notes += (check.words,)
+    if told := note(output_kind(module, calibration.images, calibration.task)):
         notes += (told,)
     for each in notes:
         progress.note(each)
@@ -171,7 +174,7 @@ def build(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Bundle:
-    """Prune a pretrained classifier, export it, build engines, and check them.
+    """Prune a pretrained network, export it, build engines, and check them.
 
     The command ``cswap-deploy build`` does the same.
 

@@ -23,13 +23,16 @@ from pydantic import (
 )
 
 from cswap_deploy.errors import UsageError
-from cswap_deploy.settings import BatchRange as BatchRange  # noqa: PLC0414 - its place for users
-from cswap_deploy.settings import Flag, Section, read_toml
+from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 
 RatioOf = Literal["params", "channels", "macs"]
+Task = Literal["classify", "binary", "features", "dense", "detect", "any"]
+"""What a network's outputs are. ``classify``: (N, classes), of which one is right. ``binary``:
+(N, K) logits of independent yes or no. ``dense``: maps (N, classes, H, W). ``features``,
+``detect``, ``any``: numbers that decide nothing by themselves."""
 Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
 """Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
@@ -71,6 +74,11 @@ class ModelConfig(Section):
     )
     std: Annotated[tuple[float, ...] | None, Flag("Their deviation.", metavar="R,G,B")] = None
     exif_rotate: Annotated[bool, Flag("Obey EXIF orientation.")] = False
+    task: Annotated[
+        Task | Literal["auto"],
+        Flag("classify, binary, features, dense, detect, any.", metavar="TASK"),
+    ] = "auto"
+    """``auto``: from what the network returns; see :func:`models.outputs.recognise`."""
 
     @model_validator(mode="after")
     def _both(self) -> Self:
@@ -365,6 +373,10 @@ class MeasureConfig(Section):
     latency_runs: Annotated[int, Field(ge=10), Flag("Timed calls.")] = 200
     threads: Annotated[
         int | None, Field(ge=1), Flag("Threads of a CPU runtime (this machine's cores).", "N")
+    ] = None
+    metric: Annotated[
+        str | None,
+        Flag("Own figure: MODULE:FUNCTION(outputs, labels).", metavar="NAME", in_key=False),
     ] = None
     budget: Annotated[
         Path | None,

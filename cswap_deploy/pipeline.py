@@ -25,8 +25,8 @@ from cswap_deploy.records.bundle import (
     read_build,
 )
 from cswap_deploy.records.files import atomic_folder, check_output, list_files
+from cswap_deploy.records.graphs import SCORE, Score
 from cswap_deploy.records.manifest import Manifest, TargetResult
-from cswap_deploy.records.measurements import AccuracyChange
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store
 from cswap_deploy.records.value import read_value
@@ -154,6 +154,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
     told: dict[str, Any] = {
         "model": loaded.spec.name,
         "weights": loaded.spec.weights,
+        "task": loaded.spec.task,
         "calibration_images": samples.calibration.spec.count,
         "validation_images": samples.validation.spec.count,
         "output": str(config.bundle_path()),
@@ -162,7 +163,8 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
     }
     if config.prune.ratio > 0:
         progress.begin("timing a few units", 0)
-        calibration = calibration_set(samples.calibration, loaded.spec.preprocessing)
+        steps, task = loaded.spec.preprocessing, loaded.spec.task
+        calibration = calibration_set(samples.calibration, steps, task=task)
         told |= forecast_pruning(loaded.module, calibration, config=config.prune)
         progress.end()
     return told
@@ -183,6 +185,10 @@ def check_names(config: Config, until: Stage) -> None:
     from cswap_deploy.targets import get_target
 
     importance_of(config.prune.criterion)
+    if config.measure.metric is not None and _reached(until, "validate"):
+        from cswap_deploy.measure.metric import load_metric
+
+        load_metric(config.measure.metric)
     for target in config.engine.target if _reached(until, "engine") else ():
         get_target(target).check(config.engine.options, int8=config.export.int8)
     if config.export.int8_quantizer == "modelopt" and _reached(until, "export"):
@@ -202,7 +208,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
     scores = stages.score(run, pruned)
     before = stages.Measured(pruned, graphs, scores)
     results = tuple(stages.validate(run, name, built, before) for name, built in engines.items())
-    plan, samples = pruned.plan, run.samples
+    plan, samples, score = pruned.plan, run.samples, read_value(scores / SCORE, Score)
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool_version=stages.tool_versions("cswap-deploy")["cswap-deploy"],
@@ -217,7 +223,9 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         onnx=graphs.model.model_copy(update={"path": Path(MODEL)}),
         precision=graphs.precision,
         export_parity=graphs.parity,
-        torch_accuracy=read_value(scores / "accuracy.json", AccuracyChange),
+        torch_accuracy=score.accuracy,
+        torch_outputs=score.outputs,
+        metric=score.metric,
         targets=results,
         scoring=plan.scoring,
         settings=run.config.settings(),

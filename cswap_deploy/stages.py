@@ -7,46 +7,45 @@ the same build only reads, and a changed input, weight, setting or tool version 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from cswap_deploy.causal.arithmetic import measured_on
 from cswap_deploy.config import Config
 from cswap_deploy.data import Calibration, Samples, calibration_set, load_samples
-from cswap_deploy.errors import ArtifactError, UsageError
+from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
 from cswap_deploy.export.modelopt import modelopt_version
+from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import Graphs, export_networks
+from cswap_deploy.measure import score as scoring
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
-from cswap_deploy.measure.evaluate import Evaluation, Predictions
+from cswap_deploy.measure.evaluate import Evaluation
+from cswap_deploy.measure.metric import metric_digest
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.outputs import FEW, outputs_of
+from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
 from cswap_deploy.pruning.state import RoundStore
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
 from cswap_deploy.records.files import require_files
-from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
+from cswap_deploy.records.graphs import SCORE, ExportRecord, PrecisionRecord, Score
 from cswap_deploy.records.manifest import TargetResult
-from cswap_deploy.records.measurements import AccuracyChange, DenseCheck, Device
+from cswap_deploy.records.measurements import DenseCheck, Device
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file, sha256_text
-from cswap_deploy.runtime import outputs
-from cswap_deploy.runtime.preprocess import normalise
 from cswap_deploy.targets import (
     MOST_INT8_IMAGES,
     BuildRequest,
@@ -57,7 +56,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 6, "export": 4, "precision": 5, "engine": 5, "score": 4, "validate": 5,
+    "prune": 7, "export": 5, "precision": 6, "engine": 6, "score": 5, "validate": 6,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -82,11 +81,17 @@ class Run:
     @cached_property
     def calibration(self) -> Calibration:
         """Normalised once, when a stage first asks."""
-        return calibration_set(self.samples.calibration, self.loaded.spec.preprocessing)
+        spec = self.loaded.spec
+        return calibration_set(self.samples.calibration, spec.preprocessing, task=spec.task)
 
     def images(self, most: int) -> Any:
         """The first calibration images as an array, (N, C, H, W) float32."""
         return self.calibration.images[:most].contiguous().numpy()
+
+    def labels(self, most: int) -> Any:
+        """Their labels, (N,); ``None`` for a task without classes."""
+        known = self.loaded.spec.task == "classify"
+        return self.samples.calibration.labels[:most] if known else None
 
     @cached_property
     def device(self) -> Device:
@@ -105,6 +110,7 @@ class Run:
         return {
             "calibration": self.samples.calibration.spec.sha256,
             "preprocessing": self.loaded.spec.preprocessing.model_dump(mode="json"),
+            "task": self.loaded.spec.task,
         }
 
     def stage(
@@ -173,6 +179,9 @@ def load(
     else:
         loaded = load_model(config.model, seed=config.run.seed)
     progress.end()
+    if config.model.task == "auto" and loaded.spec.task != "classify":
+        shown = ", ".join(loaded.spec.outputs)
+        progress.note(f"taken for task {loaded.spec.task} (outputs {shown}); --task says otherwise")
     samples = load_samples(config.data, model=loaded.spec, seed=config.run.seed, progress=progress)
     calibration, validation = samples.calibration.spec, samples.validation.spec
     progress.done(
@@ -180,25 +189,10 @@ def load(
         f"validation images",
         reused=False,
     )
-    loaded = _with_outputs(loaded, samples)
+    loaded = with_output_kind(loaded, samples)
     for note in (*samples.notes(), *loaded.notes):
         progress.note(note)
     return loaded, samples
-
-
-def _with_outputs(loaded: LoadedModel, samples: Samples) -> LoadedModel:
-    """Say what the network gives on real images, and note it where that is not logits."""
-    spec = loaded.spec
-    pixels = samples.calibration.images[:FEW]
-    images = torch.from_numpy(normalise(pixels, spec.preprocessing))
-    try:
-        kind = outputs_of(loaded.module, images)
-    except Exception as err:  # the user's code may raise anything
-        raise UsageError(
-            f"{spec.name} does not run on images {tuple(images.shape)}: {err}"
-        ) from err
-    notes = (*loaded.notes, outputs.note(kind)) if kind != "logits" else loaded.notes
-    return replace(loaded, spec=spec.model_copy(update={"outputs": kind}), notes=notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,20 +281,23 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
 
     def make(out: Path) -> None:
         check = partial(
-            check_graph, images=run.images(max(PARITY_BATCHES)),
-            tolerance=config.parity_tolerance, outputs=run.loaded.spec.outputs,
+            check_graph, spec=run.loaded.spec, images=run.images(max(PARITY_BATCHES)),
+            tolerance=config.parity_tolerance,
         )  # fmt: skip
         record = export_networks(
             pruned.module(run), run.loaded.module, config=config,
-            input_size=run.loaded.spec.preprocessing.input_size, check=check, folder=out,
-            progress=run.progress,
+            spec=run.loaded.spec, check=check, folder=out, progress=run.progress,
         )  # fmt: skip
         (out / "export.json").write_text(record.canonical_json())
 
     folder = run.stage(
         "export",
         make,
-        inputs={"pruned": run.keys["prune"], "weights": sha256_file(pruned.folder / WEIGHTS)},
+        inputs={
+            "pruned": run.keys["prune"],
+            "weights": sha256_file(pruned.folder / WEIGHTS),
+            "outputs": list(run.loaded.spec.outputs),
+        },
         settings=config.export_key(),
         tools=tool_versions(
             "cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"
@@ -310,7 +307,8 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
     run.fallbacks += record.model.notes
     run.done(
         "export",
-        f"{mebibytes(record.model.size_bytes)}, {record.model.nodes} nodes, logits within "
+        f"{mebibytes(record.model.size_bytes)}, {record.model.nodes} nodes, "
+        f"{'logits' if run.loaded.spec.task == 'classify' else 'outputs'} within "
         f"{max(p.max_abs for p in record.parity):.1e}",
     )
     graphs = Graphs.exported(folder, record)
@@ -328,8 +326,8 @@ def narrow(run: Run, graphs: Graphs) -> Graphs:
     def make(out: Path) -> None:
         record = precision.narrow(
             graphs.float32, config=config, images=run.images(precision.PRECISION_IMAGES),
-            labels=run.samples.calibration.labels[: precision.PRECISION_IMAGES], path=out / MODEL,
-            progress=run.progress, outputs=run.loaded.spec.outputs,
+            labels=run.labels(precision.PRECISION_IMAGES), path=out / MODEL,
+            progress=run.progress, kind=run.loaded.spec.output_kind,
         )  # fmt: skip
         (out / "precision.json").write_text(record.canonical_json())
 
@@ -389,27 +387,29 @@ def engine(run: Run, target: str, graphs: Graphs) -> Path:
 
 
 def score(run: Run, pruned: PrunedFiles) -> Path:
-    """What both networks predict in PyTorch: ``classes.npz`` and ``accuracy.json``."""
+    """What both networks predict in PyTorch: ``score.json``, and a classifier's predictions."""
     run.progress.stage("score", "PyTorch, dense and pruned")
+    spec, metric = run.loaded.spec, run.config.measure.metric
 
     def make(out: Path) -> None:
-        found = run.evaluation.networks(
-            run.loaded.module, pruned.module(run), largest=run.config.engine.batch.max
-        )
-        np.savez(out / "classes.npz", dense=found.dense, pruned=found.pruned)
-        change = run.evaluation.change(found.dense, found.pruned)
-        (out / "accuracy.json").write_text(change.canonical_json())
+        record = scoring.score_networks(
+            run.evaluation, run.loaded.module, pruned.module(run), spec=spec, metric=metric,
+            largest=run.config.engine.batch.max, folder=out,
+        )  # fmt: skip
+        (out / SCORE).write_text(record.canonical_json())
 
     folder = run.stage(
         "score",
         make,
-        inputs={"pruned": run.keys["prune"], "validation": run.samples.validation.spec.sha256},
-        settings={},
+        inputs={
+            "pruned": run.keys["prune"],
+            "validation": run.samples.validation.spec.sha256,
+            "metric": "" if metric is None else metric_digest(metric),
+        },
+        settings={"task": spec.task, "metric": metric},
         tools=tool_versions("cswap-deploy", "torch", "timm"),
     )
-    change = read_value(folder / "accuracy.json", AccuracyChange)
-    dense, smaller = percent(change.dense.top1, 2), percent(change.pruned.top1, 2)
-    run.done("score", f"top-1 {dense} -> {smaller}")
+    run.done("score", scoring.summary(read_value(folder / SCORE, Score)))
     return folder
 
 
@@ -456,6 +456,7 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
             "parity_tolerance": config.export.parity_tolerance,
             "precision": config.export.precision,
             "drop_limit": config.export.drop_limit,
+            "task": run.loaded.spec.task,
         },
         tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
     )
@@ -465,11 +466,13 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
 
 
 def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> TargetResult:
-    config, graphs = run.config, before.graphs
-    classes = np.load(before.scores / "classes.npz")
+    config, graphs, loaded = run.config, before.graphs, run.loaded
+    reference = scoring.reference_of(
+        before.scores, loaded.module, loaded.spec, graphs.model.outputs, batch=BATCH
+    )
     test = EngineTest(
-        before.pruned.module(run), Predictions(classes["dense"], classes["pruned"]),
-        run.images(images_needed(config)), run.evaluation, config, run.loaded.spec.outputs,
+        before.pruned.module(run), reference,
+        run.images(images_needed(config)), run.evaluation, config, loaded.spec.output_kind,
     )  # fmt: skip
     if not result.engine.runnable:
         if config.export.precision == "fp32":

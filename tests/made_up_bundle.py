@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy.config import BatchRange
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact, TensorSpec
 from cswap_deploy.records.files import list_files
 from cswap_deploy.records.manifest import Manifest, TargetResult
@@ -15,6 +14,7 @@ from cswap_deploy.records.measurements import Accuracy, AccuracyChange, Device, 
 from cswap_deploy.records.model import DataSpec, ModelSpec, Preprocessing
 from cswap_deploy.records.plan import GroupPlan, PrunePlan, RoundLog, Size, UnitEffect
 from cswap_deploy.records.value import sha256_text
+from cswap_deploy.settings import BatchRange
 
 DENSE = Size(units=336, params=272_186, macs=40_550_000)
 PRUNED = Size(units=190, params=163_120, macs=27_910_000)

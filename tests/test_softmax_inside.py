@@ -117,7 +117,7 @@ def test_parity_of_probabilities_is_that_of_logits() -> None:
 def test_a_whole_build(settings: dict[str, Any], tmp_path: Path, precision: str) -> None:
     given = settings | {"model": "small_models:with_softmax", "target": ("onnxruntime",)}
     bundle = cswap_deploy.build(**given, precision=precision, output=tmp_path / "out")
-    assert bundle.manifest.model.outputs == "probabilities"
+    assert bundle.manifest.model.output_kind == "probabilities"
     assert any("outputs are probabilities" in note for note in bundle.manifest.fallbacks)
     report = (bundle.path / "report.md").read_text()
     assert "outputs are probabilities" in report

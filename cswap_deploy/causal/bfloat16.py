@@ -25,7 +25,8 @@ class Bfloat16Graph(Graph):
     """A graph whose large values are bfloat16; later changes of the weights are not seen."""
 
     def __init__(self, graph: Graph) -> None:
-        super().__init__(graph.program, copied(graph.module).to(torch.bfloat16))
+        module = copied(graph.module).to(torch.bfloat16)
+        super().__init__(graph.program, module, graph.output_names)
         self._whole = graph
         self._large = {node for node in self.nodes if _has_positions(node)}
 

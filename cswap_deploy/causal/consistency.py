@@ -74,7 +74,7 @@ def _fault(graph: Graph, group: Group, images: Tensor, *, together: bool) -> str
 
 
 def _whole(graph: Graph, group: Group, unit: int, images: Tensor) -> Tensor:
-    """(N, classes) of the whole network without a unit."""
+    """(N, elements) of the whole network without a unit."""
     layers = {reader.layer: graph.layer(reader.layer) for reader in group.consumers}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.causal.memory import Budget
+from cswap_deploy.causal.tasks import OutputEffect
+from cswap_deploy.config import Task
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.graph import Graph
 
@@ -23,10 +25,17 @@ class Experiment:
     images: Tensor
     """(N, C, H, W) float32."""
     labels: Tensor
-    """(N,) int64, the true classes."""
+    """(N,) int64, the true classes; without meaning where the task has none."""
     moments: Mapping[str, Moments] = field(default_factory=dict)
     """Layer -> moments of its inputs; empty for the zero intervention."""
     budget: Budget = field(default_factory=Budget.of)
+    task: Task = "classify"
+    """What the network's outputs are."""
+
+    @property
+    def effect(self) -> OutputEffect:
+        """How far outputs move."""
+        return OutputEffect(self.task, self.graph.measured)
 
 
 def independent(graph: Graph, images: Tensor) -> bool:
@@ -39,7 +48,9 @@ def independent(graph: Graph, images: Tensor) -> bool:
     with torch.inference_mode():
         together = graph.run(few)[0]
         apart = torch.cat([graph.run(part)[0] for part in torch.split(few, 2)])
-    return bool(torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max())))
+    sizes = [output.elements for output in graph.measured]
+    pairs = zip(torch.split(together, sizes, 1), torch.split(apart, sizes, 1), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())) for a, b in pairs)
 
 
 def not_finite(graph: Graph, images: Tensor) -> StageError:

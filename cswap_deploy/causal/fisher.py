@@ -9,7 +9,8 @@ its ablation value, and the logits, to first order, by ``d = -J W_n r_n``. With
 
 ``F`` is close to low rank: two of its eigenvectors hold nearly all of it where the prediction
 hesitates between a few classes. For each of them one backward pass gives ``v' J W_n r_n`` of all
-units of all layers at once.
+units of all layers at once. Outputs that are no classes have another F (:mod:`causal.tasks`), and
+random directions through its root.
 
 This orders images and spares measurements (:mod:`causal.adaptive`); it decides about no unit. On
 ResNet-56 it agrees with measured effects to a rank correlation of .99 (benchmarks/LOG.md). No
@@ -53,7 +54,7 @@ class FisherEstimate:
     kl: np.ndarray
     """(U, N) float64, nats, >= 0."""
     log_true: np.ndarray
-    """(U, N) float64, change of the log-probability of the true class."""
+    """(U, N) float64, change of the log-probability of the true class; zero without classes."""
 
 
 @ieee_float32()
@@ -92,7 +93,8 @@ def estimate_effects(
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in forwards]
     parts = (torch.split(values, count) for values in (experiment.images, experiment.labels))
     for images, labels in zip(*parts, strict=True):
-        for at, effects in enumerate(_estimate_part(graph, readers, images, labels, directions)):
+        part = _estimate_part(experiment, readers, images, labels, directions)
+        for at, effects in enumerate(part):
             found[at].append(effects)
         if tick is not None:
             tick(len(images))
@@ -106,13 +108,14 @@ def estimate_effects(
 
 
 def _estimate_part(
-    graph: Graph,
+    experiment: Experiment,
     readers: Sequence[Mapping[fx.Node, _Reader]],
     images: Tensor,
     labels: Tensor,
     directions: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each group the KL divergence and the change of the true class's log-probability."""
+    """For each group the divergence and the change of the true class's log-probability."""
+    graph, classes = experiment.graph, experiment.task == "classify"
     with torch.enable_grad():
         logits, inputs = _forward(graph, images, frozenset().union(*readers))
     if not torch.isfinite(logits).all():
@@ -122,7 +125,12 @@ def _estimate_part(
         for of in readers
     ]
     changes = []
-    for weights in fisher_directions(logits.detach(), labels, directions):
+    wanted = (
+        fisher_directions(logits.detach(), labels, directions)
+        if classes
+        else experiment.effect.directions(logits.detach())
+    )
+    for weights in wanted:
         gradient = _gradient(logits, weights, inputs)
         changes.append(
             [
@@ -131,6 +139,10 @@ def _estimate_part(
             ]
         )
     for first, *fisher in zip(*changes, strict=True):
+        if not classes:
+            kl = sum((d.square() for d in fisher), start=first.square()) / 2
+            yield kl, torch.zeros_like(kl)
+            continue
         kl = sum((d.square() for d in fisher), start=torch.zeros(())) / 2
         yield kl, first - kl
 
@@ -171,7 +183,7 @@ class _Reader:
 def _forward(
     graph: Graph, images: Tensor, readers: frozenset[fx.Node]
 ) -> tuple[Tensor, dict[fx.Node, Tensor]]:
-    """Logits, and the input of each consumer as a tensor that only the consumer reads."""
+    """Outputs, and the input of each consumer as a tensor that only the consumer reads."""
     inputs: dict[fx.Node, Tensor] = {}
     restore: tuple[fx.Node, Tensor] | None = None
     env: Env = {}
@@ -185,8 +197,7 @@ def _forward(
             own = value.view_as(value) if value.requires_grad else value.detach()
             inputs[node] = env[source] = own if own.requires_grad else own.requires_grad_()
             restore = source, value
-    logits: Tensor = env[graph.output]
-    return logits, inputs
+    return graph.rows(env), inputs
 
 
 def _gradient(
@@ -194,13 +205,11 @@ def _gradient(
 ) -> dict[fx.Node, Tensor]:
     """The gradient of ``weights . logits`` by each consumer's input, through that consumer only."""
     found = torch.autograd.grad(
-        (logits * weights.to(logits.dtype)).sum(),
-        list(inputs.values()),
-        retain_graph=True,
-        allow_unused=True,  # behind a rounding or an index nothing can be differentiated
-    )
-    gradients = zip(inputs.items(), found, strict=True)
-    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in gradients}
+        (logits * weights.to(logits.dtype)).sum(), list(inputs.values()), retain_graph=True,
+        # Of what leads to outputs that are not measured, or lies before a rounding or an index.
+        materialize_grads=True,
+    )  # fmt: skip
+    return dict(zip(inputs, found, strict=True))
 
 
 def fisher_directions(logits: Tensor, labels: Tensor, count: int) -> list[Tensor]:

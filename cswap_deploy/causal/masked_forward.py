@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from cswap_deploy.causal.effects import kl_divergence, relative_effect
+from cswap_deploy.causal.effects import relative_effect
 from cswap_deploy.causal.epilogue import FusedEpilogue, find_fused_epilogue
 from cswap_deploy.causal.interventions import (
     AblationValue,
@@ -21,6 +21,8 @@ from cswap_deploy.causal.interventions import (
     contribution,
     mix,
 )  # fmt: skip
+from cswap_deploy.causal.tasks import OutputEffect
+from cswap_deploy.config import Task
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.graph import Env, Graph
 from cswap_deploy.network.nodes import (
@@ -45,6 +47,7 @@ class MaskedForward:
         moments: Mapping[str, Moments],
         *,
         fused: bool = False,
+        task: Task = "classify",
     ) -> None:
         """Find where the network is cut, and each unit's ablation value.
 
@@ -55,8 +58,10 @@ class MaskedForward:
             moments: Of the consumers' inputs; empty for the zero intervention.
             fused: Compute what follows the only consumer with :mod:`causal.fanout`, where that is
                 possible: on a GPU variants then leave it at the speed of memory. Not in bfloat16.
+            task: What the network's outputs are.
         """
         self.graph, self.group = graph, group
+        self.effect = OutputEffect(task, graph.measured)
         self.units = np.asarray(units, dtype=np.int64)
         device = next(graph.module.parameters()).device
         self.consumers: list[tuple[fx.Node, str, list[AblationValue]]] = []
@@ -78,6 +83,8 @@ class MaskedForward:
         if self.epilogue is not None:
             self._suffix = graph.suffix([self.epilogue.last], given=True)
             keep |= {self.epilogue.other} if self.epilogue.other is not None else set()
+        if task != "classify":  # logits of classes are small, maps are not
+            keep |= {output.node for output in graph.measured}
         self.keep = frozenset(keep | {*self._suffix.cached})
         """Nodes whose values :meth:`measure` needs."""
         self.kept_bytes = sum(bytes_of(node) for node in self.keep)
@@ -106,7 +113,7 @@ class MaskedForward:
 
         Args:
             kept: Values of ``keep``, for N images.
-            logits: (N, classes), of the same forward.
+            logits: (N, elements), the outputs of the same forward.
             labels: (N,).
             variant_bytes: Of the largest value behind the cut, in one batch of variants.
             together: Whether images and variants may share a batch as they come; otherwise each
@@ -132,15 +139,35 @@ class MaskedForward:
             for at in range(0, len(self.units), step):
                 chosen = range(at, min(at + step, len(self.units)))
                 masked = self._run(graph, values, chosen, count)
-                effects.append(_compare(masked, base, labels[part], len(chosen), self.group.name))
+                effects.append(self._compare(masked, base, labels[part], len(chosen)))
                 if tick is not None:
                     tick(len(chosen) * count)
             found.append([torch.cat(e) for e in zip(*effects, strict=True)])
         xi, divergence = (torch.cat(e, 1) for e in zip(*found, strict=True))
         return xi, divergence
 
+    def _compare(
+        self, masked: Tensor, outputs: Tensor, labels: Tensor, variants: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both effects, (V, N) each, computed in float64; without classes the first is zero."""
+        base = outputs.double()
+        changed = masked.double().view(variants, len(outputs), -1)
+        if not torch.isfinite(changed).all():
+            raise StageError(
+                f"the network's output is not finite while the units of {self.group.name} are "
+                "measured",
+                fix="check the weights and the preprocessing (--mean, --std) of this model",
+            )
+        divergence = self.effect.divergence(changed, base)
+        if self.effect.task != "classify":
+            return torch.zeros_like(divergence), divergence
+        rows = torch.arange(len(labels), device=labels.device)
+        p = F.softmax(base, -1)[rows, labels].clamp_min(torch.finfo(torch.float64).tiny)
+        p_masked = F.softmax(changed, -1)[:, rows, labels]
+        return relative_effect(p_masked, p), divergence
+
     def outputs(self, kept: Env, images: int, *, together: bool = True) -> Tensor:
-        """(units, N, classes) of the network without each unit.
+        """(units, N, elements) of the network without each unit.
 
         In one batch for each image, or (not ``together``) for each unit.
         """
@@ -164,7 +191,7 @@ class MaskedForward:
         return found
 
     def _run(self, graph: Graph, kept: Env, chosen: Sequence[int] | None, images: int) -> Tensor:
-        """Logits of some variants, or (``None``) of the network without any intervention."""
+        """Outputs of some variants, or (``None``) of the network without any intervention."""
         replace: dict[fx.Node, Callable[[fx.Node, Env], Tensor]] = {}
         if self.epilogue is not None and chosen is not None:
             ((_, name, values),) = self._consumers
@@ -238,20 +265,3 @@ class _Intervention:
             rows[:, value.index] = new
         out: Tensor = self.graph.execute(node, {**env, source: x}, batch=len(x))
         return out
-
-
-def _compare(
-    masked: Tensor, logits: Tensor, labels: Tensor, variants: int, group: str
-) -> tuple[Tensor, Tensor]:
-    """Both effects, (V, N) each, computed in float64."""
-    base = logits.double()
-    changed = masked.double().view(variants, len(logits), -1)
-    if not torch.isfinite(changed).all():
-        raise StageError(
-            f"the network's output is not finite while the units of {group} are measured",
-            fix="check the weights and the preprocessing (--mean, --std) of this model",
-        )
-    rows = torch.arange(len(labels), device=labels.device)
-    p = F.softmax(base, -1)[rows, labels].clamp_min(torch.finfo(torch.float64).tiny)
-    p_masked = F.softmax(changed, -1)[:, rows, labels]
-    return relative_effect(p_masked, p), kl_divergence(changed, base)

@@ -93,7 +93,9 @@ class LocalMeasurement:
         """See :class:`EffectMeasurement`."""
         moments, fused = self._experiment.moments, self._fused and not bfloat16
         forwards = [
-            MaskedForward(self._graph, group, units, moments, fused=fused)
+            MaskedForward(
+                self._graph, group, units, moments, fused=fused, task=self._experiment.task
+            )
             for group, units in wanted.items()
             if len(units)
         ]

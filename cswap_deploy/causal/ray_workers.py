@@ -29,11 +29,12 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.causal.measurement import MOST_IMAGES, LocalMeasurement, Tick
 from cswap_deploy.causal.memory import Budget, keep_freed_memory
+from cswap_deploy.config import Task as TaskName
 from cswap_deploy.errors import MissingDependencyError, StageError, UsageError, missing
 from cswap_deploy.models.load import fresh_module, weights_digest
 from cswap_deploy.network.deletion import contiguous_state
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.outputs import give_logits
+from cswap_deploy.network.probabilities import give_logits
 from cswap_deploy.network.units import Group, give_bias
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.runtime.host import usable_cores
@@ -73,6 +74,8 @@ class Task:
     labels: np.ndarray
     moments: Mapping[str, Moments]
     variant_bytes: int
+    task: TaskName = "classify"
+    """What the network's outputs are."""
 
 
 class Worker:
@@ -82,7 +85,7 @@ class Worker:
         keep_freed_memory()
         torch.set_num_threads(threads)
         assert recipe.spec is not None, "pool_of refuses it"
-        module = give_logits(fresh_module(recipe.spec), recipe.spec.outputs)
+        module = give_logits(fresh_module(recipe.spec), recipe.spec.output_kind)
         for layer in recipe.biased:
             give_bias(module.get_submodule(layer))  # type: ignore[arg-type]
         self._graph = trace(module, torch.from_numpy(recipe.example.copy()))
@@ -121,7 +124,9 @@ class Worker:
         images = torch.from_numpy(task.images.copy()).contiguous(memory_format=torch.channels_last)
         labels = torch.from_numpy(task.labels.copy())
         budget = Budget(self._budget, task.variant_bytes)
-        return LocalMeasurement(Experiment(self._graph, images, labels, task.moments, budget))
+        return LocalMeasurement(
+            Experiment(self._graph, images, labels, task.moments, budget, task.task)
+        )
 
 
 @dataclass(slots=True)
@@ -154,6 +159,7 @@ class WorkerPool:
         task = Task(
             weights_digest(module), save(contiguous_state(module)), images.contiguous().numpy(),
             experiment.labels.numpy(), experiment.moments, experiment.budget.variant_bytes,
+            experiment.task,
         )  # fmt: skip
         return RayMeasurement(self, self._tasks, self.ray.put(task), len(images))
 

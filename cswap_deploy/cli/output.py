@@ -238,10 +238,13 @@ class _Memory(ProgressColumn):
 
 
 def _target_line(target: dict[str, Any]) -> str:
-    if target["top1"] is None:
+    if target["top1"] is None and target["outputs"] is None:
         return f"built, not run here: {target['reason']}"
-    drop = fixed(100 * target["top1_drop"], 2, sign="+")
-    line = f"top-1 {percent(target['top1'], 2)} (drop {drop} points)"
+    if target["top1"] is None:
+        line = ", ".join(_output_words(*pair) for pair in target["outputs"].items())
+    else:
+        drop = fixed(100 * target["top1_drop"], 2, sign="+")
+        line = f"top-1 {percent(target['top1'], 2)} (drop {drop} points)"
     if target["p50_ms"] is not None:
         line += f", p50 {fixed(target['p50_ms'], 2)} ms, p99 {fixed(target['p99_ms'], 2)} ms"
     return line
@@ -256,6 +259,12 @@ def _speed(target: dict[str, Any], *, pruned: bool) -> tuple[bool, str]:
     if faster or not pruned:
         return True, f", {fixed(target['speedup'], 2)}x the dense network's speed"
     return False, f", {words}"
+
+
+def _output_words(name: str, change: dict[str, Any]) -> str:
+    error, agreement = change["error_db"], change["agreement"]
+    text = name if error is None else f"{name} {fixed(error, 1)} dB"
+    return text if agreement is None else f"{text} ({percent(agreement, 2)} of decisions alike)"
 
 
 def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cswap_deploy.config import DataConfig, ModelConfig
-from cswap_deploy.data.labels import are_from_one, check_classes, check_range
+from cswap_deploy.config import DataConfig, ModelConfig, Task
+from cswap_deploy.data.labels import are_from_one, check_classes, check_count, check_range
 from cswap_deploy.data.load import load_calibration
 from cswap_deploy.data.sampling import balanced_sample, take_balanced
 from cswap_deploy.data.sets import ImageSet, Labels
 from cswap_deploy.errors import UsageError
-from cswap_deploy.models.factory import count_classes
+from cswap_deploy.models.factory import examine
 from cswap_deploy.models.load import wrap_module
 from cswap_deploy.progress import Phases
 from cswap_deploy.records.model import Preprocessing
@@ -43,12 +43,16 @@ class Calibration:
     images: Tensor
     """(N, C, H, W) float32, channels last in memory."""
     labels: Tensor
-    """(N,) int64, class indices of the model."""
+    """(N,) int64, class indices of the model; zeros where the task has none."""
+    task: Task = "classify"
+    """What the network's outputs are."""
 
 
-def calibration_set(images: ImageSet, preprocessing: Preprocessing) -> Calibration:
-    """Normalise a set of pixels."""
-    return _calibration(normalise(images.images, preprocessing), images.labels)
+def calibration_set(
+    images: ImageSet, preprocessing: Preprocessing, *, task: Task = "classify"
+) -> Calibration:
+    """Normalise a set of pixels, for a network of a task."""
+    return _calibration(normalise(images.images, preprocessing), images.labels, task)
 
 
 def calibration_from(
@@ -70,8 +74,9 @@ def calibration_from(
             ``DataLoader``; the path of a folder of class folders or of an ``.npz`` file (or
             ``hf:NAME[:SPLIT]``). Images are tensors or arrays (N, C, H, W), normalised as the
             network takes them; labels (N,) are its class indices. A loader in random order is
-            left early; one that is sorted by class is read to its end.
-        module: Maps (N, C, H, W) to logits (N, classes); on the CPU, in evaluation mode.
+            left early; one that is sorted by class is read to its end. For a task without classes
+            labels may be absent, and are not looked at.
+        module: Maps (N, C, H, W) to the outputs of ``model.task``; on the CPU, in evaluation mode.
         model: The network's name and, for a path, its preprocessing.
         config: Number of images; class map of a folder.
 
@@ -83,30 +88,38 @@ def calibration_from(
         spec = wrap_module(module, model).spec
         config = config.model_copy(update={"data": str(data)})
         drawn = load_calibration(config, model=spec, seed=seed, progress=progress)
-        return calibration_set(drawn, spec.preprocessing)
-    network = _Network(module, model.model)
-    if _is_pair(data) and isinstance(data[0], Tensor | np.ndarray):
+        return calibration_set(drawn, spec.preprocessing, task=spec.task)
+    network = _Network(module, model)
+    if isinstance(data, Tensor | np.ndarray) or (
+        _is_pair(data) and isinstance(data[0], Tensor | np.ndarray)
+    ):
         images, labels = network.checked(data)
     elif isinstance(data, Iterable):
         images, labels = _read(iter(data), network, config.calibration_samples, progress)
     else:
         raise UsageError(f"the calibration data is of type {type(data).__name__}", fix=_FIX)
-    check_classes(labels, where="that was passed", fix="pass images of all classes, shuffled")
+    classify = network.task == "classify"
+    if classify:
+        check_classes(labels, where="that was passed", fix="pass images of all classes, shuffled")
+    else:
+        check_count(min(len(labels), config.calibration_samples), where="that was passed")
     chosen = balanced_sample(labels, config.calibration_samples, classes=network.classes, seed=seed)
     images, labels = np.asarray(images[chosen], dtype=np.float32), labels[chosen]
-    check_classes(labels, where="that was drawn", fix="raise calibration_samples")
+    if classify:
+        check_classes(labels, where="that was drawn", fix="raise calibration_samples")
     if broken := int((~np.isfinite(images).all(axis=(1, 2, 3))).sum()):
         raise UsageError(
             f"{broken} of {len(images)} calibration images have values that are not finite",
             fix="check how they are normalised",
         )
-    return _calibration(images, labels)
+    return _calibration(images, labels, network.task)
 
 
-def _calibration(images: Floats, labels: Labels) -> Calibration:
+def _calibration(images: Floats, labels: Labels, task: Task) -> Calibration:
     return Calibration(
         images=torch.from_numpy(images).contiguous(memory_format=torch.channels_last),
         labels=torch.from_numpy(labels),
+        task=task,
     )
 
 
@@ -115,20 +128,47 @@ class _Network:
     """The network that batches must fit; the first batch gives the size of images."""
 
     module: nn.Module
-    name: str
+    config: ModelConfig
     shape: tuple[int, ...] = ()
     """(C, H, W)."""
     classes: int = 0
+    task: Task = "classify"
 
     def checked(self, batch: Any) -> tuple[Floats, Labels]:
-        """(N, C, H, W) and (N,) of a batch; they must fit the network and the batches before."""
-        if not _is_pair(batch):
+        """(N, C, H, W) and (N,) of a batch; they must fit the network and the batches before.
+
+        A batch is a pair (images, labels). For a task without classes it may be the images alone,
+        or images first with anything after them, and the labels are zeros.
+        """
+        alone = isinstance(batch, Tensor | np.ndarray)
+        several = isinstance(batch, tuple | list) and len(batch) > 0
+        images = self._images(batch[0] if several else batch) if alone or several else None
+        if images is not None and self.task != "classify":
+            return images, np.zeros(len(images), dtype=np.int64)
+        if images is None or not _is_pair(batch):
             raise UsageError(
                 f"a batch of the calibration data is a {type(batch).__name__}, not a pair "
                 "(images, labels)",
-                fix=_FIX,
+                fix=f"{_FIX}; images alone will do for a network without classes (task='features')",
             )
-        images, labels = (_array(part) for part in batch)
+        labels = _array(batch[1])
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise UsageError(
+                f"labels have shape {labels.shape} and type {labels.dtype} for {len(images)} "
+                "images; (N,) integers are wanted",
+                fix="pass class indices, for example labels.argmax(1) of one-hot labels; or "
+                "task='binary' for independent yes or no",
+            )
+        labels = labels.astype(np.int64)
+        name, fix = self.config.model, "pass the network's class indices"
+        if are_from_one(labels, self.classes):
+            fix += ": labels - 1, if they count from 1"
+        check_range(labels, self.classes, where="the calibration data", name=name, fix=fix)
+        return images, labels
+
+    def _images(self, given: Any) -> Floats:
+        """(N, C, H, W) of the size of all others; the first ones say what the network returns."""
+        images = _array(given)
         if images.ndim != 4:
             raise UsageError(
                 f"calibration images have shape {images.shape}, (N, C, H, W) is wanted", fix=_FIX
@@ -138,26 +178,17 @@ class _Network:
                 f"calibration images are {images.dtype}, normalised float32 is wanted",
                 fix=_PIXELS_FIX,
             )
-        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-            raise UsageError(
-                f"labels have shape {labels.shape} and type {labels.dtype} for {len(images)} "
-                "images; (N,) integers are wanted",
-                fix="pass class indices, for example labels.argmax(1) of one-hot labels",
-            )
         if not self.shape:
             self.shape = images.shape[1:]
-            self.classes = count_classes(self.module, self.shape, name=self.name)
+            name, task = self.config.model, self.config.task
+            found = examine(self.module, self.shape, name=name, task=task)
+            self.task, self.classes = found.task, max(found.num_classes, 1)
         if images.shape[1:] != self.shape:
             raise UsageError(
                 f"calibration images have shapes {self.shape} and {images.shape[1:]}, (C, H, W)",
                 fix="bring them to one size",
             )
-        labels = labels.astype(np.int64)
-        fix = "pass the network's class indices"
-        if are_from_one(labels, self.classes):
-            fix += ": labels - 1, if they count from 1"
-        check_range(labels, self.classes, where="the calibration data", name=self.name, fix=fix)
-        return images, labels
+        return images
 
 
 def _read(

@@ -34,7 +34,8 @@ class Drawer:
 
     def __init__(self, source: Source, request: Request) -> None:
         rng = np.random.default_rng(request.seed)
-        self.order: list[int] = rng.permutation(request.model.num_classes).tolist()
+        self._classes = max(request.model.num_classes, 1)
+        self.order: list[int] = rng.permutation(self._classes).tolist()
         """The classes; the first ones get the images that do not divide evenly."""
         self.refused = 0
         """Images left out because their digest was refused."""
@@ -45,8 +46,8 @@ class Drawer:
 
     def available(self) -> Counts:
         """(K,) images of each class not taken yet."""
-        classes = range(self._request.model.num_classes)
-        return np.array([len(self._queues.get(c, ())) for c in classes], dtype=np.int64)
+        left = [len(self._queues.get(c, ())) for c in range(self._classes)]
+        return np.array(left, dtype=np.int64)
 
     def take(
         self, shares: Counts, *, part: str, refuse: frozenset[bytes] = frozenset()
@@ -65,18 +66,18 @@ class Drawer:
             UsageError: More than one image in a hundred (and more than one) did not decode.
         """
         before = len(self._unreadable) if self._tried > len(self._source.broken) else 0
-        taken: dict[int, list[Decoded]] = {}
+        taken: dict[int, list[tuple[int, Decoded]]] = {}
         self._request.progress.begin(f"decoding {part} images", int(shares.sum()))
         while shares.any():
             short = np.zeros_like(shares)
-            for label, image in self._read(shares):
+            for label, index, image in self._read(shares):
                 if image is None:
                     short[label] += 1
                 elif refuse and image_digest(image.pixels) in refuse:
                     short[label] += 1
                     self.refused += 1
                 else:
-                    taken.setdefault(label, []).append(image)
+                    taken.setdefault(label, []).append((index, image))
                     self._request.progress.advance(1)
             left = self.available()
             shares = np.minimum(short, left)
@@ -86,8 +87,8 @@ class Drawer:
         self._request.progress.end()
         return self._image_set(taken, part, tuple(self._unreadable[before:]))
 
-    def _read(self, shares: Counts) -> Iterator[tuple[int, Decoded | None]]:
-        """Label and image; None for what does not decode."""
+    def _read(self, shares: Counts) -> Iterator[tuple[int, int, Decoded | None]]:
+        """Label, index in the source, image; None for what does not decode."""
         batch = [(c, self._queues[c].pop()) for c in self.order for _ in range(shares[c])]
         with ThreadPoolExecutor(_THREADS) as pool:  # Pillow decodes outside the interpreter's lock
             for start in range(0, len(batch), _CHUNK):
@@ -97,9 +98,9 @@ class Drawer:
                     self._tried += 1
                     if isinstance(image, str):
                         self._unreadable.append(f"{self._source.describe(index)}: {image}")
-                        yield label, None
+                        yield label, index, None
                     else:
-                        yield label, image
+                        yield label, index, image
                 self._check(allowed=max(20, self._tried // 50))
 
     def _check(self, *, allowed: int) -> None:
@@ -114,20 +115,27 @@ class Drawer:
             )
 
     def _image_set(
-        self, taken: dict[int, list[Decoded]], part: str, unreadable: tuple[str, ...]
+        self,
+        taken: dict[int, list[tuple[int, Decoded]]],
+        part: str,
+        unreadable: tuple[str, ...],
     ) -> ImageSet:
         ordered = interleaved(taken, self.order)
         channels, height, width = self._request.model.preprocessing.input_size
         images = np.empty((len(ordered), height, width, channels), dtype=np.uint8)
-        for position, (_, image) in enumerate(ordered):
+        for position, (_, (_, image)) in enumerate(ordered):
             images[position] = image.pixels
         labels = np.array([label for label, _ in ordered], dtype=np.int64)
-        mapping = self._source.mapping
-        odd = Counter(what for _, image in ordered for what in image.oddities)
+        mapping, targets = self._source.mapping, self._source.targets
+        if targets is not None:
+            targets = targets[[index for _, (index, _) in ordered]]
+        labelled = self._request.model.task == "classify"
+        odd = Counter(what for _, (_, image) in ordered for what in image.oddities)
         told = (f"{n} of {len(ordered)} {part} images {what}" for what, n in sorted(odd.items()))
         spec = DataSpec(
-            source=self._source.name, sha256=digest(images, labels), count=len(ordered),
-            classes=len(taken), mapping=mapping.words, class_indices=mapping.indices,
-            unreadable=unreadable, notes=(*self._source.notes, *told),
+            source=self._source.name, sha256=digest(images, labels, targets), count=len(ordered),
+            classes=len(taken) if labelled else 0, mapping=mapping.words,
+            class_indices=mapping.indices, labelled=labelled, unreadable=unreadable,
+            notes=(*self._source.notes, *told),
         )  # fmt: skip
-        return ImageSet(images, labels, spec)
+        return ImageSet(images, labels, spec, targets)

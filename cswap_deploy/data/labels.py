@@ -40,6 +40,7 @@ class ClassMapping:
 
 
 PLAIN = ClassMapping({}, "labels are class indices")
+UNLABELLED = ClassMapping({}, "no class labels wanted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,16 @@ def check_classes(labels: Labels, *, where: str, fix: str) -> None:
             f"the calibration set {where} has {len(labels)} image{'' if len(labels) == 1 else 's'}"
             f"{only}: effects are compared between classes, so at least two are needed",
             fix=fix,
+        )
+
+
+def check_count(count: int, *, where: str) -> None:
+    """Refuse a calibration set without labels that has fewer than two images."""
+    if count < 2:
+        raise UsageError(
+            f"the calibration set {where} has {count} image{'' if count == 1 else 's'}, two are "
+            "the least",
+            fix="pass more images, or raise --calibration-samples",
         )
 
 

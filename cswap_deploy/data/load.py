@@ -11,7 +11,13 @@ import numpy as np
 from cswap_deploy.config import DataConfig
 from cswap_deploy.data.draw import Drawer, Request
 from cswap_deploy.data.hub import open_hub, open_imagenet
-from cswap_deploy.data.labels import Classes, check_classes, composed, read_class_map
+from cswap_deploy.data.labels import (
+    Classes,
+    check_classes,
+    check_count,
+    composed,
+    read_class_map,
+)
 from cswap_deploy.data.sampling import split_counts, split_shares
 from cswap_deploy.data.sets import ImageSet, Samples, image_digest
 from cswap_deploy.data.sources import DATA_FIX, Source, open_folder, open_npz, readable
@@ -74,6 +80,11 @@ def _open(
             return open_npz(file, Classes(model), name=f"{file.stem} (embedded)")
         if model.label_space == "imagenet-1k":
             return open_imagenet(request, wanted=wanted)
+        if model.task != "classify":
+            raise UsageError(
+                f"{model.name} needs images; no labels are wanted for task {model.task}",
+                fix="pass --data DIR of images, or --data FILE.npz with an array 'images'",
+            )
         raise UsageError(
             f"{model.name} needs images: its classes are not known, so none can be fetched for it",
             fix=DATA_FIX,
@@ -86,6 +97,11 @@ def _open(
             fix="rename the folder, or pass a link to it",
         )
     if data.startswith("hf:"):
+        if model.task != "classify":
+            raise UsageError(
+                f"{data}: data sets of the hub are read for classifiers, not for task {model.task}",
+                fix="pass --data DIR of images, or --data FILE.npz with an array 'images'",
+            )
         return open_hub(data[3:], classes, request, wanted=wanted)
     path = Path(data).expanduser()
     if path.is_dir():
@@ -149,6 +165,9 @@ def _take(request: Request, source: Source, count: int, part: Part) -> ImageSet:
 
 
 def _check_calibration(images: ImageSet, *, asked: int) -> None:
+    if not images.spec.labelled:
+        check_count(len(images.labels), where=f"from {images.spec.source}")
+        return
     fix = DATA_FIX if asked > 1 else "raise --calibration-samples"
     check_classes(images.labels, where=f"from {images.spec.source}", fix=fix)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,11 @@ class ImageSet:
     images: Pixels
     """(N, H, W, C) uint8, resized and cropped."""
     labels: Labels
-    """(N,) class indices of the model."""
+    """(N,) class indices of the model; zeros where the task has no classes."""
     spec: DataSpec
+    targets: NDArray[Any] | None = None
+    """(N, ...) what the data says of the images, as it is, where the task has no classes: for the
+    user's own metric."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +63,14 @@ def normalised_batches(
         yield normalise(images.images[part], preprocessing), images.labels[part]
 
 
-def digest(images: Pixels, labels: Labels) -> str:
-    """sha256 over shape, pixels and labels, in order."""
+def digest(images: Pixels, labels: Labels, targets: NDArray[Any] | None = None) -> str:
+    """sha256 over shape, pixels and labels, in order, and what else the data says of them."""
     hasher = hashlib.sha256(repr(images.shape).encode())
     hasher.update(np.ascontiguousarray(images).data)
     hasher.update(np.ascontiguousarray(labels).astype("<i8").data)
+    if targets is not None:
+        hasher.update(f"{targets.dtype}{targets.shape}".encode())
+        hasher.update(np.ascontiguousarray(targets).data)
     return hasher.hexdigest()
 
 

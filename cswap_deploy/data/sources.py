@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cswap_deploy.data.labels import PLAIN, Classes, ClassMapping, composed, some
+from cswap_deploy.data.labels import PLAIN, UNLABELLED, Classes, ClassMapping, composed, some
 from cswap_deploy.data.sets import Labels, Pixels
 from cswap_deploy.errors import UsageError
-from cswap_deploy.records.model import Preprocessing
+from cswap_deploy.records.model import ModelSpec, Preprocessing
 from cswap_deploy.runtime.preprocess import (
     PICTURE_SUFFIXES,
     UNREADABLE,
@@ -27,8 +27,14 @@ from cswap_deploy.runtime.preprocess import (
 )
 
 DATA_FIX = "pass --data DIR (class folders), --data FILE.npz or --data hf:NAME[:split]"
-_ARRAYS_FIX = "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez"
-_FOLDER_FIX = "put the images of each class in a folder named by its index, synset or name"
+_ARRAYS_FIX = (
+    "save numpy arrays 'images' (N, H, W, C) uint8 and 'labels' (N,) with numpy.savez; labels are "
+    "not needed with --task features, dense, detect or any"
+)
+_FOLDER_FIX = (
+    "put the images of each class in a folder named by its index, synset or name; --task features "
+    "where the outputs are no classes"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class Source:
     """The image, or why it does not decode."""
     describe: Callable[[int], str] = "image {}".format
     """Name of an image for messages."""
+    targets: NDArray[Any] | None = None
+    """(N, ...) labels as they are, where the task has no classes."""
     broken: tuple[str, ...] = ()
     """Images that did not decode while the source was opened; not among ``labels``."""
     notes: tuple[str, ...] = ()
@@ -78,28 +86,25 @@ def open_folder(root: Path, classes: Classes) -> Source:
     Pictures at any depth below a class folder are of that class. Hidden files are passed over, and
     what else is no picture is said in a note.
 
+    For a task without classes all pictures count, at any depth, and folders say nothing.
+
     Raises:
         UsageError: There are no class folders with images, they cannot be listed, or a name cannot
             be mapped.
     """
+    if classes.model.task != "classify":
+        return _open_pictures(root, classes.model)
     try:
         found, others = _list(root)
     except OSError as err:
-        raise UsageError(
-            f"cannot list {err.filename}: {err.strerror}", fix="let it be read, or remove it"
-        ) from err
+        raise _not_listed(err) from err
     by_name = {name: files for name, files in found.items() if files}
     where = readable(str(root))
     if not by_name:
         raise UsageError(f"{where} holds {_what_there_is(others, root)}", fix=_FOLDER_FIX)
     _check_depth(by_name, root)
     preprocessing = classes.model.preprocessing
-    if preprocessing.input_size[0] not in (1, 3):
-        raise UsageError(
-            f"{classes.model.name} takes {preprocessing.input_size[0]} channels, which image files "
-            "do not have",
-            fix="pass the images as an .npz file with an array 'images' (N, H, W, C) uint8",
-        )
+    _check_channels(classes.model)
     empty = [name for name in found if name not in by_name]
     mapping = classes.map_names(list(by_name), where=where, empty=empty)
     files = [file for of_class in by_name.values() for file in of_class]
@@ -118,6 +123,42 @@ def open_folder(root: Path, classes: Classes) -> Source:
             *classes.coverage(labels, mapping),
         ),
     )  # fmt: skip
+
+
+def _open_pictures(root: Path, model: ModelSpec) -> Source:
+    """All pictures of a folder, without labels."""
+    where = readable(str(root))
+    try:
+        files, others = find_pictures(root)
+    except OSError as err:
+        raise _not_listed(err) from err
+    if not files:
+        raise UsageError(f"{where} holds no images", fix="put the images there, in any folders")
+    _check_channels(model)
+
+    def describe(index: int) -> str:
+        return readable(files[index].relative_to(root).as_posix())
+
+    return Source(
+        where, np.zeros(len(files), dtype=np.int64), UNLABELLED,
+        read=lambda i: decode(files[i], model.preprocessing), describe=describe,
+        notes=tuple(_left_out(root, others, "as no pictures by their names, or broken links")),
+    )  # fmt: skip
+
+
+def _not_listed(err: OSError) -> UsageError:
+    return UsageError(
+        f"cannot list {err.filename}: {err.strerror}", fix="let it be read, or remove it"
+    )
+
+
+def _check_channels(model: ModelSpec) -> None:
+    channels = model.preprocessing.input_size[0]
+    if channels not in (1, 3):
+        raise UsageError(
+            f"{model.name} takes {channels} channels, which image files do not have",
+            fix="pass the images as an .npz file with an array 'images' (N, H, W, C) uint8",
+        )
 
 
 def readable(name: str) -> str:
@@ -176,42 +217,59 @@ def _folder_notes(
     if nested:
         notes.append(f"pictures of folders within class folders are of the outer class: "
                      f"{some(nested)}")  # fmt: skip
-    if others:
-        names = [readable(path.relative_to(root).as_posix()) for path in others]
-        notes.append(
-            f"{len(others)} file{'' if len(others) == 1 else 's'} left out, as no pictures by "
-            f"their names, not in a class folder, or broken links: {some(names)}"
-        )
-    return notes
+    why = "as no pictures by their names, not in a class folder, or broken links"
+    return [*notes, *_left_out(root, others, why)]
+
+
+def _left_out(root: Path, files: Sequence[Path], why: str) -> list[str]:
+    if not files:
+        return []
+    names = [readable(path.relative_to(root).as_posix()) for path in files]
+    return [f"{len(files)} file{'' if len(files) == 1 else 's'} left out, {why}: {some(names)}"]
 
 
 def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source:
     """Read ``images`` (N, H, W, C) or (N, H, W) uint8 and ``labels`` (N,) from an ``.npz`` file.
 
     Labels are class indices of the model, or keys of the class map. Nothing is unpickled. Images
-    of the network's size are taken as they are.
+    of the network's size are taken as they are. For a task without classes labels may be absent, or
+    anything with one row an image.
 
     Raises:
         UsageError: The file is no such archive, or its arrays do not fit each other or the model.
     """
+    classify = classes.model.task == "classify"
+    needed = ("images", "labels") if classify else ("images",)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            absent = [key for key in ("images", "labels") if key not in archive.files]
+            absent = [key for key in needed if key not in archive.files]
             if absent:
                 raise UsageError(
                     f"{path} has no array {' and no array '.join(map(repr, absent))}; it has "
                     f"{', '.join(archive.files) or 'nothing'}",
                     fix=_ARRAYS_FIX,
                 )
-            images, labels = archive["images"], archive["labels"]
+            images = archive["images"]
+            labels = archive["labels"] if "labels" in archive.files else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as err:
         raise UsageError(f"cannot read {path}: {err}", fix=_ARRAYS_FIX) from err
     preprocessing = classes.model.preprocessing
     images = _checked_images(images, path, preprocessing)
+    if not classify:
+        if labels is not None and labels.shape[:1] != (len(images),):
+            raise UsageError(
+                f"{path}: images {images.shape} and labels {labels.shape} do not match"
+            )
+        return Source(
+            name or str(path), np.zeros(len(images), dtype=np.int64), UNLABELLED,
+            read=lambda i: Decoded(_resized(images[i], preprocessing)), targets=labels,
+        )  # fmt: skip
+    assert labels is not None
     labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(images),):
         raise UsageError(
-            f"{path}: images {images.shape} and labels {labels.shape} do not match", fix=_ARRAYS_FIX
+            f"{path}: images {images.shape} and labels {labels.shape} do not match",
+            fix="pass (N,) class indices, or --task binary for (N, K) labels of yes or no",
         )
     indices, mapping = _class_indices(labels, classes, where=str(path))
     return Source(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,23 @@ from torch import nn
 
 from cswap_deploy.errors import ArtifactError, ExportError
 from cswap_deploy.export.names import exported_modules, name_nodes
+from cswap_deploy.models.outputs import INPUT, LOGITS, tensors_alone
 from cswap_deploy.progress import captured
 from cswap_deploy.records.engine import OnnxArtifact, TensorSpec
 from cswap_deploy.records.value import sha256_file
 
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+BATCH = "batch"
+_RETURNED = "returned::"
 _PROTOBUF_LIMIT = 2**31
 _LEFT_OVER = "BatchNorm nodes directly after a convolution were not folded into it"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def export_onnx(
-    module: nn.Module, *, input_size: tuple[int, int, int], path: Path, opset: int = 18
-) -> OnnxArtifact:
-    """Export a classifier with a dynamic batch axis, weights inside the file.
+    module: nn.Module, *, input_size: tuple[int, int, int], path: Path, opset: int = 18,
+    outputs: Sequence[str] = (LOGITS,),
+) -> OnnxArtifact:  # fmt: skip
+    """Export a network with a dynamic batch axis, weights inside the file.
 
     torch's exporter folds a BatchNorm into the convolution before it; where one is left over, the
     artefact's notes say so. The stack traces that it stores in every node (with this machine's
@@ -34,13 +38,15 @@ def export_onnx(
     lists and profilers then show.
 
     Args:
-        module: Maps (N, C, H, W) float32 to logits (N, classes); set to eval mode here.
+        module: Maps (N, C, H, W) float32 to its outputs; set to eval mode here.
         input_size: (C, H, W).
         path: File to write.
         opset: Version of ONNX's operator set, 18 or higher.
+        outputs: Names of the tensors that the network returns, in order
+            (:func:`models.outputs.named_outputs`).
 
     Returns:
-        The file, with input ``input`` of shape ``("batch", C, H, W)`` and output ``logits``.
+        The file, with input ``input`` of shape ``("batch", C, H, W)`` and these outputs.
 
     Raises:
         ExportError: torch refused the network (``err.log`` has its words), the network fixes the
@@ -52,10 +58,11 @@ def export_onnx(
     import onnx
 
     what = f"{type(module).__name__} on input {'x'.join(map(str, input_size))}"
-    proto = _export(module.eval(), input_size, opset, what=what)
+    proto = _export(module.eval(), input_size, opset, what=what, count=len(outputs))
+    _name_outputs(proto.graph, outputs)
     name_nodes(proto.graph, modules=exported_modules(proto.graph))
     _strip_metadata(proto.graph)
-    _check_interface(proto.graph, what=what)
+    _check_interface(proto.graph, what=what, classes=tuple(outputs) == (LOGITS,))
     honoured = _opset(proto)
     if honoured != opset:
         raise ExportError(
@@ -66,8 +73,10 @@ def export_onnx(
     return describe_onnx(path).model_copy(update={"notes": batch_norm_notes(path)})
 
 
-def _export(module: nn.Module, input_size: tuple[int, int, int], opset: int, *, what: str) -> Any:
-    """``onnx.ModelProto`` as torch makes it."""
+def _export(
+    module: nn.Module, input_size: tuple[int, int, int], opset: int, *, what: str, count: int
+) -> Any:
+    """``onnx.ModelProto`` as torch makes it, the outputs under names that nothing else has."""
     tensors = [*module.parameters(), *module.buffers()]
     size = sum(t.nbytes for t in tensors)
     if size >= _PROTOBUF_LIMIT:
@@ -79,12 +88,12 @@ def _export(module: nn.Module, input_size: tuple[int, int, int], opset: int, *, 
     device = tensors[0].device if tensors else torch.device("cpu")
     # Two images: torch would take a batch of one for a constant.
     example = torch.zeros(2, *input_size, device=device)
-    with captured() as chatter:
+    with captured() as chatter, tensors_alone(module):
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, external_data=False, opset_version=opset,
-                input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: BATCH},),
-                verbose=False,
+                input_names=[INPUT], output_names=[f"{_RETURNED}{i}" for i in range(count)],
+                dynamic_shapes=({0: BATCH},), verbose=False,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as err:
             log = _ANSI.sub("", str(err)).splitlines() + chatter.getvalue().splitlines()
@@ -93,6 +102,21 @@ def _export(module: nn.Module, input_size: tuple[int, int, int], opset: int, *, 
             ) from err
     assert program is not None
     return program.model_proto
+
+
+def _name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Give the outputs their names; whatever else has one of these gets another."""
+    wanted = {f"{_RETURNED}{at}": name for at, name in enumerate(names)}
+    taken = {value.name for value in (*graph.initializer, *graph.input, *graph.value_info)}
+    taken |= {name for node in graph.node for name in node.output}
+    new = dict(wanted)
+    for name in taken & set(names):
+        new[name] = f"{name}::inner"
+    for node in graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+    for value in (*graph.initializer, *graph.value_info, *graph.output):
+        value.name = new.get(value.name, value.name)
 
 
 def describe_onnx(path: Path) -> OnnxArtifact:
@@ -148,17 +172,18 @@ def batch_norm_notes(path: Path) -> tuple[str, ...]:
     return (f"{left} {_LEFT_OVER}",) if left else ()
 
 
-def _check_interface(graph: Any, *, what: str) -> None:
-    """One input, one (batch, classes) output, both with a free batch axis."""
+def _check_interface(graph: Any, *, what: str, classes: bool) -> None:
+    """One input; one (batch, classes) output, or any of which one has a row an image."""
     inputs = [_spec(value) for value in graph.input]
     outputs = [_spec(value) for value in graph.output]
     shapes = f"inputs {[v.shape for v in inputs]}, outputs {[v.shape for v in outputs]}"
-    if len(inputs) != 1 or len(outputs) != 1 or len(outputs[0].shape) != 2:
+    one = len(outputs) == 1 and len(outputs[0].shape) == 2
+    if len(inputs) != 1 or (classes and not one):
         raise ExportError(
             f"{what} is not a classifier of one (batch, C, H, W) input and one (batch, classes) "
             f"output: {shapes}"
         )
-    if inputs[0].shape[0] != BATCH or outputs[0].shape[0] != BATCH:
+    if inputs[0].shape[0] != BATCH or not any(v.shape[:1] == (BATCH,) for v in outputs):
         raise ExportError(
             f"{what} fixes the batch size: {shapes}",
             fix="take the batch from x.shape[0] in forward(), not from a constant",

@@ -35,7 +35,7 @@ from cswap_deploy.records.amounts import mebibytes, percent
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.graphs import PrecisionRecord
 from cswap_deploy.records.measurements import KeptLayer, PrecisionResult
-from cswap_deploy.runtime.outputs import Outputs
+from cswap_deploy.runtime.probabilities import OutputKind
 from cswap_deploy.runtime.session import Floats
 
 PRECISION_IMAGES = RANGE_IMAGES + COMPARED_IMAGES
@@ -47,8 +47,8 @@ ROUNDED = "rounded.onnx"
 
 
 def narrow(
-    onnx: OnnxArtifact, *, config: ExportConfig, images: Floats, labels: Labels, path: Path,
-    progress: Progress | None = None, outputs: Outputs = "logits",
+    onnx: OnnxArtifact, *, config: ExportConfig, images: Floats, labels: Labels | None, path: Path,
+    progress: Progress | None = None, kind: OutputKind = "logits",
 ) -> PrecisionRecord:  # fmt: skip
     """Give a graph the dtypes that the engine will have.
 
@@ -58,10 +58,11 @@ def narrow(
             rest float16).
         images: (N, C, H, W) float32, normalised calibration images in no particular order; the
             first ``PRECISION_IMAGES`` are used.
-        labels: (N,).
+        labels: (N,); ``None`` where there are no classes: then outputs must change by no more than
+            ``config.drop_limit`` of their squared size.
         path: File to write.
         progress: Told of what takes time.
-        outputs: What the network gives.
+        kind: What the network gives.
 
     Returns:
         The graph, its path relative to its folder, and what was kept wide and why. Beside a 16-bit
@@ -75,7 +76,7 @@ def narrow(
         ExportError: The graph has control flow, or every layer is to be left out of int8.
         GateError: Even the widest graph of this precision predicts too differently.
     """
-    comparer = Comparer(onnx, config, images, labels, progress or Silent(), outputs)
+    comparer = Comparer(onnx, config, images, labels, progress or Silent(), kind)
     if config.int8:
         with tempfile.TemporaryDirectory(prefix="precision-", dir=path.parent) as scratch:
             done = _quantised(comparer, Path(scratch))
@@ -91,7 +92,7 @@ def narrow(
         precision=config.precision, layers=done.layers, kept=done.kept,
         calibration=done.calibration, tried=tuple(comparer.tried), images=comparer.images,
         kl=done.comparison.kl, agreement=done.comparison.agreement, drop_limit=config.drop_limit,
-        emulated=bool(done.rounded),
+        emulated=bool(done.rounded), by_outputs=labels is None,
     )  # fmt: skip
     made = describe_onnx(path).model_copy(
         update={"path": Path(path.name), "precision": config.precision, "notes": onnx.notes}
@@ -103,7 +104,8 @@ def summary(record: PrecisionRecord) -> str:
     """One line for the screen."""
     model, result = record.model, record.result
     text = f"{mebibytes(model.size_bytes)}, {percent(result.agreement, 2)} of {result.images} "
-    text += "predictions as in float32"
+    text += "outputs" if result.by_outputs else "predictions"
+    text += " as in float32"
     if result.calibration:
         text += f", ranges by {result.calibration}"
     return text + (f"; {len(result.kept)} nodes kept wider" if result.kept else "")

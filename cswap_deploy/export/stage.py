@@ -16,13 +16,14 @@ from cswap_deploy.progress import Progress
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
 from cswap_deploy.records.measurements import Parity, PrecisionResult
+from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.session import Session
 
 MODEL, DENSE = "model.onnx", "dense.onnx"
 ParityCheck = Callable[[nn.Module, Path, str], Parity]
 """Compares a network with its graph, whose name the report shows; raises ``ExportError`` where
-their logits differ by more than the tolerance."""
+their outputs differ by more than the tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class Graphs:
 
 
 def export_networks(
-    pruned: nn.Module, dense: nn.Module, *, config: ExportConfig,
-    input_size: tuple[int, int, int], check: ParityCheck, folder: Path, progress: Progress,
+    pruned: nn.Module, dense: nn.Module, *, config: ExportConfig, spec: ModelSpec,
+    check: ParityCheck, folder: Path, progress: Progress,
 ) -> ExportRecord:  # fmt: skip
     """Export both networks and simplify the graphs; each pass is checked against PyTorch.
 
@@ -72,7 +73,7 @@ def export_networks(
         pruned: Becomes ``model.onnx``.
         dense: Becomes ``dense.onnx``, whose parity is checked after simplification alone.
         config: Gives the opset.
-        input_size: (C, H, W).
+        spec: Gives the input's size and the outputs' names.
         check: Compares a graph with its network.
         folder: Existing, empty; the two graphs are left there.
         progress: Told of each export.
@@ -89,7 +90,10 @@ def export_networks(
     for what, module, name in (("pruned", pruned, MODEL), ("dense", dense, DENSE)):
         progress.begin(f"exporting the {what} network", 0)
         path, opset = folder / f"exported-{name}", config.graph_opset
-        exported = export_onnx(module, input_size=input_size, path=path, opset=opset)
+        exported = export_onnx(
+            module, input_size=spec.preprocessing.input_size, path=path, opset=opset,
+            outputs=spec.outputs,
+        )  # fmt: skip
         graph = simplify_onnx(exported, path=folder / name)
         progress.end()
         steps = {"exported": exported, "simplified": graph}

@@ -2,6 +2,7 @@
 
     accuracy_drop_max = 0.02      # dense top-1 minus pruned top-1, fraction
     top1_min = 0.90               # top-1 of the pruned network, fraction
+    output_db_min = 30.0          # error of every output (dB), for a task without classes
     parity_max = 1e-3             # |difference of logits|, over every graph pass and engine
     size_max_mib = 4.0            # model.onnx
     params_max = 200_000
@@ -36,6 +37,8 @@ from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.value import Value
 
 MIB = 1 << 20
+_IDENTICAL = 300.0
+"""Decibels; float64 holds no smaller error."""
 Limit = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -62,6 +65,7 @@ class Budgets(Value):
 
     accuracy_drop_max: Share | None = None
     top1_min: Share | None = None
+    output_db_min: Limit | None = None
     parity_max: Limit | None = None
     size_max_mib: Limit | None = None
     params_max: Count | None = None
@@ -119,7 +123,8 @@ def check_budgets(manifest: Manifest, budgets: Budgets) -> tuple[BudgetResult, .
         One result for each limit, in the order of ``budgets.toml``'s documentation.
     """
     pruned, size = manifest.pruned, manifest.onnx.size_bytes / MIB
-    results = [*_accuracy(manifest, budgets), *_parity(manifest, budgets)]
+    results = [*_accuracy(manifest, budgets), *_outputs(manifest, budgets)]
+    results += _parity(manifest, budgets)
     results += _hold("size_max_mib", budgets.size_max_mib, _Seen(size, "model.onnx"))
     results += _hold("params_max", budgets.params_max, _Seen(pruned.params, "pruned network"))
     results += _hold("macs_max", budgets.macs_max, _Seen(pruned.macs, "pruned network"))
@@ -157,6 +162,7 @@ class _Seen:
 
 _AMOUNTS: dict[str, tuple[int, int, str]] = {
     "accuracy_drop_max": (100, 2, " points"), "top1_min": (100, 2, " %"),
+    "output_db_min": (1, 1, " dB"),
     "size_max_mib": (1, 3, " MiB"), "speedup_min": (1, 2, "x"),
     **dict.fromkeys(("p50_ms", "p90_ms", "p99_ms"), (1, 3, " ms")),
 }  # fmt: skip
@@ -206,6 +212,8 @@ def _accuracy(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:
         why = f"no engine was run on validation images (targets: {', '.join(unseen)})"
     elif manifest.torch_accuracy is not None:
         changes["PyTorch"] = manifest.torch_accuracy
+    if manifest.model.task != "classify":
+        why = f"a network of task {manifest.model.task} has no top-1; output_db_min is for it"
     drop = top1 = _Seen(None, why=why)
     if changes:
         aside = f"; not run: {', '.join(unseen)}" if unseen else ""
@@ -216,6 +224,26 @@ def _accuracy(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:
         top1 = _Seen(least.pruned.top1, f"top-1 ({where}, {images})", aside=aside)
     yield from _hold("accuracy_drop_max", budgets.accuracy_drop_max, drop)
     yield from _hold("top1_min", budgets.top1_min, top1)
+
+
+def _outputs(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:
+    """The worst output on the worst target; what did not change at all counts as 300 dB."""
+    changes = {r.engine.target: r.outputs for r in manifest.targets if r.outputs is not None}
+    unseen = [r.engine.target for r in manifest.targets if r.outputs is None]
+    why = "no outputs were compared"
+    if manifest.model.task == "classify":
+        why = "a classifier is held against accuracy_drop_max"
+    elif manifest.targets and not changes:
+        why = f"no engine was run on validation images (targets: {', '.join(unseen)})"
+    elif manifest.torch_outputs is not None:
+        changes["PyTorch"] = manifest.torch_outputs
+    seen = _Seen(None, why=why)
+    if changes:
+        errors = {w: _IDENTICAL if x.worst_db is None else x.worst_db for w, x in changes.items()}
+        where = min(errors, key=lambda name: errors[name])
+        aside = f"; not run: {', '.join(unseen)}" if unseen else ""
+        seen = _Seen(errors[where], f"output error ({where})", aside=aside)
+    yield from _hold("output_db_min", budgets.output_db_min, seen)
 
 
 def _parity(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:

@@ -34,13 +34,15 @@ def check_labels(
 ) -> tuple[DenseCheck, ...]:
     """Stop before anything takes long where the dense network only guesses on the images.
 
-    Random weights are not checked. Of validation images only those with a source of their own are:
-    the others have the labels of the calibration images.
+    Tasks without classes are not checked, nor random weights. Of validation images only those with
+    a source of their own are: the others have the labels of the calibration images.
 
     Raises:
         UsageError: It is no better than guessing, and ``allow_chance`` was not given.
     """
     spec = loaded.spec
+    if spec.task != "classify":
+        return ()
     if spec.is_random:
         progress.note(f"the weights are {spec.weights}: accuracy says nothing")
         return ()

@@ -11,13 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from cswap_deploy.config import Task
 from cswap_deploy.data import ImageSet, normalised_batches
 from cswap_deploy.measure.accuracy import accuracy_change, predict
+from cswap_deploy.measure.metric import measure_metric
+from cswap_deploy.measure.outputs import OutputRun, output_change
 from cswap_deploy.measure.parity import Run
+from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.progress import Progress
-from cswap_deploy.records.measurements import AccuracyChange
+from cswap_deploy.records.measurements import AccuracyChange, MetricChange, OutputChange
 from cswap_deploy.records.model import Preprocessing
-from cswap_deploy.runtime.session import Floats
+from cswap_deploy.runtime.session import Floats, Outputs
 
 Classes = npt.NDArray[np.integer[Any]]
 EVALUATION_BATCH = 64
@@ -61,6 +65,44 @@ class Evaluation:
         classes: Classes = logits.argmax(1)
         return classes
 
+    def outputs(self, *networks: OutputRun, what: str, largest: int) -> Iterator[list[Outputs]]:
+        """What networks return for the same images, a batch of up to ``largest`` at a time.
+
+        ``what`` names them on the screen.
+        """
+        self.progress.begin(f"evaluating {what}", len(self.images.labels))
+        size = min(EVALUATION_BATCH, largest)
+        for batch, _ in normalised_batches(self.images, self.preprocessing, batch=size):
+            images = np.ascontiguousarray(batch, dtype=np.float32)
+            yield [network(images) for network in networks]
+            self.progress.advance(len(images))
+        self.progress.end()
+
+    def output_change(
+        self, before: OutputRun, after: OutputRun, task: Task, *, what: str, largest: int
+    ) -> OutputChange:
+        """From one network's outputs to another's; see :func:`measure.outputs.output_change`."""
+        pairs = self.outputs(before, after, what=what, largest=largest)
+        return output_change(((one, other) for one, other in pairs), task)
+
+    def metric(
+        self, name: str, dense: OutputRun, pruned: OutputRun, *, largest: int
+    ) -> MetricChange:
+        """The user's own figure of both networks; see :func:`measure.metric.measure_metric`."""
+        labels = self.images.labels if self.images.spec.labelled else self.images.targets
+
+        def of(network: OutputRun, what: str) -> float:
+            batches = self.outputs(network, what=f"{what} by {name}", largest=largest)
+            count = len(self.images.labels)
+            only = (outputs for (outputs,) in batches)
+            return measure_metric(name, only, labels, images=count, what=what)
+
+        return MetricChange(
+            name=name,
+            dense=of(dense, "the dense network"),
+            pruned=of(pruned, "the pruned network"),
+        )
+
     def change(self, before: Classes, after: Classes) -> AccuracyChange:
         """From one network's predictions to another's."""
         return accuracy_change(before, after, self.images.labels)
@@ -74,11 +116,12 @@ class Evaluation:
 
 
 def torch_run(module: nn.Module) -> Run:
-    """A network in PyTorch as a function on arrays."""
+    """A classifier in PyTorch as a function on arrays."""
 
     def run(images: Floats) -> Floats:
         with torch.inference_mode():
-            logits: Floats = module(torch.from_numpy(images)).numpy()
-        return logits
+            (logits,) = named_outputs(module(torch.from_numpy(images))).values()
+        found: Floats = logits.numpy()
+        return found
 
     return run

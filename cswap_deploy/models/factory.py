@@ -7,11 +7,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from cswap_deploy.config import Task
 from cswap_deploy.errors import UsageError
+from cswap_deploy.models.outputs import LOGITS, SCORED, check_task, named_outputs, recognise
 
 _FIX = "name it package.module:factory, importable from the working directory or installed"
 
@@ -31,7 +35,7 @@ def call(name: str) -> nn.Module:
         absent = err.name if isinstance(err, ModuleNotFoundError) else None
         if absent and f"{module_name}.".startswith(f"{absent}."):
             raise UsageError(f"there is no module {absent}, for {name}", fix=_FIX) from err
-        raise UsageError(f"{module_name} does not import: {_last_line(err)}") from err
+        raise UsageError(f"{module_name} does not import: {last_line(err)}") from err
     factory = getattr(module, attribute, None)
     if not callable(factory):
         what = "has no" if factory is None else "does not call"
@@ -39,32 +43,57 @@ def call(name: str) -> nn.Module:
     try:
         made = factory()
     except Exception as err:
-        raise UsageError(f"{name}() raised {_last_line(err)}") from err
+        raise UsageError(f"{name}() raised {last_line(err)}") from err
     if not isinstance(made, nn.Module):
         raise UsageError(f"{name}() returned a {type(made).__name__}, not an nn.Module")
     return made
 
 
-def count_classes(module: nn.Module, input_size: Sequence[int], *, name: str) -> int:
-    """The classes of a classifier, from the shape of what it returns for one image.
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a network returns, and what that is."""
+
+    task: Task
+    names: tuple[str, ...]
+    """Of its tensors, in order."""
+    num_classes: int
+    """0 where the outputs are not scores of classes."""
+
+
+def examine(
+    module: nn.Module, input_size: Sequence[int], *, name: str, task: Task | Literal["auto"]
+) -> Returned:
+    """Run a network on one image, and say what it returns.
+
+    Args:
+        module: In evaluation mode, on the CPU.
+        input_size: (C, H, W).
+        name: Of the network, for messages.
+        task: What the user says that it is; ``auto``: recognised.
 
     Raises:
-        UsageError: It does not take such an image, or does not return (1, classes).
+        UsageError: It does not take such an image, or what it returns is not of the task.
     """
     try:
         with torch.inference_mode():
             out = module(torch.zeros(1, *input_size))
     except Exception as err:
         raise UsageError(
-            f"{name} does not take an image of --input-size {tuple(input_size)}: {_last_line(err)}"
+            f"{name} does not take an image of --input-size {tuple(input_size)}: {last_line(err)}"
         ) from err
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise UsageError(f"{name} returns {got} for one image, logits (1, classes) are wanted")
-    return int(out.shape[1])
+    outputs = named_outputs(out)
+    if task == "auto":
+        task = recognise(module, out, input_size=tuple(input_size))
+    elif task == "classify" and [v.numel() for v in outputs.values()] == [1]:
+        task = "binary"  # a classifier of two classes with one logit
+    check_task(task, out, name=name)
+    single = isinstance(out, Tensor) and task in SCORED
+    names = (LOGITS,) if single else tuple(outputs)
+    classes = int(next(iter(outputs.values())).shape[1]) if task == "classify" else 0
+    return Returned(task, names, classes)
 
 
-def _last_line(err: Exception) -> str:
+def last_line(err: Exception) -> str:
     """The exception, and the line of the user's file that raised it."""
     words = f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"
     frames = traceback.extract_tb(err.__traceback__)

@@ -53,7 +53,8 @@ def load_model(config: ModelConfig, *, seed: int = 0) -> LoadedModel:
 def wrap_module(module: nn.Module, config: ModelConfig) -> LoadedModel:
     """Copy a network that the caller made, and say how images are prepared for it.
 
-    It maps (N, C, H, W) to logits (N, classes); ``config.model`` is its name, for people.
+    It maps (N, C, H, W) to the outputs of ``config.task``; ``config.model`` is its name, for
+    people.
 
     Raises:
         UsageError: ``input_size``, ``mean`` or ``std`` is absent or does not fit.
@@ -101,10 +102,10 @@ def _load_demo(config: ModelConfig, seed: int) -> LoadedModel:
         file = demos.weights_file(name)
         load_into(module, choose_weights(file, module.state_dict()), name=name, input_size=size)
         weights = f"embedded {file.name}"
+    returned = factory.examine(module.eval(), size, name=name, task=config.task)
     return _finished(
-        module, notes, name=name, source="demo", weights=weights,
-        num_classes=len(demos.CLASS_NAMES), label_space="fashion-mnist",
-        class_names=demos.CLASS_NAMES,
+        module, returned, notes, name=name, source="demo", weights=weights,
+        label_space="fashion-mnist", class_names=demos.CLASS_NAMES,
         preprocessing=Preprocessing(
             input_size=size, mean=config.mean or demos.MEAN, std=config.std or demos.STD,
             resize_shorter=size[1], exif_rotate=config.exif_rotate,
@@ -128,10 +129,12 @@ def _own_module(
 ) -> LoadedModel:
     preprocessing = _require_preprocessing(config)
     module, made_plain = plain(module)
-    classes = factory.count_classes(module, preprocessing.input_size, name=config.model)
+    returned = factory.examine(
+        module, preprocessing.input_size, name=config.model, task=config.task
+    )
     return _finished(
-        module, (*notes, *made_plain), name=config.model, source="factory", weights=weights,
-        num_classes=classes, preprocessing=preprocessing,
+        module, returned, (*notes, *made_plain), name=config.model, source="factory",
+        weights=weights, preprocessing=preprocessing,
     )  # fmt: skip
 
 
@@ -170,16 +173,13 @@ def _load_timm(config: ModelConfig, seed: int) -> LoadedModel:
     else:
         module = timm_models.create(name, pretrained=False, arguments=arguments)
         weights = f"random (seed {seed})"
-    num_classes = int(getattr(module, "num_classes", 0) or 0)
-    if num_classes < 2:
-        raise UsageError(
-            f"{name} is no classifier: it has {num_classes} classes",
-            fix="pass a model with a classifier, or --checkpoint FILE with one",
-        )
+    preprocessing = timm_models.preprocessing(module, config)
+    module = module.float().cpu().eval()
+    returned = factory.examine(module, preprocessing.input_size, name=name, task=config.task)
     return _finished(
-        module, notes, name=name, source="timm", arguments=arguments, weights=weights,
-        num_classes=num_classes, label_space="imagenet-1k" if num_classes == 1000 else None,
-        preprocessing=timm_models.preprocessing(module, config),
+        module, returned, notes, name=name, source="timm", arguments=arguments, weights=weights,
+        label_space="imagenet-1k" if returned.num_classes == 1000 else None,
+        preprocessing=preprocessing,
     )  # fmt: skip
 
 
@@ -193,7 +193,9 @@ def _load_checkpoint(
     return found.where, found.notes()
 
 
-def _finished(module: nn.Module, notes: tuple[str, ...], **fields: Any) -> LoadedModel:
+def _finished(
+    module: nn.Module, returned: factory.Returned, notes: tuple[str, ...], **fields: Any
+) -> LoadedModel:
     module, made_plain = plain(module)
     notes += made_plain
     state = module.state_dict()
@@ -202,7 +204,11 @@ def _finished(module: nn.Module, notes: tuple[str, ...], **fields: Any) -> Loade
             f"{fields['name']} has values that are not finite in {len(broken)} of {len(state)} "
             f"tensors ({fields['weights']}): {', '.join(broken[:5])}"
         )
-    return LoadedModel(ModelSpec(weights_sha256=weights_digest(module), **fields), module, notes)
+    spec = ModelSpec(
+        weights_sha256=weights_digest(module), task=returned.task, outputs=returned.names,
+        num_classes=returned.num_classes, **fields,
+    )  # fmt: skip
+    return LoadedModel(spec, module, notes)
 
 
 def _check_sizes(config: ModelConfig) -> None:

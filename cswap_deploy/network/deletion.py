@@ -7,6 +7,7 @@ A pruned network is saved as its plan and a state dict, never as a pickled modul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, PruneError
+from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.models.plain import copied, plain
 from cswap_deploy.network.graph import trace
 from cswap_deploy.network.groups import by_itself, find_groups
@@ -31,8 +33,8 @@ from cswap_deploy.network.units import (
 from cswap_deploy.records.plan import PrunePlan
 
 TOLERANCE = 1e-4
-"""Largest |difference of logits| between the masked and the deleted network, relative to the
-largest logit where that is above one (float32)."""
+"""Largest |difference of outputs| between the masked and the deleted network, relative to the
+output's largest value where that is above one (float32)."""
 _TRIES = 3
 """Sets of units that masking and deleting must agree on."""
 _FIX = "use the model the plan was made for, with the same timm version"
@@ -185,13 +187,11 @@ def delete_removed(
     """
     smaller = copied(masked)
     remove_units(smaller, removed, groups)
-    images = images.contiguous()
-    with torch.no_grad():
-        difference, scale = _difference(masked(images), smaller(images))
+    difference, scale = _difference(_outputs(masked, images), _outputs(smaller, images))
     if not difference <= TOLERANCE * max(1.0, scale):
         raise PruneError(
-            f"deleting the masked units changed the logits by {difference:.2e} "
-            f"(largest logit {scale:.2e}, allowed {TOLERANCE:.0e})"
+            f"deleting the masked units changed the outputs by {difference:.2e} "
+            f"(largest value {scale:.2e}, allowed {TOLERANCE:.0e})"
         )
     return smaller.eval()
 
@@ -320,20 +320,37 @@ def _fault_of(module: nn.Module, example: Tensor, groups: Sequence[Group], seed:
         for reader in group.consumers:
             index = torch.tensor([i for u in removed[group.name] for i in reader.indices[u]])
             mask_weight(masked.get_submodule(reader.layer), index)  # type: ignore[arg-type]
-    with torch.no_grad():
-        want = masked(example)
+    want = _outputs(masked, example)
     try:
         remove_units(masked, removed, groups)
-        with torch.no_grad():
-            difference, scale = _difference(want, masked(example))
+        difference, scale = _difference(want, _outputs(masked, example))
     except (RuntimeError, IndexError, AssertionError, ValueError, TypeError, KeyError) as err:
         words = str(err).strip().splitlines() or [type(err).__name__]
         return f"deleting units breaks the network: {words[0]}"
     if not difference <= TOLERANCE * max(1.0, scale):
-        return f"deleting units is not the same as masking them (logits differ by {difference:.1e})"
+        return (
+            f"deleting units is not the same as masking them (outputs differ by {difference:.1e})"
+        )
     return None
 
 
-def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Largest difference, and largest value of the first."""
-    return float((a - b).abs().max()), float(a.abs().max())
+def _outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(named_outputs(module(images.contiguous())).values())
+
+
+def _difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest difference and largest value, of the output where they are furthest apart."""
+    found = [(0.0, 0.0)]
+    for one, other in zip(left, right, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"an output of shape {tuple(one.shape)} becomes {tuple(other.shape)}")
+        if one.is_floating_point() and one.numel():
+            found.append((float((one - other).abs().max()), float(one.abs().max())))
+    return max(found, key=lambda pair: _ratio(*pair))
+
+
+def _ratio(difference: float, scale: float) -> float:
+    """Larger where outputs are further apart; what is no number is the furthest."""
+    found = difference / max(1.0, scale)
+    return math.inf if math.isnan(found) else found

@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from cswap_deploy.errors import ExportError
+from cswap_deploy.models.outputs import OUTPUT, tensors_alone
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.branches import streams_first
 from cswap_deploy.network.nodes import (
@@ -32,6 +33,7 @@ from cswap_deploy.network.nodes import (
     memory_format_of,
     size_at,
 )
+from cswap_deploy.network.outputs import Output, measured_outputs
 from cswap_deploy.network.units import Consumer
 from cswap_deploy.progress import captured
 
@@ -63,10 +65,18 @@ class Suffix:
 class Graph:
     """An exported network, executable in parts on a module's live parameters; see :func:`trace`."""
 
-    def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
+    def __init__(
+        self, program: ExportedProgram, module: nn.Module, names: Sequence[str] = (OUTPUT,)
+    ) -> None:
         self.module = module
         self.program = program
         """What was exported; other modules of the architecture can be bound to it."""
+        self.output_names = tuple(names)
+        """Of the tensors that the network returns, in order."""
+        self.outputs: tuple[fx.Node, ...] = ()
+        """What it returns."""
+        self.measured: tuple[Output, ...] = ()
+        """Its floating-point outputs with one row an image: what effects are measured on."""
         self.nodes: list[fx.Node] = []
         """Operations, in the order in which they run."""
         self.bound: dict[fx.Node, Callable[[], Any]] = {}
@@ -78,7 +88,10 @@ class Graph:
         self._bind_inputs(program)
         for node in program.graph.nodes:
             if node.op == "output":
-                self.output: fx.Node = node.args[0][0]
+                specs = zip(node.args[0], program.graph_signature.output_specs, strict=True)
+                returned = [n for n, spec in specs if spec.kind is OutputKind.USER_OUTPUT]
+                self.outputs = tuple(n for n in returned if isinstance(n, fx.Node))
+                self.measured = measured_outputs(returned, names, self.input, module)
             elif node.op == "call_function":
                 self.nodes.append(node)
                 self.targets[node] = _functional(node.target)
@@ -86,26 +99,22 @@ class Graph:
         self.sizes = {n for n in self.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
         """Operations on sizes that depend on the batch."""
         self._sizes_at: dict[tuple[fx.Node, int], int] = {}
+        self._kept = frozenset(output.node for output in self.measured)
         self._last_use = _last_uses(self.nodes)
         self._readers = self._find_readers()
         self.code = program.graph_module.code
         """The graph as text; part of what identifies a model."""
 
-    @property
-    def outputs(self) -> tuple[fx.Node, ...]:
-        """What the network returns."""
-        return (self.output,)
-
     def on(self, module: nn.Module) -> Graph:
         """The same graph on another module of the same architecture; no new export."""
-        return Graph(self.program, module)
+        return Graph(self.program, module, self.output_names)
 
     def to(self, device: torch.device) -> Graph:
         """A copy of the network on another device."""
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(copy.deepcopy(self.program), device)
-        return Graph(program, copied(self.module).to(device))
+        return Graph(program, copied(self.module).to(device), self.output_names)
 
     def readers(self, layer: str) -> Sequence[fx.Node]:
         """The convolution or linear nodes that read a layer's weight itself."""
@@ -135,9 +144,11 @@ class Graph:
         for node in self.nodes:
             if node not in dirty and any(a in dirty for a in node.all_input_nodes):
                 dirty.add(node)
-        useful = ancestors(self.output)
+        useful = set().union(*map(ancestors, self._kept))
         nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
-        inputs = {a for n in nodes if not (given and n in first) for a in n.all_input_nodes}
+        inputs = self._kept | {
+            a for n in nodes if not (given and n in first) for a in n.all_input_nodes
+        }
         cached = tuple(
             n for n in self.nodes if n in inputs and n not in dirty and n not in self.sizes
         )
@@ -154,9 +165,18 @@ class Graph:
         )
 
     def run(self, images: Tensor, *, keep: Collection[fx.Node] = ()) -> tuple[Tensor, Env]:
-        """Logits (N, classes) of images (N, C, H, W), and the values of ``keep``."""
+        """Outputs of images (N, C, H, W) (see :meth:`rows`), and the values of ``keep``."""
         *_, (_, env) = self.step(images, keep=keep)  # one environment, from the first to the last
-        return env[self.output], {node: env[node] for node in keep if node in env}
+        return self.rows(env), {node: env[node] for node in keep if node in env}
+
+    def rows(self, env: Env) -> Tensor:
+        """All :attr:`measured` outputs as one row an image, one after the other: (N, elements).
+
+        Logits (N, classes) are that already.
+        """
+        values = [self.value(output.node, env) for output in self.measured]
+        parts = [v if v.ndim == 2 else v.reshape(len(v), -1) for v in values]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def first_not_finite(self, images: Tensor) -> tuple[str, str]:
         """The first layer whose output is not finite, and what it holds; ``the output`` if none."""
@@ -182,7 +202,7 @@ class Graph:
             yield node, env
             env[node] = self.execute(node, env, batch=len(images))
             for dead in self._last_use.get(node, ()):
-                if dead not in keep:
+                if dead not in keep and dead not in self._kept:
                     env.pop(dead, None)
 
     def run_suffix(
@@ -204,7 +224,7 @@ class Graph:
             replace: How to compute a changed node; it sees the values of the V * N batch.
 
         Returns:
-            Logits (V * N, classes).
+            Outputs (V * N, elements); see :meth:`rows`.
         """
         env: Env = {
             node: value if (dim := batch_dim(node)) is None else _Repeated(value, variants, dim)
@@ -217,8 +237,9 @@ class Graph:
             else:
                 env[node] = self.execute(node, env, batch=variants * images)
             for dead in last.get(node, ()):
-                env.pop(dead, None)
-        return cast(Tensor, env[self.output])
+                if dead not in self._kept:
+                    env.pop(dead, None)
+        return self.rows(env)
 
     def execute(self, node: fx.Node, env: Env, *, batch: int | None = None) -> Any:
         """One node, on values from ``env`` and on live parameters."""
@@ -301,7 +322,7 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
         ExportError: ``torch.export`` cannot trace the module; the message has its words.
     """
     try:
-        with torch.no_grad(), captured(), _plain_attention():
+        with torch.no_grad(), captured(), _plain_attention(), tensors_alone(module) as names:
             program = torch.export.export(
                 module, (example.contiguous(),), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
@@ -320,7 +341,7 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
             f"{type(module).__name__} uses control-flow operators, which cannot be cut",
             fix="replace torch.cond and the like by plain tensor code",
         )
-    return Graph(program, module)
+    return Graph(program, module, names)
 
 
 @contextmanager

@@ -1,58 +1,86 @@
-"""Networks whose outputs are probabilities, made to give logits while they are pruned."""
+"""The outputs of a graph that effects are measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from cswap_deploy.runtime.outputs import LEAST, Outputs, recognise
+from cswap_deploy.errors import ExportError
 
-FEW = 32
-"""Images that outputs are recognised on."""
+_aten = torch.ops.aten
+_RESHAPES = {
+    _aten.squeeze.default, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.view.default,
+    _aten.reshape.default, _aten.flatten.using_ints, _aten.select.int, _aten.slice.Tensor,
+}  # fmt: skip
 
 
-def outputs_of(module: nn.Module, images: Tensor) -> Outputs:
-    """What a network gives for images (N, C, H, W); see :func:`runtime.outputs.recognise`.
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A floating-point output with one row an image."""
 
-    What is not one (N, classes) tensor counts as logits.
+    name: str
+    node: fx.Node
+    shape: tuple[int, ...]
+    """Of one image's."""
+
+    @property
+    def elements(self) -> int:
+        """Numbers for one image."""
+        return math.prod(self.shape)
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether a sigmoid makes it, whatever changes its shape after that."""
+        node = self.node
+        while node.target in _RESHAPES and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node.target in (_aten.sigmoid.default, _aten.sigmoid_.default)
+
+
+def measured_outputs(
+    returned: Sequence[Any], names: Sequence[str], images: fx.Node, module: nn.Module
+) -> tuple[Output, ...]:
+    """Of what a graph returns, what depends on the images one by one.
+
+    Integers (classes, indices) and what is the same for any batch (anchors) are left out: a change
+    of theirs has no size.
+
+    Args:
+        returned: Nodes.
+        names: Of them.
+        images: The input's node.
+        module: The network, for the messages.
+
+    Raises:
+        ExportError: Nothing is left, or an output's size depends on what is in the images.
     """
-    with torch.inference_mode():
-        found = module(images[:FEW].contiguous())
-    return recognise(found.float().numpy()) if isinstance(found, Tensor) else "logits"
-
-
-@contextmanager
-def giving_logits(module: nn.Module, kind: Outputs) -> Iterator[None]:
-    """Within, a network of probabilities gives their logarithms, and so do copies made of it.
-
-    Those are logits of the same softmax: whatever compares predictions need not know. The network
-    itself ends as it was; of a copy :func:`give_outputs` takes it back.
-    """
-    handle = module.register_forward_hook(_log) if kind == "probabilities" else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-
-
-def give_logits(module: nn.Module, kind: Outputs) -> nn.Module:
-    """The same for good, in place."""
-    if kind == "probabilities":
-        module.register_forward_hook(_log)
-    return module
-
-
-def give_outputs(module: nn.Module) -> nn.Module:
-    """A copy from within :func:`giving_logits` gives its own outputs again; changed in place."""
-    for key in [key for key, hook in module._forward_hooks.items() if hook is _log]:
-        del module._forward_hooks[key]
-    return module
-
-
-def _log(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
-    return outputs.clamp_min(LEAST).log()
+    batch = images.meta["val"].shape[0]
+    found: list[Output] = []
+    for name, node in zip(names, returned, strict=True):
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
+            continue
+        first: Any = value.shape[0]
+        rest = value.shape[1:]
+        if isinstance(first, int):
+            continue
+        if str(first) != str(batch) or not all(isinstance(size, int) for size in rest):
+            raise ExportError(
+                f"output {name} of {type(module).__name__} has shape {tuple(value.shape)}: one row "
+                "an image, of a fixed size, is wanted",
+                fix="return what the network computes before it selects or flattens over images, "
+                "for example boxes and scores before non-maximum suppression",
+            )
+        found.append(Output(name, node, tuple(rest)))
+    if not found:
+        raise ExportError(
+            f"torch.export {torch.__version__}: {type(module).__name__} returns nothing with one "
+            f"row of floating-point numbers an image (it returns {', '.join(names) or 'nothing'})",
+            fix="return its scores, maps, boxes or features, the batch first",
+        )
+    return tuple(found)

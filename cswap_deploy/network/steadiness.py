@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ExportError, StageError
+from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.network.graph import trace
 from cswap_deploy.network.operations import said
 
@@ -27,8 +28,8 @@ def require_steady(module: nn.Module, images: Tensor) -> None:
     """
     few = images[:2].contiguous()
     with torch.no_grad():
-        once, again = module(few), module(few)
-    if torch.allclose(once, again, rtol=1e-4, atol=1e-6, equal_nan=True):
+        once, again = (named_outputs(module(few)).values() for _ in range(2))
+    if all(_alike(*pair) for pair in zip(once, again, strict=True)):
         return
     found = _first_difference(module, few)
     raise StageError(
@@ -36,6 +37,14 @@ def require_steady(module: nn.Module, images: Tensor) -> None:
         + (f": {found} is random" if found else ""),
         fix=_FIX,
     )
+
+
+def _alike(once: Tensor, again: Tensor) -> bool:
+    if once.shape != again.shape:
+        return False
+    if not once.is_floating_point():
+        return torch.equal(once, again)
+    return torch.allclose(once, again, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _first_difference(module: nn.Module, images: Tensor) -> str:

@@ -94,7 +94,7 @@ def best_from_dense(
         network.dense, consumers(network.groups), trials.images, intervention=intervention, chunk=64
     )
     return best_candidate(
-        Trials(network, {}, trials.images), candidates, moments,
+        Trials(network, {}, trials.images, trials.task), candidates, moments,
         ridge=ridge, progress=progress, always=True,
     )  # fmt: skip
 

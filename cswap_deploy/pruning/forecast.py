@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
-from cswap_deploy.network.outputs import giving_logits, outputs_of
+from cswap_deploy.network.probabilities import giving_logits, output_kind
 from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import resolve
@@ -36,7 +37,7 @@ def forecast_pruning(
     """
     images = calibration.images
     require_steady(module, images)
-    with giving_logits(module, outputs_of(module, images)):
+    with giving_logits(module, output_kind(module, images, calibration.task)):
         prepared = prepare(module, images, config)
     resolved = resolve(config, prepared, len(images), importance_of(config.criterion))
     count = resolved.scoring_samples
@@ -45,7 +46,8 @@ def forecast_pruning(
         adaptive=resolved.measuring == "adaptive",
     )  # fmt: skip
     few = min(count, _IMAGES)
-    rate = _macs_per_second(prepared, Calibration(images[:few], calibration.labels[:few]))
+    part = replace(calibration, images=images[:few], labels=calibration.labels[:few])
+    rate = _macs_per_second(prepared, part)
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
         "excluded": prepared.excluded,
@@ -67,7 +69,7 @@ def _macs_per_second(prepared: Prepared, few: Calibration) -> float:
     for group in groups[:: max(1, len(groups) // _GROUPS)]:
         units = range(min(_UNITS, group.units))
         readers = [n for c in group.consumers for n in graph.readers(c.layer)]
-        experiment = Experiment(graph, few.images, few.labels)
+        experiment = Experiment(graph, few.images, few.labels, task=few.task)
         measurement = LocalMeasurement(experiment, together=prepared.together)
         begun = time.perf_counter()
         measurement.effects({group: units})

@@ -15,11 +15,12 @@ from cswap_deploy.causal.experiment import independent
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.memory import Budget, keep_freed_memory
 from cswap_deploy.causal.ray_workers import Recipe, pool_of
-from cswap_deploy.config import PruneConfig
+from cswap_deploy.config import PruneConfig, Task
 from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.errors import UsageError
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import delete_removed
-from cswap_deploy.network.outputs import give_outputs, giving_logits, outputs_of
+from cswap_deploy.network.probabilities import give_outputs, giving_logits, output_kind
 from cswap_deploy.network.sizes import SizeModel
 from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.network.units import Group
@@ -75,7 +76,8 @@ def prune(
         PruneError: Nothing can be removed, the ratio is out of reach, or deleting what was masked
             changed the outputs.
         StageError: A prediction was not finite, or outputs differ from run to run.
-        UsageError: An unknown criterion, or a network that workers cannot build.
+        UsageError: An unknown criterion, an effect that the task does not have, or a network that
+            workers cannot build.
         MissingDependencyError: There is no GPU, no Ray or no cluster where one was asked for.
     """
     keep_freed_memory()
@@ -85,15 +87,18 @@ def prune(
     if config.ratio == 0:
         size = SizeModel(module, images[:2], ()).size()
         settings = config.key() | {"criterion": "none"}
-        plan = PrunePlan(settings=settings, dense=size, pruned=size, groups=())
+        plan = PrunePlan(
+            settings=settings, task=calibration.task, dense=size, pruned=size, groups=()
+        )
         return Pruned(copied(module), plan)
+    notes: list[str] = []
+    config = _with_an_effect(config, calibration.task, progress, notes)
     progress.begin("tracing the network", 0)
-    with giving_logits(module, outputs_of(module, images)):
+    with giving_logits(module, output_kind(module, images, calibration.task)):
         network = prepare(module, images, config)
     progress.end()
     for note in network.notes:
         progress.note(note)
-    notes: list[str] = []
     state = (rounds.load(network.module, most=config.rounds) if rounds else None) or State()
     if state.round:
         progress.note(f"going on after round {state.round} of an interrupted run")
@@ -106,11 +111,29 @@ def prune(
     return Pruned(give_outputs(smaller), plan, tuple(notes))
 
 
+def _with_an_effect(
+    config: PruneConfig, task: Task, progress: Progress, notes: list[str]
+) -> PruneConfig:
+    """Units are ranked by the change of the outputs where there is no true class."""
+    if task == "classify" or config.effect == "kl":
+        return config
+    if config.method != "paper":
+        raise UsageError(
+            f"--effect true-class: a network of task {task} has no true class",
+            fix="leave --effect out: units are ranked by how far the outputs move",
+        )
+    note = f"task {task} has no true class: units are ranked by how far the outputs move"
+    progress.note(note)
+    notes.append(note)
+    return config.model_copy(update={"effect": "kl"})
+
+
 def _plan(job: Job, state: State) -> PrunePlan:
     network = job.network
     too_wide = dict.fromkeys(state.not_refitted, "too wide to refit; means were folded")
     return PrunePlan(
         settings=job.config.key() | {"seed": job.seed} | asdict(job.resolved),
+        task=job.calibration.task,
         dense=network.dense_size,
         pruned=network.sizes.size(),
         groups=tuple(_group_plan(g, state) for g in network.groups),

@@ -191,6 +191,9 @@ class RoundEffects:
         seen = [
             np.ones(e.kl.shape, dtype=bool) if e.measured is None else e.measured for e in found
         ]
+        if self.experiment.task != "classify":
+            self._record_without_classes(found, seen)
+            return
         verdicts = find_verdicts(
             np.concatenate([e.true_class for e in found]),
             self.experiment.labels.numpy(),
@@ -213,6 +216,19 @@ class RoundEffects:
                     serves=verdicts.serves[row], harms=verdicts.harms[row], images=images,
                 )  # fmt: skip
                 row += 1
+
+    def _record_without_classes(self, found: list[Effects], seen: list[np.ndarray]) -> None:
+        """Effects on the outputs alone: verdicts are about a true class."""
+        for effects, measured in zip(found, seen, strict=True):
+            latest = self.state.effects.setdefault(effects.group, {})
+            rows = zip(
+                effects.units.tolist(), effects.kl.mean(1), measured.sum(1).tolist(), strict=True
+            )
+            for unit, divergence, images in rows:
+                latest[unit] = UnitEffect(
+                    unit=unit, true_class=None, kl=float(divergence), low=None, high=None,
+                    verdict=None, round=self.state.round, images=images,
+                )  # fmt: skip
 
 
 class _Steps:

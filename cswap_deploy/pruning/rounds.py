@@ -71,7 +71,8 @@ class _Loop:
         images, labels = job.calibration.images, job.calibration.labels
         self.order = torch.from_numpy(balanced_order(labels.numpy()))
         self.rng = np.random.default_rng(job.seed)
-        self.trials = Trials(job.network, state.removed, images[self.order])
+        task = job.calibration.task
+        self.trials = Trials(job.network, state.removed, images[self.order], task)
         self.compares = job.importance.needs_images and job.config.select == "set"
         """Whether several candidates are tried; without images there is one."""
 
@@ -130,7 +131,8 @@ class _Loop:
         if self.job.config.mix:
             images = half_mixed(images, seed=self.state.round)
         labels = self.job.calibration.labels[rows]
-        return Experiment(self.job.network.graph, images, labels, moments, self.job.backend.budget)
+        budget, task = self.job.backend.budget, self.job.calibration.task
+        return Experiment(self.job.network.graph, images, labels, moments, budget, task)
 
     def _or_from_dense(self, choice: Choice, goal: Goal, view: View, ridge: float) -> Choice:
         """The candidate of the last round, or one from the dense network on, which undoes all.

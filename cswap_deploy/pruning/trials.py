@@ -16,9 +16,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.causal.interventions import Moments, ablation_values, fold
 from cswap_deploy.causal.mixtures import lightly_mixed
+from cswap_deploy.causal.tasks import OutputEffect
+from cswap_deploy.config import Task
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.nodes import elements
 from cswap_deploy.network.units import Group
@@ -36,6 +37,10 @@ _CHUNK = 64
 """Images of one forward pass of an evaluation."""
 _MIXTURES = 2
 """Mixed copies of each image that evaluates, beside the image itself."""
+_MOST_BYTES = 2 << 30
+"""The dense network's outputs on the images that evaluate: those of maps are large."""
+_FEWEST = 8
+"""Images that evaluate, however large their outputs."""
 _MOST_ELEMENTS = 1 << 29
 """The refit holds some activations of all its images at once: at most 2 GiB each."""
 
@@ -50,6 +55,8 @@ class Trials:
     """What is gone from it."""
     images: Tensor
     """(N, C, H, W), every prefix balanced by class."""
+    task: Task = "classify"
+    """What the network's outputs are."""
 
     @property
     def possible(self) -> bool:
@@ -65,8 +72,8 @@ class Trials:
             ridge: Of the refit; ``None``: no refit.
 
         Returns:
-            (images that evaluate,) float64, nats: means of an image's own divergence and its
-            mixtures'.
+            (images that evaluate,) float64, in the task's measure: means of an image's own
+            divergence and its mixtures'.
         """
         trial = self.network.on(copied(self.network.module))
         remove(trial, gone, moments)
@@ -75,9 +82,10 @@ class Trials:
                 g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())] for g in trial.groups
             }
             refit_behind(trial, removed, self.images[: self._few], ridge=ridge, progress=Silent())
+        effect = OutputEffect(self.task, self.network.dense.measured)
         with torch.inference_mode():
             found = [
-                kl_divergence(trial.graph.run(part)[0].double()[None], wanted)[0]
+                effect.divergence(trial.graph.run(part)[0].double()[None], wanted)[0]
                 for part, wanted in self._evaluation
             ]
         return torch.cat(found).view(1 + _MIXTURES, -1).mean(0)
@@ -90,13 +98,16 @@ class Trials:
 
     @cached_property
     def _evaluation(self) -> list[tuple[Tensor, Tensor]]:
-        """Images that evaluate, in parts, and the dense network's logits."""
-        unseen = self.images[self._few :]
+        """Images that evaluate, in parts, and the dense network's outputs."""
+        row = 8 * sum(output.elements for output in self.network.dense.measured)
+        affordable = max(_FEWEST, _MOST_BYTES // (row * (1 + _MIXTURES)))
+        unseen = self.images[self._few :][:affordable]
         mixed = [lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES)]
+        chunk = max(1, min(_CHUNK, _MOST_BYTES // (8 * row)))
         with torch.inference_mode():
             return [
                 (part, self.network.dense.run(part)[0].double())
-                for part in torch.split(torch.cat([unseen, *mixed]), _CHUNK)
+                for part in torch.split(torch.cat([unseen, *mixed]), chunk)
             ]
 
 

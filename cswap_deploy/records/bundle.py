@@ -10,6 +10,7 @@ from cswap_deploy.errors import ArtifactError
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.files import require_files
 from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.measurements import OutputChange
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.value import FileRef, Value, read_value
 
@@ -114,6 +115,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "model": manifest.model.name,
         "weights": manifest.model.weights,
         "weights_sha256": manifest.model.weights_sha256,
+        "task": manifest.model.task,
         "created": manifest.created,
         "tool_version": manifest.tool_version,
         "ratio_requested": manifest.ratio_requested,
@@ -130,7 +132,9 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "inputs": [tensor.model_dump(mode="json") for tensor in manifest.onnx.inputs],
             "outputs": [tensor.model_dump(mode="json") for tensor in manifest.onnx.outputs],
         },
-        "network_outputs": manifest.model.outputs,
+        "output_kind": manifest.model.output_kind,
+        "outputs": _outputs(manifest.torch_outputs),
+        "metric": None if manifest.metric is None else manifest.metric.model_dump(),
         "preprocessing": manifest.model.preprocessing.model_dump(mode="json"),
         "targets": [_target(result) for result in manifest.targets],
         "files": {ref.path: ref.size_bytes for ref in manifest.files},
@@ -156,6 +160,7 @@ def _target(result: TargetResult) -> dict[str, Any]:
         "reason": result.engine.reason,
         "top1": None if accuracy is None else accuracy.pruned.top1,
         "top1_drop": None if accuracy is None else accuracy.drop,
+        "outputs": _outputs(result.outputs),
         "p50_ms": None if latency is None else latency.p50_ms,
         "p99_ms": None if latency is None else latency.p99_ms,
         "speedup": result.speedup,
@@ -163,6 +168,13 @@ def _target(result: TargetResult) -> dict[str, Any]:
         "speedup_high": result.speedup_high,
         "parity_max_abs": None if result.parity is None else result.parity.max_abs,
     }
+
+
+def _outputs(change: OutputChange | None) -> dict[str, Any] | None:
+    """Output -> its error (dB) and the share of its decisions that stay."""
+    if change is None:
+        return None
+    return {o.name: {"error_db": o.error_db, "agreement": o.agreement} for o in change.outputs}
 
 
 def _inside(name: str) -> bool:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.records.value import Value
+from cswap_deploy.settings import BatchRange
 
 
 class TensorSpec(Value):

@@ -1,10 +1,18 @@
-"""What the export stages leave in the store beside the graphs."""
+"""What stages leave in the store beside graphs and predictions."""
 
 from __future__ import annotations
 
 from cswap_deploy.records.engine import OnnxArtifact
-from cswap_deploy.records.measurements import Parity, PrecisionResult
+from cswap_deploy.records.measurements import (
+    AccuracyChange,
+    MetricChange,
+    OutputChange,
+    Parity,
+    PrecisionResult,
+)
 from cswap_deploy.records.value import Value
+
+SCORE = "score.json"
 
 
 class ExportRecord(Value):
@@ -21,3 +29,13 @@ class PrecisionRecord(Value):
 
     model: OnnxArtifact
     result: PrecisionResult
+
+
+class Score(Value):
+    """``score.json``: from the dense to the pruned network in PyTorch."""
+
+    accuracy: AccuracyChange | None = None
+    """``None`` for a task without classes."""
+    outputs: OutputChange | None = None
+    """For those."""
+    metric: MetricChange | None = None

@@ -13,6 +13,8 @@ from cswap_deploy.records.measurements import (
     DenseCheck,
     Device,
     Latency,
+    MetricChange,
+    OutputChange,
     Parity,
     PrecisionResult,
 )
@@ -31,6 +33,10 @@ class TargetResult(Value):
     """From the pruned float32 network (``dense`` here) to the graph of reduced precision."""
     judged_by: str = ""
     """What ``reduced`` was measured on: the engine, or a stand-in where it does not run here."""
+    outputs: OutputChange | None = None
+    """In place of ``accuracy`` for a task without classes: dense network in PyTorch to engine."""
+    reduced_outputs: OutputChange | None = None
+    """In place of ``reduced``."""
     latency: Latency | None = None
     dense_latency: Latency | None = None
     """The dense graph on the same runtime, interleaved with ``latency``."""
@@ -49,7 +55,7 @@ class TargetResult(Value):
 class Manifest(Value):
     """What a bundle holds and how it came about."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     created: str
     """ISO 8601, UTC."""
     tool_version: str
@@ -68,6 +74,10 @@ class Manifest(Value):
     """After export and after each graph pass."""
     torch_accuracy: AccuracyChange | None = None
     """Dense and pruned network in PyTorch."""
+    torch_outputs: OutputChange | None = None
+    """In its place for a task without classes."""
+    metric: MetricChange | None = None
+    """``None`` where the user named none."""
     targets: tuple[TargetResult, ...]
     precision: PrecisionResult | None = None
     """``None`` for float32."""

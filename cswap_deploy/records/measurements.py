@@ -50,15 +50,20 @@ class PrecisionResult(Value):
     kl: float
     """Mean KL divergence from the float32 graph on them (nats)."""
     agreement: Fraction
-    """Fraction of them that get the float32 graph's class."""
+    """Fraction of them that get the float32 graph's class; without classes, whose outputs change by
+    no more than the limit."""
     drop_limit: float
-    """Largest loss of top-1 against the float32 graph that the gate allows (fraction)."""
+    """Largest loss of top-1 against the float32 graph that the gate allows (fraction); without
+    classes, largest squared change over squared size."""
+    by_outputs: bool = False
+    """Whether outputs were compared because there are no classes: ``kl`` is then the mean squared
+    change over squared size."""
     emulated: bool = False
     """Judged by rounding float32 results after every operator, as a GPU would: 16-bit types."""
 
 
 class Parity(Value):
-    """Largest difference of logits between a reference and what it became."""
+    """Largest difference of outputs between a reference and what it became."""
 
     reference: str
     candidate: str
@@ -68,6 +73,9 @@ class Parity(Value):
     images: int
     batches: tuple[int, ...]
     """Batch sizes compared."""
+    relative: bool = False
+    """Whether ``max_abs`` is divided by the output's largest value where that is above one; logits
+    of classes are not."""
 
     @property
     def ok(self) -> bool:
@@ -128,6 +136,38 @@ class AccuracyChange(Value):
     high: float
     agreement: Fraction
     """Images on which both predict the same class."""
+
+
+class OutputError(Value):
+    """What changed in one output of a network."""
+
+    name: str
+    error_db: float | None
+    """10 log10(||o||^2 / ||o - o*||^2), over all images; ``None`` where nothing changed, or the
+    output is of integers."""
+    agreement: Fraction | None = None
+    """Share of the decisions that stay, where the output decides something."""
+
+
+class OutputChange(Value):
+    """The outputs of two networks on the same images."""
+
+    outputs: tuple[OutputError, ...]
+    images: int
+
+    @property
+    def worst_db(self) -> float | None:
+        """The least of the errors; ``None`` where nothing changed."""
+        return min((o.error_db for o in self.outputs if o.error_db is not None), default=None)
+
+
+class MetricChange(Value):
+    """The user's own figure, in PyTorch."""
+
+    name: str
+    """``package.module:function``."""
+    dense: float
+    pruned: float
 
 
 class Spread(Value):

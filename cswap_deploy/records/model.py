@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cswap_deploy.config import Task
 from cswap_deploy.records.value import Value
-from cswap_deploy.runtime.outputs import Outputs
+from cswap_deploy.runtime.probabilities import OutputKind
 
 
 class Preprocessing(Value):
@@ -43,9 +44,14 @@ class ModelSpec(Value):
     """Where the weights came from, for people: a file, a hub repository, a package, ``random``."""
     weights_sha256: str
     """Over every tensor's name, dtype, shape and bytes."""
+    task: Task = "classify"
+    """What the outputs are."""
+    outputs: tuple[str, ...] = ("logits",)
+    """Their names, in order."""
     num_classes: int
-    outputs: Outputs = "logits"
-    """What the network gives, recognised on real images; a softmax at its end is kept."""
+    """0 where the outputs are not scores of classes."""
+    output_kind: OutputKind = "logits"
+    """What a classifier gives, recognised on real images; a softmax at its end is kept."""
     label_space: Literal["imagenet-1k", "fashion-mnist"] | None = None
     class_names: tuple[str, ...] = ()
     preprocessing: Preprocessing
@@ -65,11 +71,13 @@ class DataSpec(Value):
     """Over the preprocessed uint8 pixels and the labels, in order."""
     count: int
     classes: int
-    """Distinct labels among the images."""
+    """Distinct labels among the images; 0 where there are none."""
     mapping: str = ""
     """How folder or column names became class indices, in words."""
     class_indices: dict[str, int] = Field(default_factory=dict)
     """Folder or label name -> class index of the model, where names had to be mapped."""
+    labelled: bool = True
+    """Whether class labels were read; tasks without classes want none."""
     unreadable: tuple[str, ...] = ()
     """Files that did not decode and were left out."""
     notes: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cswap_deploy.config import RatioOf
+from cswap_deploy.config import RatioOf, Task
 from cswap_deploy.records.value import Value
 
 Verdict = Literal["critical", "neutral", "detrimental"]
@@ -16,16 +16,18 @@ class UnitEffect(Value):
     """One unit's latest effect before it was removed or kept for good."""
 
     unit: int
-    true_class: float
-    """Mean over images of (p_masked - p) / p."""
+    true_class: float | None
+    """Mean over images of (p_masked - p) / p; ``None``, as the interval and the verdict, for a
+    task without classes."""
     harm: float = 0.0
     """Nats; ranks with ``--effect true-class``; see :func:`causal.effects.likely_harm`."""
     kl: float
-    """Mean over images of KL(p || p_masked), nats."""
-    low: float
+    """Mean over images of the effect on the outputs: KL(p || p_masked) in nats, or what
+    ``causal.tasks`` says of the plan's task."""
+    low: float | None
     """Lower end of the interval of ``true_class``."""
-    high: float
-    verdict: Verdict
+    high: float | None
+    verdict: Verdict | None
     round: int
     """The round in which this was measured, from 1; 0 where it was not."""
     serves: tuple[int, ...] = ()
@@ -80,8 +82,9 @@ class RoundLog(Value):
     candidate: str = "effect"
     """Which of the candidates was removed."""
     kl: float | None = None
-    """Its effect as a whole after the refit: mean KL divergence from the dense network (nats), on
-    calibration images that the refit did not see; ``None`` where it was not measured."""
+    """Its effect as a whole after the refit: mean KL divergence from the dense network (nats), or
+    what takes its place for the plan's task, on calibration images that the refit did not see;
+    ``None`` where it was not measured."""
     ridge: float | None = None
     """Ridge of the refit."""
     seconds: float
@@ -103,9 +106,11 @@ class ScoringCost(Value):
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     settings: dict[str, Any]
     """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
+    task: Task = "classify"
+    """What the network's outputs are, and so what an effect is; see ``causal.tasks``."""
     dense: Size
     pruned: Size
     groups: tuple[GroupPlan, ...]

@@ -91,6 +91,11 @@ def nats(value: float) -> Amount:
     return Amount(f"−{written}" if value < 0 else written)
 
 
+def decibels(value: float | None) -> Amount:
+    """A signal over its error; ``identical`` where there is no error."""
+    return Amount("identical" if value is None else f"{fixed(value, 1)} dB")
+
+
 def ms(value: float) -> Amount:
     """Milliseconds with three significant digits."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cswap_deploy.config import RatioOf
+from cswap_deploy.config import RatioOf, Task
 from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.records.bundle import MANIFEST, PLAN, read_bundle, read_plan
 from cswap_deploy.records.files import require_files
@@ -22,14 +22,26 @@ from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import GroupPlan, PrunePlan, UnitEffect
 
 VERDICTS = ("critical", "neutral", "detrimental", "not measured")
-RankedBy = Literal["kl", "true-class"]
-RANKED_BY: dict[RankedBy, str] = {"kl": "KL divergence", "true-class": "likely harm"}
+RankedBy = Literal["kl", "true-class", "change"]
+RANKED_BY: dict[RankedBy, str] = {
+    "kl": "KL divergence", "true-class": "likely harm", "change": "relative squared change",
+}  # fmt: skip
 """What the value that ranks units is called."""
+UNITS: dict[RankedBy, str] = {"kl": ", nats", "true-class": ", nats", "change": ""}
 _MEANING: dict[RankedBy, str] = {
     "kl": "the KL divergence (how far the whole output moves)",
     "true-class": "the likely harm (half the standard deviation over the images minus the mean of "
     "log(p without the unit / p), p the true class's probability; nats)",
+    "change": "the relative squared change of the outputs",
 }
+_EFFECTS: dict[Task, str] = {
+    "binary": "the KL divergence of the yes-or-no outputs, summed over them (nats)",
+    "dense": "the KL divergence of a pixel's classes, averaged over the pixels (nats)",
+    "features": "the squared change of the outputs over their squared size",
+    "detect": "the squared change of each output over its squared size, summed over the outputs",
+    "any": "the squared change of each output over its squared size, summed over the outputs",
+}
+"""What an effect is where there is no true class."""
 _SET_TO = {
     "zero": "set to zero",
     "mean": "set to its mean",
@@ -69,7 +81,8 @@ class GroupSummary:
     kept_verdicts: dict[str, int]
     removed_verdicts: dict[str, int]
     largest: Unit | None
-    """The measured unit with the largest effect on the true class."""
+    """The measured unit with the largest effect on the true class, or on the outputs where there is
+    none."""
     costs: tuple[tuple[float, ...], tuple[float, ...]]
     """What ranks the units: the removed ones' values and the kept ones', each ascending."""
 
@@ -103,6 +116,8 @@ class Explanation:
     """What a plan says of a network, or of one of its groups; None where it says nothing."""
 
     model: str | None
+    task: Task
+    """What the network's outputs are; verdicts are for ``classify`` alone."""
     criterion: str
     """The importance that ranked the units, by the name it is chosen by."""
     ratio_of: RatioOf
@@ -113,7 +128,7 @@ class Explanation:
     """How to read it, in sentences."""
     groups: tuple[GroupSummary, ...]
     largest: tuple[Unit, ...]
-    """Largest effects on the true class, of either sign."""
+    """Largest effects on the true class, of either sign; on the outputs where there is none."""
     detrimental: tuple[Unit, ...]
     """Those whose removal helps most."""
     removed_at_largest_cost: tuple[Unit, ...]
@@ -167,6 +182,8 @@ def explain(
     names = _class_names(manifest)
     chosen = plan.groups if group is None else (_find(plan, group),)
     by: RankedBy = "true-class" if plan.settings.get("effect") == "true-class" else "kl"
+    if plan.task in ("features", "detect", "any"):
+        by = "change"
     measured = {g.name: _measured(g, names) for g in plan.groups}
     units = [unit for g in chosen for unit in measured[g.name]]
     helpful = [u for u in units if u.effect.verdict == "detrimental"]
@@ -177,6 +194,7 @@ def explain(
     ranked_by = by if any(measured.values()) else None
     return Explanation(
         model=None if manifest is None else manifest.model.name,
+        task=plan.task,
         criterion=plan.criterion,
         ratio_of=plan.ratio_of,
         ratio_effective=plan.effective(plan.ratio_of),
@@ -184,15 +202,20 @@ def explain(
         ranked_by=ranked_by,
         reading=_reading(plan, ranked_by),
         groups=tuple(_summarise(g, measured[g.name], by) for g in chosen),
-        largest=first(units, lambda e: abs(e.true_class)),
-        detrimental=first(helpful, lambda e: e.true_class),
+        largest=first(units, _size),
+        detrimental=first(helpful, lambda e: e.true_class or 0.0),
         removed_at_largest_cost=first([u for u in units if not u.kept], lambda e: _cost(e, by)),
     )
 
 
 def _cost(effect: UnitEffect, by: RankedBy) -> float:
-    """What ranks a unit (nats)."""
-    return effect.kl if by == "kl" else effect.harm
+    """What ranks a unit."""
+    return effect.harm if by == "true-class" else effect.kl
+
+
+def _size(effect: UnitEffect) -> float:
+    """On the true class, of either sign; on the outputs where there is none."""
+    return effect.kl if effect.true_class is None else abs(effect.true_class)
 
 
 def _class_names(manifest: Manifest | None) -> dict[int, str]:
@@ -233,7 +256,7 @@ def _summarise(group: GroupPlan, measured: list[Unit], by: RankedBy) -> GroupSum
     return GroupSummary(
         name=group.name, kind=group.kind, units=group.units, kept=kept,
         kept_verdicts=kept_verdicts, removed_verdicts=gone_verdicts,
-        largest=max(measured, key=lambda u: abs(u.effect.true_class), default=None),
+        largest=max(measured, key=lambda u: _size(u.effect), default=None),
         costs=(gone_costs, kept_costs),
     )  # fmt: skip
 
@@ -257,9 +280,17 @@ def _reading(plan: PrunePlan, by: RankedBy | None) -> tuple[str, ...]:
         if settings.get("select") == "set"
         else ""
     )
+    how = _SET_TO.get(str(settings.get("intervention")), "taken away")
+    if plan.task != "classify":
+        return (
+            f"An effect is {_EFFECTS[plan.task]} when a unit is {how} ({images}mean). Units are "
+            "shown as last measured, on a network that had shrunk in between.",
+            f"No verdicts: no classes (task {plan.task}). The removal goes by {_MEANING[by]}"
+            f"{_PER[plan.ratio_of]}, smallest first.{tried}",
+        )
     return (
         "An effect is the relative change of the true class's probability when a unit is "
-        f"{_SET_TO.get(str(settings.get('intervention')), 'taken away')} ({images}95 % interval): "
+        f"{how} ({images}95 % interval): "
         "below zero the unit helps the prediction, above zero it harms it. Units are shown as last "
         "measured, on a network that had shrunk in between.",
         f"Verdicts describe (false-discovery rate {100 * plan.alpha:g} %{at_least}): removing a "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.records.amounts import fixed
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange
-from cswap_deploy.report.explain import RANKED_BY, Explanation, GroupSummary
+from cswap_deploy.report.explain import RANKED_BY, UNITS, Explanation, GroupSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,8 @@ def effects_figure(told: Explanation) -> str:
             above.set_yscale("symlog", linthresh=smallest)
             above.set_ylim(*limits)
             above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            above.set_ylabel(f"{RANKED_BY[told.ranked_by or 'kl']}, nats")
+            by = told.ranked_by or "kl"
+            above.set_ylabel(f"{RANKED_BY[by]}{UNITS[by]}")
             for at, group in enumerate(groups):
                 _skyline(above, at, group, floor=floor)
             _kept_counts(above, groups)
@@ -105,7 +106,7 @@ def effects_figure(told: Explanation) -> str:
             above.spines["bottom"].set_visible(False)
             _verdict_strip(below, groups)
             _depth_axis(below, groups, len(rows[0]))
-        _effects_legend(figure)
+        _effects_legend(figure, verdicts=told.task == "classify")
 
     height = 0.7 + 2.7 * len(rows)
     return _svg(draw, height=height, name="effects", title="Units of each group and the threshold")
@@ -222,13 +223,16 @@ def _verdict_strip(axes: Axes, groups: tuple[GroupSummary, ...]) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-def _effects_legend(figure: Figure) -> None:
+def _effects_legend(figure: Figure, *, verdicts: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     colours = {"removed": REMOVED_COLOUR, "kept": KEPT_COLOUR}
     handles: list[Patch | Line2D] = [Patch(color=c, label=n) for n, c in colours.items()]
     handles.append(Line2D([], [], color=_INK, linewidth=1.2, label="threshold"))
+    if not verdicts:
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        return
     handles += [Patch(color=c, label=f"{n} (strip below)") for n, c in VERDICT_COLOURS.items()]
     # columns fill first: what the bars show is the upper line, what the strips show the lower one
     order = [handles[i] for i in (0, 3, 1, 4, 2, 5)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from cswap_deploy.records.amounts import fixed, speed
 from cswap_deploy.records.manifest import Manifest, TargetResult
-from cswap_deploy.records.measurements import AccuracyChange, Parity
+from cswap_deploy.records.measurements import AccuracyChange, OutputChange, Parity
 from cswap_deploy.records.model import DataSpec
 from cswap_deploy.report import cells as c
 from cswap_deploy.report.document import Tile
@@ -17,8 +19,14 @@ def scored(manifest: Manifest) -> list[tuple[str, AccuracyChange]]:
     return [(name, x) for name, x in (*rows, ("PyTorch", manifest.torch_accuracy)) if x is not None]
 
 
+def changed(manifest: Manifest) -> list[tuple[str, OutputChange]]:
+    """The same for a task without classes: where outputs were compared."""
+    rows = [(r.engine.target, r.outputs) for r in manifest.targets]
+    return [(name, x) for name, x in (*rows, ("PyTorch", manifest.torch_outputs)) if x is not None]
+
+
 def compared(manifest: Manifest) -> list[Parity]:
-    """Every comparison of logits: after each graph pass, then on each target."""
+    """Every comparison of outputs: after each graph pass, then on each target."""
     return [*manifest.export_parity, *(r.parity for r in manifest.targets if r.parity is not None)]
 
 
@@ -43,10 +51,17 @@ def summary(manifest: Manifest) -> str:
             f"{change.pruned.images:,} images ({where}): {_drop(change.drop)}, 95 % interval "
             f"{c.points(change.low)} to {c.points(change.high)}."
         )
-    if not scored(manifest):
+    for where, moved in changed(manifest)[:1]:
+        text += (
+            f" Task {manifest.model.task}: {_moved(moved)}, on {moved.images:,} images ({where})."
+        )
+    if not scored(manifest) and not changed(manifest):
         text += " Accuracy was not measured."
     if any(check.verdict == "at" for check in manifest.dense_checks):
         text += " The dense network is no better than guessing on these images."
+    if manifest.metric is not None:
+        m = manifest.metric
+        text += f" {m.name} went from {m.dense:.4g} to {m.pruned:.4g} (PyTorch)."
     for r in manifest.targets:
         if r.latency is not None and r.dense_latency is not None:
             text += (
@@ -80,7 +95,10 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
     for where, scores in scored(manifest)[:1]:
         note = f"{_drop(scores.drop)} from {c.top1(scores.dense.top1)}; {where}"
         made.append(Tile("top-1", c.top1(scores.pruned.top1), note))
-    if not scored(manifest):
+    for where, moved in changed(manifest)[:1]:
+        note = f"{_moved(moved)}; {where}"
+        made.append(Tile("output error", c.decibels(moved.worst_db), note))
+    if not scored(manifest) and not changed(manifest):
         made.append(Tile("top-1", "not measured", "no validation images"))
     timed = [(r, r.latency) for r in manifest.targets if r.latency is not None]
     for result, latency in timed:
@@ -105,7 +123,8 @@ def _parity(manifest: Manifest) -> Tile:
     if not held:
         return Tile("parity", "not measured", "no graph was compared")
     _, _, largest, tolerance = max(held, key=lambda p: (not p[0], p[1]))
-    note = f"largest difference of logits; at most {tolerance:g} allowed"
+    what = "logits" if manifest.model.task == "classify" else "outputs"
+    note = f"largest difference of {what}; at most {tolerance:g} allowed"
     return Tile("parity", f"{largest:.1e}", note)
 
 
@@ -140,6 +159,16 @@ def warnings(manifest: Manifest) -> tuple[str, ...]:
         if not p.ok
     ]
     return tuple(out)
+
+
+def _moved(change: OutputChange) -> str:
+    """How far the outputs moved, in words: the worst of each kind."""
+    text = "no output changed"
+    worst = min(change.outputs, key=lambda o: math.inf if o.error_db is None else o.error_db)
+    if worst.error_db is not None:
+        text = f"output {worst.name} is {c.decibels(worst.error_db)} above its change"
+    shares = [o.agreement for o in change.outputs if o.agreement is not None]
+    return f"{text}, {c.percent(min(shares))} of the decisions are the same" if shares else text
 
 
 def _drop(drop: float) -> str:

@@ -11,7 +11,15 @@ from cswap_deploy.gate.budgets import BudgetResult
 from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
 from cswap_deploy.records.bundle import tensor_text
 from cswap_deploy.records.manifest import Manifest
-from cswap_deploy.records.measurements import Accuracy, AccuracyChange, GpuState, Latency, Spread
+from cswap_deploy.records.measurements import (
+    Accuracy,
+    AccuracyChange,
+    GpuState,
+    Latency,
+    OutputChange,
+    PrecisionResult,
+    Spread,
+)
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report import cells as c
 from cswap_deploy.report import figures, headline
@@ -61,7 +69,9 @@ def describe(manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, .
 
 
 def _accuracy(manifest: Manifest) -> Section | None:
-    scored = headline.scored(manifest)
+    scored, metric = headline.scored(manifest), _metric(manifest)
+    if changed := headline.changed(manifest):
+        return _outputs(manifest, changed, metric)
     if not scored:
         return section("Accuracy", "Not measured: no validation images were scored.")
 
@@ -76,7 +86,37 @@ def _accuracy(manifest: Manifest) -> Section | None:
     made = table("where | dense top-1 | pruned top-1 | drop | same class | images", rows)
     caption = "Top-1 of the dense and the pruned network."
     picture = Figure(partial(figures.accuracy_figure, scored), caption)
-    return section("Accuracy", words, tables=[made], figures=[picture])
+    return section("Accuracy", words, tables=[made, metric], figures=[picture])
+
+
+def _metric(manifest: Manifest) -> Table | None:
+    """The user's own figure."""
+    m = manifest.metric
+    rows = [] if m is None else [(m.name, *(c.Amount(f"{v:.6g}") for v in (m.dense, m.pruned)))]
+    return table("--metric, in PyTorch | dense | pruned", rows)
+
+
+def _outputs(
+    manifest: Manifest, changed: list[tuple[str, OutputChange]], metric: Table | None
+) -> Section | None:
+    """What stands for accuracy where there are no classes."""
+    rows = (
+        (where, o.name, c.decibels(o.error_db), _share(o.agreement), x.images)
+        for where, x in changed
+        for o in x.outputs
+    )
+    words = (
+        f"Task {manifest.model.task}: outputs of the dense network in PyTorch against the pruned "
+        "one's. The error is 10 log10(||o||² / ||o − o*||²) over all images: 20 dB is a change of "
+        "a tenth of the size, 40 dB of a hundredth. “Same decisions” compares the sign of "
+        "yes-or-no logits, the largest channel of each pixel of maps, and integers."
+    )
+    made = table("where | output | error | same decisions | images", rows)
+    return section("Outputs", words, tables=[made, metric])
+
+
+def _share(share: float | None) -> c.Amount | None:
+    return None if share is None else c.percent(share)
 
 
 def _change(change: AccuracyChange) -> Row:
@@ -90,6 +130,8 @@ def _precision(manifest: Manifest) -> Section | None:
     result = manifest.precision
     if result is None:
         return None
+    if result.by_outputs:
+        return _precision_by_outputs(manifest, result)
     text = [
         f"model.onnx is {result.precision}. On {result.images:,} calibration images "
         f"{c.percent(result.agreement)} of its predictions are the float32 graph's (KL divergence "
@@ -97,13 +139,7 @@ def _precision(manifest: Manifest) -> Section | None:
         "points of top-1 on the validation images, or of one image. All figures are of the pruned "
         "network.",
     ]
-    if result.calibration:
-        text.append(f"Q/DQ pairs and their ranges: {result.calibration}.")
-    if result.kept:
-        text.append(
-            f"Nodes that keep a wider type: {len(result.kept):,}. The value is the largest one "
-            "met, or the KL divergence (nats) when this node alone is narrowed."
-        )
+    text += _kept_words(result)
     tried = (
         (t.what, "not finite" if t.kl is None else c.nats(t.kl), c.percent(t.agreement),
          "passes" if t.passes else "fails")
@@ -114,14 +150,58 @@ def _precision(manifest: Manifest) -> Section | None:
         for r in manifest.targets
         if (x := r.reduced) is not None
     )
-    kept = ((k.node, k.operator, _REASONS[k.reason], c.maybe(k.value, ".3g")) for k in result.kept)
     heads = f"target | measured on | float32 | {result.precision} | drop | same class | images"
     tables = [
         table("tried | KL, nats | same class | result", tried),
         table(heads, cost),
-        table("node kept wider | operator | because of | value", kept),
+        _kept(result),
     ]
     return section("Precision", *text, tables=tables)
+
+
+def _precision_by_outputs(manifest: Manifest, result: PrecisionResult) -> Section | None:
+    """The same without classes."""
+    text = [
+        f"model.onnx is {result.precision}. On {result.images:,} calibration images the squared "
+        f"change of its outputs over their squared size is {c.nats(result.kl)} on average, and "
+        f"within the limit of {result.drop_limit:g} on {c.percent(result.agreement)} of them. All "
+        "figures are of the pruned network.",
+    ]
+    text += _kept_words(result)
+    tried = (
+        (t.what, "not finite" if t.kl is None else c.nats(t.kl), c.percent(t.agreement),
+         "passes" if t.passes else "fails")
+        for t in result.tried
+    )  # fmt: skip
+    cost = (
+        (r.engine.target, r.judged_by, o.name, c.decibels(o.error_db), _share(o.agreement))
+        for r in manifest.targets
+        if r.reduced_outputs is not None
+        for o in r.reduced_outputs.outputs
+    )
+    tables = [
+        table("tried | relative squared change | within the limit | result", tried),
+        table("target | measured on | output | error | same decisions", cost),
+        _kept(result),
+    ]
+    return section("Precision", *text, tables=tables)
+
+
+def _kept_words(result: PrecisionResult) -> list[str]:
+    text = []
+    if result.calibration:
+        text.append(f"Q/DQ pairs and their ranges: {result.calibration}.")
+    if result.kept:
+        text.append(
+            f"Nodes that keep a wider type: {len(result.kept):,}. The value is the largest one "
+            "met, or the KL divergence (nats) when this node alone is narrowed."
+        )
+    return text
+
+
+def _kept(result: PrecisionResult) -> Table | None:
+    rows = ((k.node, k.operator, _REASONS[k.reason], c.maybe(k.value, ".3g")) for k in result.kept)
+    return table("node kept wider | operator | because of | value", rows)
 
 
 def _targets(manifest: Manifest) -> Section | None:
@@ -276,9 +356,14 @@ def _parity(manifest: Manifest) -> Section | None:
         for p in compared
     )  # fmt: skip
     what = "logits"
-    if manifest.model.outputs != "logits":
-        what = f"log-probabilities (the network gives {manifest.model.outputs})"
+    if manifest.model.output_kind != "logits":
+        what = f"log-probabilities (the network gives {manifest.model.output_kind})"
     words = f"Largest absolute difference of {what} between a network and what was made of it."
+    if any(p.relative for p in compared):
+        words = (
+            "Largest difference of outputs between a network and what was made of it, divided by "
+            "the output's largest value where that is above one."
+        )
     heads = (
         "reference | candidate | within tolerance | largest difference | tolerance | images | "
         "batch sizes"
@@ -334,8 +419,9 @@ def _reproduce(manifest: Manifest, plan: PrunePlan) -> Section | None:
         ("created", manifest.created),
         ("cswap-deploy", manifest.tool_version),
         ("model", f"{model.name} ({model.source})"),
-        ("outputs", model.outputs),
+        ("output kind", model.output_kind),
         ("weights", model.weights),
+        ("task", model.task),
         ("weights sha256", c.Digest(model.weights_sha256)),
         ("CPU", f"{device.cpu}, {device.cores} cores, {device.memory_mib:,} MiB"),
         ("GPU", ", ".join(device.gpus) or "none"),

@@ -13,7 +13,14 @@ from cswap_deploy.records.plan import UnitEffect
 from cswap_deploy.report import cells as c
 from cswap_deploy.report import figures
 from cswap_deploy.report.document import Figure, Report, Row, Section, section, table
-from cswap_deploy.report.explain import RANKED_BY, VERDICTS, Explanation, GroupSummary, Unit
+from cswap_deploy.report.explain import (
+    RANKED_BY,
+    UNITS,
+    VERDICTS,
+    Explanation,
+    GroupSummary,
+    Unit,
+)
 
 RATIO_WORDS: dict[RatioOf, str] = {
     "params": "parameters",
@@ -43,7 +50,9 @@ def removal(told: Explanation, excluded: dict[str, str] | None = None) -> Sectio
     ]
     pictures: list[Figure] = []
     verdicts = VERDICTS if told.verdicts["not measured"] else VERDICTS[:-1]
-    if told.ranked_by is not None:
+    if told.ranked_by is not None and told.task != "classify":
+        heads += f" | largest effect | {RANKED_BY[told.ranked_by]}: removed │ kept"
+    elif told.ranked_by is not None:
         text[0] += " Verdicts are counted on kept + removed units."
         heads += f" | {' | '.join(verdicts)} | largest effect, 95 % | "
         heads += f"{RANKED_BY[told.ranked_by]}: removed │ kept"
@@ -56,6 +65,9 @@ def removal(told: Explanation, excluded: dict[str, str] | None = None) -> Sectio
         cells = (g.name, g.kind, g.units, g.kept, c.percent(g.kept / max(g.units, 1)))
         if told.ranked_by is None:
             return cells
+        if told.task != "classify":
+            most = None if g.largest is None else c.nats(g.largest.effect.kl)
+            return *cells, most, c.Strip(*g.costs)
         counts = (f"{g.kept_verdicts[v]:,}+{g.removed_verdicts[v]:,}" for v in verdicts)
         largest = None if g.largest is None else _effect(g.largest.effect)
         return *cells, *map(c.KeptRemoved, counts), largest, c.Strip(*g.costs)
@@ -71,6 +83,8 @@ def effects(told: Explanation) -> Section | None:
     """How to read the effects, and the units that stand out; nothing where none was measured."""
     if told.ranked_by is None:
         return None
+    if told.task != "classify":
+        return _effects_without_classes(told)
     counts = told.verdicts
     shares = ", ".join(f"{counts[v]:,} {v}" for v in VERDICTS if counts[v])
     caption = (
@@ -105,5 +119,34 @@ def effects(told: Explanation) -> Section | None:
     )
 
 
-def _effect(e: UnitEffect) -> c.Amount:
+def _effects_without_classes(told: Explanation) -> Section | None:
+    """Effects on the outputs: no verdicts, no intervals, one value a unit."""
+    assert told.ranked_by is not None
+    name = RANKED_BY[told.ranked_by]
+    caption = (
+        "Each group's units from the input to the output, the removed ones left and the kept ones "
+        f"right, each from the smallest {name} to the largest. The line is the threshold: as many "
+        "units lie below it as were removed. The axis is logarithmic away from zero."
+    )
+    heads = f"| unit | | {name}{UNITS[told.ranked_by]}"
+
+    def row(unit: Unit) -> Row:
+        state = c.Mark("kept" if unit.kept else "removed")
+        return unit.group, unit.effect.unit, state, c.nats(unit.effect.kl)
+
+    lists = (
+        ("largest effects", told.largest),
+        ("removed at the largest cost", told.removed_at_largest_cost),
+    )
+    return section(
+        "Measured effects",
+        *told.reading,
+        tables=[table(title + heads, map(row, units)) for title, units in lists],
+        figures=[Figure(partial(figures.effects_figure, told), caption)],
+    )
+
+
+def _effect(e: UnitEffect) -> c.Amount | None:
+    if e.true_class is None or e.low is None or e.high is None:
+        return None
     return c.interval(c.effect, e.true_class, e.low, e.high)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cswap_deploy.errors import ArtifactError
-from cswap_deploy.runtime.outputs import Outputs
+from cswap_deploy.runtime.probabilities import OutputKind
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,18 @@ class DeviceBundle:
 
     folder: Path
     model: str
+    task: str
+    """What the outputs are; only ``classify`` has classes."""
     precision: str
+    rows: frozenset[str]
+    """Outputs with one row an image."""
     onnx_path: str
     transform: Transform
     class_names: tuple[str, ...]
     engines: tuple[EngineFile, ...]
     digests: dict[str, str]
-    outputs: Outputs = "logits"
-    """What the network gives."""
+    output_kind: OutputKind = "logits"
+    """What a classifier gives."""
 
     @classmethod
     def open(cls, folder: Path) -> DeviceBundle:
@@ -90,7 +95,9 @@ class DeviceBundle:
             raise ValueError(f"schema_version {told['schema_version']}")
         model, steps = told["model"], told["model"]["preprocessing"]
         return cls(
-            folder=folder, model=model["name"], precision=told["onnx"]["precision"],
+            folder=folder, model=model["name"], task=str(model["task"]),
+            precision=told["onnx"]["precision"],
+            rows=frozenset(_with_rows(told["onnx"]["outputs"])),
             onnx_path=told["onnx"]["path"], class_names=tuple(model["class_names"]),
             transform=Transform(
                 input_size=tuple(steps["input_size"]), mean=tuple(steps["mean"]),
@@ -100,7 +107,7 @@ class DeviceBundle:
             ),
             engines=tuple(_engine(result["engine"]) for result in told["targets"]),
             digests={ref["path"]: ref["sha256"] for ref in told["files"]},
-            outputs=model.get("outputs", "logits"),
+            output_kind=model.get("output_kind", "logits"),
         )  # fmt: skip
 
     def read(self, name: str) -> bytes:
@@ -135,6 +142,13 @@ def read_verified(path: Path, sha256: str, *, fix: str, absent_fix: str | None =
             fix=fix,
         )
     return content
+
+
+def _with_rows(outputs: list[dict[str, Any]]) -> Iterator[str]:
+    """Names of outputs whose first dimension is the batch, which has a name and no size."""
+    for output in outputs:
+        if output["shape"] and isinstance(output["shape"][0], str):
+            yield output["name"]
 
 
 def _engine(told: dict[str, Any]) -> EngineFile:

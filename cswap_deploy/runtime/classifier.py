@@ -15,7 +15,6 @@ from PIL import Image
 
 from cswap_deploy.errors import ArtifactError, MissingDependencyError, UsageError
 from cswap_deploy.runtime.bundle import DeviceBundle, EngineFile
-from cswap_deploy.runtime.outputs import to_logits, to_probabilities
 from cswap_deploy.runtime.preprocess import (
     UNREADABLE,
     filled_up,
@@ -24,6 +23,7 @@ from cswap_deploy.runtime.preprocess import (
     open_picture,
     resize_and_crop,
 )
+from cswap_deploy.runtime.probabilities import to_logits, to_probabilities
 from cswap_deploy.runtime.session import Session
 from cswap_deploy.runtime.tensorrt_session import MODULES, TensorRtSession
 
@@ -120,7 +120,26 @@ class Classifier:
         Raises:
             StageError: The engine does not take this batch.
         """
-        return to_logits(self._outputs(pixels), self.bundle.outputs)
+        return to_logits(self._outputs(pixels), self.bundle.output_kind)
+
+    def run(self, pictures: Sequence[Picture]) -> dict[str, npt.NDArray[Any]]:
+        """Every output of one batch of N > 0 pictures, by name, whatever the task: (N, ...) each.
+
+        Raises:
+            UsageError: A picture does not decode.
+            StageError: The engine does not take this batch.
+        """
+        return self.outputs([self.prepare(picture) for picture in pictures])
+
+    def outputs(self, pixels: Sequence[npt.NDArray[np.uint8]]) -> dict[str, npt.NDArray[Any]]:
+        """The same of pictures from :meth:`prepare`."""
+        batch = filled_up(np.stack(pixels), self._session.batch_min)
+        found = self._session.named(normalise(batch, self.bundle.transform))
+        # The last batch of many may be a short one.
+        return {
+            name: value[: len(pixels)] if name in self.bundle.rows else value
+            for name, value in found.items()
+        }
 
     def predict(
         self, pictures: Iterable[Picture], *, top: int = 5, batch: int = 1
@@ -128,7 +147,7 @@ class Classifier:
         """The ``top`` likeliest classes of each picture, in order; ``batch`` of them run together.
 
         Raises:
-            UsageError: A picture does not decode.
+            UsageError: A picture does not decode, or the network does not classify.
             StageError: The engine does not take this batch.
         """
         waiting: list[npt.NDArray[np.uint8]] = []
@@ -143,15 +162,21 @@ class Classifier:
         """The ``top`` likeliest classes of each of N >= 0 pictures that run together.
 
         Raises:
+            UsageError: The network does not classify.
             StageError: The engine does not take this batch.
         """
+        if self.bundle.task != "classify":
+            raise UsageError(
+                f"{self.bundle.model} is of task {self.bundle.task}: it has no classes to name",
+                fix="take its outputs: .run(pictures), or cswap-run BUNDLE PICTURES -o FILE.npz",
+            )
         if not pixels:
             return []
         # The last batch of many may be a short one.
         batch = filled_up(np.stack(pixels), self._session.batch_min)
         outputs = self._outputs(batch)[: len(pixels)]
         told = []
-        for row in to_probabilities(outputs, self.bundle.outputs):
+        for row in to_probabilities(outputs, self.bundle.output_kind):
             order = np.argsort(-row, kind="stable")[:top]
             told.append([Guess(int(k), self._class_name(int(k)), float(row[k])) for k in order])
         return told

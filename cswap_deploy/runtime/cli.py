@@ -1,4 +1,4 @@
-"""The command ``cswap-run``: classify pictures with a bundle, on the device.
+"""The command ``cswap-run``: run pictures through a bundle, on the device.
 
 Needs NumPy, Pillow and a runtime for the engine; never torch. Results go to stdout, everything else
 to stderr.
@@ -11,11 +11,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from cswap_deploy.runtime.classifier import Classifier, Guess
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cswap-run", description="Classify pictures with a bundle of cswap-deploy."
+        prog="cswap-run", description="Run pictures through a bundle of cswap-deploy."
     )
     add = parser.add_argument
     add("bundle", type=Path, help="the folder that `cswap-deploy build` left")
@@ -59,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--threads", type=_positive, metavar="N", help="of onnxruntime on the CPU (all cores)")
     add("--cuda-graph", action="store_true", help="replay the engine's work as a CUDA graph")
+    add(
+        "-o", "--output", type=Path, metavar="FILE.npz",
+        help="every output by name, and the pictures' names ('files')",
+    )  # fmt: skip
     add("--save-input", type=Path, metavar="FILE.npy", help="also write the network's input")
     add("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -85,6 +92,7 @@ def _run(options: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     seen = []
+    kept: dict[str, list[Any]] = {}
     for start in range(0, len(files), options.batch):
         readable = []
         for file in files[start : start + options.batch]:
@@ -96,30 +104,69 @@ def _run(options: argparse.Namespace) -> int:
         pixels = [picture for _, picture in readable]
         if options.save_input is not None:
             seen += pixels
-        for (file, _), guesses in zip(readable, classifier.classify(pixels, top=options.top)):  # noqa: B905
-            top = [
-                {"class": g.index, "name": g.name, "probability": g.probability} for g in guesses
-            ]
-            results.append({"image": str(file), "top": top})
+        told = _results(classifier, pixels, options, kept) if pixels else []
+        for (file, _), result in zip(readable, told):  # noqa: B905 Python 3.9 has no strict
+            results.append({"image": str(file), **result})
             if not options.json:
-                print(file)
-                for guess in guesses:
-                    print(f"  {100 * guess.probability:6.2f} %  {guess.name}")
+                print("\n  ".join([str(file), *_lines(result)]))
     for what, count in classifier.oddities.items():
         print(f"note: {count} of {len(files)} pictures {what}", file=sys.stderr)
     if seen:
-        _save(options.save_input, normalise(np.stack(seen), classifier.bundle.transform))
+        _save(options.save_input, np.save, normalise(np.stack(seen), classifier.bundle.transform))
+    if kept:
+        names = np.array([result["image"] for result in results])
+        rows = classifier.bundle.rows
+        arrays = {_key(n): np.concatenate(v) if n in rows else v[0] for n, v in kept.items()}
+        _save(options.output, np.savez, files=names, **arrays)
     if options.json:
-        told = {"target": classifier.target, "provider": classifier.provider}
-        print(json.dumps(told | {"images": results, "unreadable": failed}))
+        about = {"target": classifier.target, "provider": classifier.provider}
+        print(json.dumps(about | {"images": results, "unreadable": failed}))
     return UsageError.exit_code if failed else 0
 
 
-def _save(path: Path, images: Any) -> None:
-    import numpy as np
+def _results(
+    classifier: Classifier, pixels: Sequence[Any], options: argparse.Namespace,
+    kept: dict[str, list[Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For each of N > 0 pictures its classes, or the shapes of its outputs.
 
+    ``kept`` is given the outputs where they are to be saved.
+    """
+    classify = classifier.bundle.task == "classify"
+    outputs = {}
+    if not classify or options.output is not None:
+        outputs = classifier.outputs(pixels)
+    for name, value in outputs.items() if options.output is not None else ():
+        kept.setdefault(name, []).append(value)
+    if classify:
+        return [_classes(guesses) for guesses in classifier.classify(pixels, top=options.top)]
+    rows = classifier.bundle.rows
+    shapes = {n: list(v.shape[1:] if n in rows else v.shape) for n, v in outputs.items()}
+    return [{"outputs": shapes}] * len(pixels)
+
+
+def _classes(guesses: Sequence[Guess]) -> dict[str, Any]:
+    top = [{"class": g.index, "name": g.name, "probability": g.probability} for g in guesses]
+    return {"top": top}
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    """One picture's result for people."""
+    if "top" in result:
+        return [f"{100 * guess['probability']:6.2f} %  {guess['name']}" for guess in result["top"]]
+    return [f"{name} ({', '.join(map(str, s))})" for name, s in result["outputs"].items()]
+
+
+def _key(name: str) -> str:
+    """An output's name in the file; two names have a meaning there already."""
+    return f"{name}_" if name in ("file", "files") else name
+
+
+def _save(path: Path, write: Callable[..., None], *values: Any, **named: Any) -> None:
+    """To the file of exactly this name: NumPy would add a suffix."""
     try:
-        np.save(path, images)
+        with path.open("wb") as file:
+            write(file, *values, **named)
     except OSError as err:
         raise UsageError(f"cannot write {path}: {err.strerror or err}") from err
 

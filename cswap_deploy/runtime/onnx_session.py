@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cswap_deploy.errors import MissingDependencyError, StageError, missing, own_words
 from cswap_deploy.runtime.host import cuda_problem, usable_cores
-from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.runtime.session import Floats, Outputs, Session
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _HARMFUL = ["WeightBiasQuantization"]
@@ -55,6 +55,11 @@ class OnnxSession(Session):
         """The first output of the graph."""
         logits: Floats = self.outputs(images)[0]
         return logits
+
+    def named(self, images: Floats) -> Outputs:
+        """Every output by its name."""
+        names = (output.name for output in self._session.get_outputs())
+        return dict(zip(names, self.outputs(images)))  # noqa: B905 Python 3.9 has no strict
 
     def outputs(self, images: Floats) -> list[Any]:
         """Every output of the graph, in its order.

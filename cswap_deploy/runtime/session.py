@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Outputs = Mapping[str, npt.NDArray[Any]]
+"""Every output of a network by name."""
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -38,11 +40,15 @@ class Session(Protocol):
     """How a call is made; stored with a latency."""
 
     def run(self, images: Floats) -> Floats:
-        """(N, C, H, W) float32 -> logits (N, classes) float32.
+        """(N, C, H, W) float32 -> the first output, as logits (N, classes) float32.
 
         Raises:
             StageError: The runtime refused the batch.
         """
+        ...
+
+    def named(self, images: Floats) -> Outputs:
+        """As :meth:`run`, every output by its name in the graph; the caller's own."""
         ...
 
     def timed(self, images: Floats) -> tuple[Floats, CallTimes | None]:

@@ -7,19 +7,45 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cswap_deploy.errors import ArtifactError, MissingDependencyError, StageError, missing
 from cswap_deploy.runtime.bundle import EngineFile
 from cswap_deploy.runtime.cuda import CudaGraph, import_pycuda, take_gpu
 from cswap_deploy.runtime.host import compute_capability, cuda_problem
-from cswap_deploy.runtime.session import CallTimes, Floats, Session
+from cswap_deploy.runtime.session import CallTimes, Floats, Outputs, Session
 
 MODULES = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 """Target -> its Python package, and the extra of cswap-deploy that installs it."""
+_DTYPES = {
+    "FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64,
+    "BOOL": np.bool_,
+}  # fmt: skip
+"""TensorRT's types of outputs, as NumPy's."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Buffers of one output."""
+
+    host: Any
+    """(largest batch, ...), pinned."""
+    device: Any
+    batched: bool
+    """Whether it has one row an image."""
+
+    def part(self, size: int) -> Any:
+        """What a batch of ``size`` fills."""
+        return self.host[:size] if self.batched else self.host
+
+    def read(self, size: int) -> npt.NDArray[Any]:
+        """A copy of that."""
+        return np.array(self.part(size))
 
 
 class TensorRtSession(Session):
@@ -110,41 +136,61 @@ class TensorRtSession(Session):
         driver, engine, mode = self._driver, self._engine, self._trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self._input = next(n for n in names if engine.get_tensor_mode(n) == mode.INPUT)
-        output = next(n for n in names if engine.get_tensor_mode(n) == mode.OUTPUT)
+        outputs = [n for n in names if engine.get_tensor_mode(n) == mode.OUTPUT]
         smallest, _, largest = engine.get_tensor_profile_shape(self._input, 0)
         self.batch_min, self.batch_max = int(smallest[0]), (most := int(largest[0]))
         self._shape = tuple(int(size) for size in tuple(largest)[1:])
-        self.classes = int(tuple(engine.get_tensor_shape(output))[1])
         try:
             self._stream = driver.Stream()
             self._events = [driver.Event() for _ in range(4)]
             self._host_in = driver.pagelocked_empty((most, *self._shape), np.float32)
-            self._host_out = driver.pagelocked_empty((most, self.classes), np.float32)
             self._device_in = driver.mem_alloc(self._host_in.nbytes)
-            self._device_out = driver.mem_alloc(self._host_out.nbytes)
+            self._outputs = {name: self._output(name, most) for name in outputs}
         except driver.MemoryError as err:
             raise MissingDependencyError(
                 f"the GPU has no memory for a batch of {most}: {err}",
                 fix="free GPU memory, or build with a smaller largest batch (--batch)",
             ) from err
         self._execution.set_tensor_address(self._input, int(self._device_in))
-        self._execution.set_tensor_address(output, int(self._device_out))
+        for name, output in self._outputs.items():
+            self._execution.set_tensor_address(name, int(output.device))
+
+    def _output(self, name: str, most: int) -> _Output:
+        """Room for the largest batch of an output."""
+        first, *rest = (int(size) for size in tuple(self._engine.get_tensor_shape(name)))
+        kind = _DTYPES.get(self._engine.get_tensor_dtype(name).name)
+        if kind is None:
+            raise ArtifactError(f"output {name} of the engine has a type that is not read here")
+        # The batch is the profile's, or the only one that it allows.
+        batched = first in (-1, most)
+        host = self._driver.pagelocked_empty((most if batched else first, *rest), kind)
+        return _Output(host, self._driver.mem_alloc(host.nbytes), batched)
 
     def run(self, images: Floats) -> Floats:
         """One call, copies included; the logits are the caller's own."""
-        return self._call(images)[0]
+        size = self._call(images)
+        return self._first(size)
+
+    def named(self, images: Floats) -> Outputs:
+        """One call; every output is the caller's own."""
+        size = self._call(images)
+        return {name: output.read(size) for name, output in self._outputs.items()}
 
     def timed(self, images: Floats) -> tuple[Floats, CallTimes]:
         """As :meth:`run`, and how long each part took on the device."""
-        logits, events = self._call(images)
-        steps = [after.time_since(before) for before, after in pairwise(events)]
-        return logits, CallTimes(*(float(step) for step in steps))
+        size = self._call(images)
+        steps = [after.time_since(before) for before, after in pairwise(self._events)]
+        return self._first(size), CallTimes(*(float(step) for step in steps))
+
+    def _first(self, size: int) -> Floats:
+        return next(iter(self._outputs.values())).read(size)
 
     def close(self) -> None:
         """Give the GPU back."""
         self._give_back()
 
-    def _call(self, images: Floats) -> tuple[Floats, list[Any]]:
+    def _call(self, images: Floats) -> int:
+        """Leave the outputs in pinned memory; the size of the batch."""
         size = self._check(images)
         driver, stream = self._driver, self._stream
         self._execution.set_input_shape(self._input, (size, *self._shape))
@@ -155,12 +201,13 @@ class TensorRtSession(Session):
             self._events[1].record(stream)
             self._launch(size)
             self._events[2].record(stream)
-            driver.memcpy_dtoh_async(self._host_out[:size], self._device_out, stream)
+            for output in self._outputs.values():
+                driver.memcpy_dtoh_async(output.part(size), output.device, stream)
             self._events[3].record(stream)
             stream.synchronize()
         except driver.Error as err:  # of a call that failed, or of one before it
             raise StageError(f"{self._name} failed on a batch of {size}: {err}") from err
-        return np.array(self._host_out[:size]), self._events
+        return size
 
     def _launch(self, size: int) -> None:
         if self._graph is not None and self._graph[0] == size:

@@ -9,12 +9,13 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.errors import BuildError, StageError, UsageError
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
 from cswap_deploy.runtime.bundle import read_verified
 from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.settings import BatchRange
 
 MOST_INT8_IMAGES = 300
 """Calibration images that a runtime with ``own_int8`` gets; NNCF's own default."""

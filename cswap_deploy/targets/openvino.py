@@ -23,7 +23,7 @@ from cswap_deploy.progress import captured
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.runtime.session import Floats, Outputs, Session
 from cswap_deploy.targets import (
     MOST_INT8_IMAGES,
     BuildRequest,
@@ -161,6 +161,7 @@ class OpenVinoSession(Session):
             },
         )
         self._request = compiled.create_infer_request()
+        self._names = [str(output.get_any_name()) for output in compiled.outputs]
         self._version = _version(ov)
         batch = compiled.input(0).partial_shape[0]
         self.batch_min = int(batch.get_min_length())
@@ -170,13 +171,20 @@ class OpenVinoSession(Session):
 
     def run(self, images: Floats) -> Floats:
         """One call, without a copy of the images."""
+        return cast("Floats", self._infer(images)[0])
+
+    def named(self, images: Floats) -> Outputs:
+        """Every output by its name in the ONNX graph."""
+        found = self._infer(images)
+        return {name: np.array(found[at]) for at, name in enumerate(self._names)}
+
+    def _infer(self, images: Floats) -> Any:
         try:
-            found = self._request.infer([images], share_inputs=True)
+            return self._request.infer([images], share_inputs=True)
         except RuntimeError as err:
             what = f"openvino {self._version} refused a batch of shape {images.shape}"
             words = f"{what}, {images.dtype}: {_gist(err)}"
             raise StageError(words, log=own_words(err)) from err
-        return cast("Floats", found[0])
 
 
 def import_openvino() -> Any:

@@ -155,9 +155,9 @@ constexpr char kCopyAgain[] = "copy the bundle again, or build it again";
 
 const nlohmann::json &findEngine(const nlohmann::json &manifest) {
   const int schema = manifest.at("schema_version").get<int>();
-  if (schema != 2)
+  if (schema != 3)
     throw Failure(kArtifact, "manifest.json is of schema version " + std::to_string(schema) +
-                                 ", this program reads 2");
+                                 ", this program reads 3");
   std::string others;
   for (const auto &target : manifest.at("targets")) {
     const auto &engine = target.at("engine");
@@ -180,6 +180,10 @@ Bundle parseManifest(const nlohmann::json &manifest, const fs::path &folder) {
     throw Failure(kArtifact, "the engine is without weights, which this program does not put back",
                   "build the bundle without --strip-weights, or use the Python cswap-run");
   const auto &model = manifest.at("model");
+  const auto task = model.at("task").get<std::string>();
+  if (task != "classify")
+    throw Failure(kUsageError, "the bundle is of task " + task + ", this program prints classes",
+                  "use the Python cswap-run with -o");
   const auto &pre = model.at("preprocessing");
   const auto &size = pre.at("input_size");
   Bundle bundle;
@@ -194,7 +198,7 @@ Bundle parseManifest(const nlohmann::json &manifest, const fs::path &folder) {
   bundle.mean = pre.at("mean").get<std::vector<float>>();
   bundle.std = pre.at("std").get<std::vector<float>>();
   bundle.class_names = model.value("class_names", std::vector<std::string>());
-  bundle.gives_probabilities = model.value("outputs", "logits") == "probabilities";
+  bundle.gives_probabilities = model.value("output_kind", "logits") == "probabilities";
   if (!bundle.input.sane() || bundle.mean.size() != bundle.input.channels ||
       bundle.std.size() != bundle.input.channels)
     throw Failure(kArtifact, "manifest.json gives no sound input size, mean and std", kCopyAgain);

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_tasks
 import torch
 from timm_graphs import Exported, randomise_norms
 from torch import Tensor, nn
 
 from cswap_deploy.errors import ArtifactError, ExportError
 from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx, export_onnx
+from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.parity import Run, parity
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.value import sha256_file
@@ -234,3 +236,21 @@ def test_describe_refuses_weights_in_other_files(tmp_path: Path) -> None:
     onnx.save(small_model(), path, save_as_external_data=True, size_threshold=0)
     with pytest.raises(ArtifactError, match=r"keeps 1 of its 1 weight tensors in other files"):
         describe_onnx(path)
+
+
+def test_outputs_keep_their_names_whatever_else_is_called_so(tmp_path: Path) -> None:
+    import onnxruntime
+
+    module, path = small_tasks.twice(), tmp_path / "model.onnx"
+    names = ("linear", "again", "stem.weight")
+    artifact = export_onnx(module, input_size=(3, 16, 16), path=path, outputs=names)
+    assert tuple(t.name for t in artifact.outputs) == names
+    simple = simplify_onnx(artifact, path=tmp_path / "simple.onnx")
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = module(x)
+    for graph in (artifact.path, simple.path):
+        session = onnxruntime.InferenceSession(graph)
+        found = session.run(list(names), {"input": x.numpy()})
+        for name, value in zip(names, found, strict=True):
+            np.testing.assert_allclose(value, expected[name].numpy(), rtol=1e-4, atol=1e-5)

@@ -74,7 +74,8 @@ def test_the_documented_file_is_read_and_met(tmp_path: Path) -> None:
         (
             "size_max = 4",
             "size_max: no such budget; did you mean size_max_mib? known here: accuracy_drop_max, "
-            "top1_min, parity_max, size_max_mib, params_max, macs_max, latency, engine",
+            "top1_min, output_db_min, parity_max, size_max_mib, params_max, macs_max, latency, "
+            "engine",
         ),
         (
             "[latency.onnxruntime]\np95_ms = 1",
@@ -243,3 +244,31 @@ def test_failed_budgets_end_in_exit_code_3_with_all_their_names() -> None:
         "  params_max: pruned network 163,120 parameters, limit at most 1 parameters"
     )
     assert caught.value.exit_code == 3
+
+
+def test_without_classes_outputs_are_held_in_decibels() -> None:
+    from cswap_deploy.records.measurements import OutputChange, OutputError
+
+    def change(*errors: float | None) -> OutputChange:
+        named = (OutputError(name=f"o{i}", error_db=e) for i, e in enumerate(errors))
+        return OutputChange(outputs=tuple(named), images=10)
+
+    whole = made_up_manifest()
+    (first, *_) = whole.targets
+    model = whole.model.model_copy(update={"task": "features"})
+    target = first.model_copy(update={"accuracy": None, "outputs": change(41.0, None, 35.5)})
+    manifest = whole.model_copy(
+        update={"model": model, "torch_accuracy": None, "targets": (target,),
+                "torch_outputs": change(50.0)}
+    )  # fmt: skip
+    (met,) = check_budgets(manifest, Budgets(output_db_min=35.0))
+    assert (met.ok, met.measured) == (True, 35.5)
+    assert "35.5 dB, limit at least 35.0 dB" in met.text
+    (missed,) = check_budgets(manifest, Budgets(output_db_min=36.0))
+    assert not missed.ok
+    (unseen,) = check_budgets(manifest, Budgets(accuracy_drop_max=0.1))
+    assert (unseen.ok, "output_db_min is for it" in unseen.text) == (False, True)
+    (other,) = check_budgets(whole, Budgets(output_db_min=1.0))
+    assert (other.ok, "a classifier is held against" in other.text) == (False, True)
+    same = manifest.model_copy(update={"targets": (), "torch_outputs": change(None)})
+    assert check_budgets(same, Budgets(output_db_min=90.0))[0].ok

@@ -108,8 +108,6 @@ def test_unknown_names_are_told_with_close_ones() -> None:
         load("demo-resnt")
     with pytest.raises(UsageError, match=r"resnet50 has no weights tagged 'mine'.*a1_in1k"):
         load("resnet50.mine")
-    with pytest.raises(UsageError, match="no classifier"):
-        load("vit_small_patch14_dinov2", pretrained=False, input_size=(3, 28, 28))
     with pytest.raises(UsageError, match="no pretrained weights for efficientnet_b8") as err:
         load("efficientnet_b8")
     assert "--checkpoint FILE" in str(err.value)
@@ -153,10 +151,12 @@ def test_factory_errors(own_factory: str) -> None:
         ("WIDTH", "does not call 'WIDTH'"),
         ("text", "returned a str, not an nn.Module"),
         ("broken", r"raised KeyError: 'depth' \(.*own_nets.*\.py:8\)"),
-        ("maps", r"returns \(1, 4, 30, 30\) for one image, logits \(1, classes\) are wanted"),
     ):
         with pytest.raises(UsageError, match=words):
             load(f"{own_factory}:{attribute}", **SMALL)
+    words = r"returns \(1, 4, 30, 30\) for one image, logits \(1, classes\) are wanted"
+    with pytest.raises(UsageError, match=words):
+        load(f"{own_factory}:maps", task="classify", **SMALL)
     with pytest.raises(UsageError, match="does not take an image of --input-size"):
         load(f"{own_factory}:small", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
     with pytest.raises(UsageError, match="there is no module no_such_package"):

@@ -457,6 +457,9 @@ class ICudaEngine:
     def get_tensor_shape(self, name: str) -> Any:
         return self._trt.Dims(dict(self._header["io"])[name])
 
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self._trt.DataType.FLOAT
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
         assert (name, profile) == (self._header["io"][0][0], 0)
         rest = self._header["io"][0][1][1:]
@@ -506,14 +509,14 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        gpu, (source, target) = self._trt.gpu, (name for name, _ in self._engine._header["io"])
+        gpu, (source, *targets) = self._trt.gpu, (name for name, _ in self._engine._header["io"])
         gpu.calls.append(f"execute {self._shape and self._shape[0]}")
         trouble = gpu.trouble.get("execute_async_v3")
         if not self._engine._onnx:
             trouble = "Error Code 3: API Usage Error (the engine has no weights)"
         if gpu.recording is not None and not self._settled:
             trouble = "Error Code 1: Cuda Runtime (not permitted when stream is capturing)"
-        if trouble or self._shape is None or len(self._addresses) < 2:
+        if trouble or self._shape is None or len(self._addresses) < 1 + len(targets):
             words = trouble or "Error Code 3: API Usage Error (shapes or addresses are missing)"
             self._engine._log.log(self._trt.ILogger.Severity.ERROR, words)
             return False
@@ -523,25 +526,24 @@ class IExecutionContext:
         def work() -> None:
             given = gpu.allocated[self._addresses[source]].view(np.float32)
             images = given[: int(np.prod(shape))].reshape(shape)
-            logits = self._run(images.copy())
-            if change != self._changes:  # a graph that was recorded for another shape
-                logits[:] = np.nan
-            room = gpu.allocated[self._addresses[target]].view(np.float32)
-            room[: logits.size] = logits.reshape(-1)
+            for target, logits in zip(targets, self._run(images.copy()), strict=True):
+                if change != self._changes:  # a graph that was recorded for another shape
+                    logits[:] = np.nan
+                room = gpu.allocated[self._addresses[target]].view(np.float32)
+                room[: logits.size] = logits.reshape(-1)
             gpu.clock += 2.0
 
         gpu.streams[stream_handle]._put(work)
         return True
 
-    def _run(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _run(self, images: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         import onnxruntime
 
         if self._session is None:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
             self._session = onnxruntime.InferenceSession(self._engine._onnx, options)
-        found: np.ndarray[Any, Any] = self._session.run(None, {"input": images})[0]
-        return found
+        return list(self._session.run(None, {"input": images}))
 
 
 class Refitter:

@@ -12,11 +12,12 @@ from made_up_bundle import made_up_manifest
 from PIL import Image
 from small_onnx import CLASSES, SHAPE, small_onnx
 
-from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact, TensorSpec
 from cswap_deploy.records.files import list_files
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.model import ModelSpec, Preprocessing
+from cswap_deploy.settings import BatchRange
 
 PRE = Preprocessing(
     input_size=SHAPE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize_shorter=18

@@ -318,7 +318,7 @@ def test_a_network_that_gives_probabilities_gets_no_second_softmax(
     cswap_run: Runner, bundle: Path, tmp_path: Path
 ) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["model"]["outputs"] = "probabilities"
+    manifest["model"]["output_kind"] = "probabilities"
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     np.save(tmp_path / "a.npy", np.random.default_rng(3).random((1, *SHAPE), dtype=np.float32))
     ran = cswap_run(bundle, "a.npy", "--top", "2")
@@ -436,7 +436,7 @@ def test_a_bundle_that_does_not_fit(
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"schema_version":2', '"schema_version":1', "schema version 1, this program reads 2"),
+        ('"schema_version":3', '"schema_version":1', "schema version 1, this program reads 3"),
         ('"input_size":[3,', '"input_size":[0,', "no sound input size, mean and std"),
         ('"sha256"', '"sha"', "manifest.json is damaged"),
         ("{", "", "manifest.json is damaged"),
@@ -450,6 +450,13 @@ def test_a_manifest_that_does_not_read(
     refused(cswap_run(bundle, write_ppm(tmp_path / "a.ppm", pixels(0))), 6, words)
 
 
+def test_a_network_that_does_not_classify(cswap_run: Runner, bundle: Path, tmp_path: Path) -> None:
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"classify"', '"features"'))
+    ran = cswap_run(bundle, write_ppm(tmp_path / "a.ppm", pixels(0)))
+    refused(ran, 2, "the bundle is of task features, this program prints classes", "cswap-run with")
+
+
 def test_a_folder_that_is_no_bundle(cswap_run: Runner, tmp_path: Path) -> None:
     refused(cswap_run(tmp_path, "a.ppm"), 6, "manifest.json", "\n  fix: name the folder that")
 
@@ -459,7 +466,7 @@ def test_fields_of_later_versions_are_ignored(
 ) -> None:
     manifest = bundle / "manifest.json"
     text = manifest.read_text().replace('"precision":', '"later":{"x":[1]},"precision":')
-    manifest.write_text(text.replace('"schema_version":2', '"later":1,"schema_version":2'))
+    manifest.write_text(text.replace('"schema_version":3', '"later":1,"schema_version":3'))
     assert cswap_run(bundle, write_ppm(tmp_path / "a.ppm", pixels(0))).code == 0
 
 

@@ -17,12 +17,13 @@ from fake_gpu_bench import ONNX, RTX, V10, V10_3, V11, Bench, every_package, ima
 from small_bundle import picture
 from small_onnx import CLASSES, SHAPE, small_onnx
 
-from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.runtime.classifier import Classifier
 from cswap_deploy.runtime.cli import main
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets.tensorrt import TensorRt
 
 pytest.importorskip("onnxruntime")
@@ -38,7 +39,7 @@ def test_logits_are_those_of_the_graph_at_every_batch(
 ) -> None:
     b = bench(package)
     session = b.session()
-    assert (session.batch_min, session.batch_max, session.classes) == (1, 8, CLASSES)
+    assert (session.batch_min, session.batch_max) == (1, 8)
     assert session.provider == f"{b.target} {b.version}, Fake L4 (sm 8.9)"
     expected = {size: reference(images(size, seed=size)) for size in range(1, 9)}
     # Up and down: what a larger batch left in the buffers must not be seen.
@@ -363,3 +364,25 @@ def test_the_process_ends_in_peace(
     )  # fmt: skip
     assert done.returncode == (6 if damaged else 0), done.stderr
     assert done.stderr.startswith("error: " if damaged else "small on tensorrt 11")
+
+
+@every_package
+def test_every_output_comes_by_its_name(bench: Callable[..., Bench], package: str) -> None:
+    """A second output, of another rank and inside the graph."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load_model_from_string(ONNX)
+    inner = helper.make_tensor_value_info("c", TensorProto.FLOAT, ["batch", 8, 2, 2])
+    model.graph.output.append(inner)
+    two = model.SerializeToString()
+    b = bench(package)
+    session = b.session(make_engine(two, version=b.version))
+    expected = OnnxSession(two, threads=1)
+    for size in (1, 8, 3):
+        batch = images(size, seed=size)
+        found, wanted = session.named(batch), expected.named(batch)
+        assert set(found) == {"logits", "c"}
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-6)
+    session.close()

@@ -12,8 +12,9 @@ from fake_builder import fake_builder
 from fake_gpu import Gpu, fake_cdll
 from strict_bindings import NAMES, packages
 
-from cswap_deploy.config import BatchRange, BuilderOptions
+from cswap_deploy.config import BuilderOptions
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets import BuildRequest, get_target
 from cswap_deploy.targets.tensorrt_flavours import FLAVOURS, Flavour
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cswap_deploy.config import BatchRange
 from cswap_deploy.errors import ArtifactError, BuildError, StageError, UsageError
 from cswap_deploy.measure.parity import parity
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.runtime.host import usable_cores
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets import TARGETS, BuildRequest, get_target
 from cswap_deploy.targets.onnxruntime import OnnxRuntime
 

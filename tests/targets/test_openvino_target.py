@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cswap_deploy.config import BatchRange, ModelConfig
+from cswap_deploy.config import ModelConfig
 from cswap_deploy.errors import (
     ArtifactError,
     BuildError,
@@ -27,6 +27,7 @@ from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
 from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.runtime.onnx_session import OnnxSession
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets import BuildRequest, Int8, get_target
 from cswap_deploy.targets.openvino import OpenVino, OpenVinoSession
 
@@ -449,7 +450,7 @@ def test_nothing_is_printed_sent_or_left_behind_and_ctrl_c_is_noticed(
     out.mkdir()
     code = (
         "import gc, logging, signal, sys; from pathlib import Path; import numpy as np\n"
-        "from cswap_deploy.records.engine import BatchRange\n"
+        "from cswap_deploy.settings import BatchRange\n"
         "from cswap_deploy.export.onnx import describe_onnx\n"
         "from cswap_deploy.targets import BuildRequest, Int8\n"
         "from cswap_deploy.targets.openvino import OpenVino\n"

@@ -19,7 +19,6 @@ from small_onnx import write_small_onnx
 
 from cswap_deploy.config import (
     OPSETS,
-    BatchRange,
     BuilderOptions,
     DataConfig,
     ExportConfig,
@@ -36,6 +35,7 @@ from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.measurements import PrecisionResult
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.preprocess import normalise
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets import BuildRequest
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cswap_deploy.config import BatchRange
 from cswap_deploy.errors import ArtifactError, BuildError, MissingDependencyError
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.value import sha256_file
 from cswap_deploy.runtime.host import cuda_problem
+from cswap_deploy.settings import BatchRange
 from cswap_deploy.targets import BuildRequest
 from cswap_deploy.targets.tensorrt import TensorRt
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Outputs = Literal["logits", "probabilities", "log-probabilities"]
+OutputKind = Literal["logits", "probabilities", "log-probabilities"]
 LEAST = 1.2e-38
 """Smallest probability that has a logarithm here: float32's smallest normal number."""
 _SUM_TOLERANCE = 5e-3
 """How far a row's sum may be from one; float16 rounds a thousand classes to within 1e-3."""
 
 
-def recognise(outputs: npt.NDArray[Any]) -> Outputs:
+def recognise(outputs: npt.NDArray[Any]) -> OutputKind:
     """What (N, classes) outputs on real images are.
 
     Probabilities: no value below zero, and every row sums to one. Log-probabilities: every row's
@@ -35,7 +35,7 @@ def recognise(outputs: npt.NDArray[Any]) -> Outputs:
 
 
 def to_logits(
-    outputs: npt.NDArray[Any], kind: Outputs, *, least: float = LEAST
+    outputs: npt.NDArray[Any], kind: OutputKind, *, least: float = LEAST
 ) -> npt.NDArray[Any]:
     """(N, classes) outputs as logits of the same softmax, in the same type.
 
@@ -48,7 +48,7 @@ def to_logits(
     return logits
 
 
-def to_probabilities(outputs: npt.NDArray[Any], kind: Outputs) -> npt.NDArray[np.float64]:
+def to_probabilities(outputs: npt.NDArray[Any], kind: OutputKind) -> npt.NDArray[np.float64]:
     """(N, classes) outputs as probabilities; those of a softmax inside the network as they are."""
     values = np.asarray(outputs, dtype=np.float64)
     if kind == "probabilities":
@@ -58,7 +58,7 @@ def to_probabilities(outputs: npt.NDArray[Any], kind: Outputs) -> npt.NDArray[np
     return found
 
 
-def note(kind: Outputs) -> str:
+def note(kind: OutputKind) -> str:
     """What to know of outputs that are not logits; empty for logits."""
     if kind == "logits":
         return ""

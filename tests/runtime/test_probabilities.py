@@ -10,8 +10,8 @@ from small_bundle import picture, write_bundle
 from small_onnx import small_onnx
 
 from cswap_deploy.runtime.classifier import Classifier
-from cswap_deploy.runtime.outputs import recognise, to_logits, to_probabilities
 from cswap_deploy.runtime.preprocess import normalise
+from cswap_deploy.runtime.probabilities import recognise, to_logits, to_probabilities
 
 
 def logits(classes: int = 1000, count: int = 32) -> np.ndarray:
@@ -64,9 +64,9 @@ def test_each_becomes_the_other() -> None:
 def test_a_bundle_of_probabilities_is_shown_as_it_is(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", onnx=small_onnx(last="Softmax"))
     told = (bundle / "manifest.json").read_text()
-    assert '"outputs": "logits"' in told
+    assert '"output_kind": "logits"' in told
     (bundle / "manifest.json").write_text(
-        told.replace('"outputs": "logits"', '"outputs": "probabilities"')
+        told.replace('"output_kind": "logits"', '"output_kind": "probabilities"')
     )
     classifier = Classifier.open(bundle, threads=1)
     pixels = classifier.prepare(picture(0))[None]

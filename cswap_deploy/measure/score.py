@@ -1,0 +1,85 @@
+"""What pruning changed in PyTorch: accuracy, or outputs, and the user's own figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from cswap_deploy.measure.engine import OutputReference
+from cswap_deploy.measure.evaluate import Evaluation, Predictions
+from cswap_deploy.measure.outputs import torch_outputs, worst_words
+from cswap_deploy.records.amounts import percent
+from cswap_deploy.records.engine import TensorSpec
+from cswap_deploy.records.graphs import Score
+from cswap_deploy.records.model import ModelSpec
+
+_CLASSES = "classes.npz"
+
+
+def score_networks(
+    evaluation: Evaluation, dense: nn.Module, pruned: nn.Module, *, spec: ModelSpec,
+    metric: str | None, largest: int, folder: Path,
+) -> Score:  # fmt: skip
+    """Compare both networks on the validation images.
+
+    Args:
+        evaluation: The images.
+        dense: The network.
+        pruned: What became of it.
+        spec: Gives the task.
+        metric: ``package.module:function`` of the user's, or none.
+        largest: Images that run at once, at most.
+        folder: Is left the predicted classes of a classifier, for :func:`reference_of`.
+
+    Raises:
+        StageError: A value is not finite.
+        UsageError: The user's function fails.
+    """
+    before, after = (torch_outputs(module, spec.outputs) for module in (dense, pruned))
+    if spec.task == "classify":
+        found = evaluation.networks(dense, pruned, largest=largest)
+        np.savez(folder / _CLASSES, dense=found.dense, pruned=found.pruned)
+        score = Score(accuracy=evaluation.change(found.dense, found.pruned))
+    else:
+        what = "the dense and the pruned network"
+        change = evaluation.output_change(before, after, spec.task, what=what, largest=largest)
+        score = Score(outputs=change)
+    if metric is None:
+        return score
+    figures = evaluation.metric(metric, before, after, largest=largest)
+    return score.model_copy(update={"metric": figures})
+
+
+def reference_of(
+    folder: Path, dense: nn.Module, spec: ModelSpec, outputs: Iterable[TensorSpec], *, batch: str
+) -> Predictions | OutputReference:
+    """What engines are compared with.
+
+    Args:
+        folder: That :func:`score_networks` wrote to.
+        dense: The network.
+        spec: Gives the task.
+        outputs: Of the graph.
+        batch: Name of the dimension that counts images.
+    """
+    if spec.task == "classify":
+        classes = np.load(folder / _CLASSES)
+        return Predictions(classes["dense"], classes["pruned"])
+    rows = frozenset(tensor.name for tensor in outputs if tensor.shape[:1] == (batch,))
+    return OutputReference(dense, spec, rows)
+
+
+def summary(score: Score) -> str:
+    """One line for the screen."""
+    told = []
+    if score.accuracy is not None:
+        dense, smaller = (x.top1 for x in (score.accuracy.dense, score.accuracy.pruned))
+        told.append(f"top-1 {percent(dense, 2)} -> {percent(smaller, 2)}")
+    if score.outputs is not None:
+        told.append(worst_words(score.outputs))
+    if score.metric is not None:
+        told.append(f"{score.metric.name} {score.metric.dense:.4g} -> {score.metric.pruned:.4g}")
+    return "; ".join(told)
