@@ -326,8 +326,8 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
             program = torch.export.export(
                 module, (example.contiguous(),), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
-        if _mutates_shared_values(program.graph):
-            program = program.run_decompositions({})
+            if _mutates_shared_values(program.graph):
+                program = program.run_decompositions({})
     except Exception as err:
         words = str(err).strip().splitlines()
         raise ExportError(
