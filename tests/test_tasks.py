@@ -14,9 +14,10 @@ import small_tasks
 import torch
 from PIL import Image
 from small_models import INPUT_SIZE, MEAN, STD
+from torch import Tensor, nn
 
 import cswap_deploy
-from cswap_deploy.errors import UsageError
+from cswap_deploy.errors import StageError, UsageError
 from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.report.explain import explain
 from cswap_deploy.report.pages import render_html, render_markdown
@@ -318,3 +319,20 @@ def test_in_memory_data_of_every_form() -> None:
         cswap_deploy.prune(small_models.small(), images, **settings)
     assert "task='features'" in str(err.value.fix)
     cswap_deploy.prune(small_models.small(), images, task="features", **settings)
+
+
+class Restless(nn.Module):
+    """Two outputs, of which one is drawn anew at each run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_tasks.maps()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        found = self.inner(images)
+        return found | {"aux": torch.dropout(found["aux"], 0.5, train=True)}
+
+
+def test_one_output_that_differs_from_run_to_run_is_enough() -> None:
+    with pytest.raises(StageError, match=r"gives other outputs each time .* dropout .*random"):
+        cswap_deploy.prune(Restless(), torch.randn(16, *INPUT_SIZE), ratio=0.2)

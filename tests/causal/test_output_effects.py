@@ -18,7 +18,7 @@ from cswap_deploy.causal.tasks import OutputEffect, binary_divergence, relative_
 from cswap_deploy.config import Task
 from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.units import Group, Member
+from cswap_deploy.network.units import Group, Reader
 
 IMAGES, LABELS = pictures(12)
 NETWORKS = {
@@ -30,7 +30,7 @@ NETWORKS = {
 }
 CONV1 = Group(
     "conv1", "channels", tuple((u,) for u in range(32)),
-    (Member("conv2", "in", tuple((u,) for u in range(32))),), (),
+    (Reader("conv2", tuple((u,) for u in range(32))),), (),
 )  # fmt: skip
 """Written down here, so that nothing but masked forwards is tested."""
 
@@ -52,7 +52,7 @@ def test_binary_divergence_by_hand() -> None:
 
 
 def _outputs(task: Task, module: nn.Module, images: Tensor) -> OutputEffect:
-    return OutputEffect(task, trace(module, images[:2]).outputs)
+    return OutputEffect(task, trace(module, images[:2]).measured)
 
 
 def test_each_output_counts_by_its_own_size() -> None:
@@ -142,7 +142,7 @@ def test_the_estimate_orders_units_as_measured(task: Task) -> None:
 
 def test_what_has_no_size_is_not_measured() -> None:
     graph = trace(small_tasks.fields(), IMAGES[:2])
-    assert [(o.name, o.shape) for o in graph.outputs] == [("embedding", (32,)), ("logits", (5,))]
+    assert [(o.name, o.shape) for o in graph.measured] == [("embedding", (32,)), ("logits", (5,))]
     rows, _ = graph.run(IMAGES)
     returned = small_tasks.fields()(IMAGES)
     torch.testing.assert_close(rows, torch.cat([returned.embedding, returned.logits], 1))
