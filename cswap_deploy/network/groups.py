@@ -73,7 +73,6 @@ class _Finder:
         for read in coupling.reads:
             if self._place((read.layer, _INPUTS), self._unit[read.labels]):
                 self._differ(read.layer, self._unit[read.labels])
-        self._begin = {(weight, self._out_dim(weight)) for weight in self._outputs}
         self._spelled = [(s, compressed(self._unit[s.value.labels])) for s in coupling.spelled]
 
     def _place(self, key: _Key, units: Tensor) -> bool:
@@ -104,18 +103,22 @@ class _Finder:
     def find(self) -> Removable:
         groups: list[Group] = []
         excluded: dict[str, str] = {}
-        seen: set[str] = set()
+        seen: set[int] = set()
         for weight in self._roots():
-            if weight in seen:
+            every = list(dict.fromkeys(self._outputs[weight].tolist()))
+            new = [unit for unit in every if unit not in seen]
+            seen |= {*new}
+            if not new:
                 continue
-            own = list(dict.fromkeys(self._outputs[weight].tolist()))
-            seen |= {t for u in own for t, dim in self._places[u] if (t, dim) in self._begin}
             name = weight.removesuffix(".weight") if weight in self._layers else weight
-            group, reason = self._group(name, weight, own)
+            group, left, why = self._group(name, weight, new)
             if group is not None:
                 groups.append(group)
-            if reason:
-                excluded[name] = reason
+            if left == len(every) and why:
+                excluded[name] = why
+            elif left and (why or group is not None):
+                why = why or "they go elsewhere"
+                excluded[name] = f"{left} of its {len(every)} units stay: {why}"
         return Removable(tuple(groups), excluded)
 
     def _roots(self) -> list[str]:
@@ -125,8 +128,8 @@ class _Finder:
         ]
         return [*new, *(w for w in self._outputs if w not in self._layers)]
 
-    def _group(self, name: str, weight: str, own: Sequence[int]) -> tuple[Group | None, str]:
-        """The root's units that lie alike in all layers; and why others stay, if some do."""
+    def _group(self, name: str, weight: str, own: Sequence[int]) -> tuple[Group | None, int, str]:
+        """A root's units that lie alike in all layers; how many others stay, and why."""
         alike: dict[Any, list[int]] = defaultdict(list)
         for unit in own:
             places = self._places[unit]
@@ -137,9 +140,10 @@ class _Finder:
         rest = [u for u in own if u not in chosen]
         why = next((self._blocked[u] for u in rest if self._blocked.get(u)), "")
         if not units:
-            return None, why
+            return None, len(rest), why
         if len(units) < 2:
-            return None, why or self._tied.get(units[0], "has a single unit: all of it would go")
+            single = self._tied.get(units[0]) or "has a single unit: all of it would go"
+            return None, len(own), why or single
         at = {key: self._indices(units, key) for key in self._places[units[0]]}
         group = Group(
             name, self._kind(weight, units),
@@ -149,9 +153,7 @@ class _Finder:
             product_macs=self._product_macs(units[0]),
             attributes=self._attributes(units[0]),
         )  # fmt: skip
-        if not rest:
-            return group, ""
-        return group, f"{len(rest)} of its {len(own)} units stay: {why or 'they go elsewhere'}"
+        return group, len(rest), why
 
     def _out_dim(self, weight: str) -> int:
         return int(isinstance(self._layers.get(weight), TRANSPOSED))

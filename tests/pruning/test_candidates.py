@@ -235,25 +235,25 @@ def test_paper_adds_no_compensation_to_any_weight() -> None:
     assert result.plan.refitted == ()
     assert result.plan.biased == ()
     groups = {g.name: g for g in ready(small_cnn).groups}
-    lost_at: dict[tuple[str, str], set[int]] = {}
+    lost_at: dict[tuple[str, int], set[int]] = {}
     for plan in result.plan.groups:
         for member in groups[plan.name].members:
             lost = {i for u, at in enumerate(member.indices) if u not in plan.kept for i in at}
-            lost_at.setdefault((member.layer, member.side), set()).update(lost)
+            lost_at.setdefault((member.tensor, member.dim), set()).update(lost)
     compared = 0
     for name, layer in dense.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             continue
         now: Any = result.module.get_submodule(name)
         rows = torch.tensor(
-            [i for i in range(len(layer.weight)) if i not in lost_at.get((name, "out"), ())]
+            [i for i in range(len(layer.weight)) if i not in lost_at.get((f"{name}.weight", 0), ())]
         )
         for key, value in layer.state_dict().items():
             if value.ndim == 0:
                 continue
             wanted = value[rows]
             width = value.shape[1] if value.ndim > 1 else 0
-            lost = {i % width for i in lost_at.get((name, "in"), ())} if width > 1 else set()
+            lost = lost_at.get((f"{name}.weight", 1), set()) if width > 1 else set()
             if lost:
                 wanted = wanted[:, [i for i in range(width) if i not in lost]]
             assert torch.equal(now.state_dict()[key], wanted), f"{name}.{key}"

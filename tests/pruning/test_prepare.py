@@ -258,7 +258,7 @@ def test_network_with_nothing_to_remove_is_an_error() -> None:
 
 def test_reasons_are_named_when_all_is_excluded() -> None:
     module = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(8, 4),
     ).eval()  # fmt: skip
     with pytest.raises(
