@@ -1,6 +1,7 @@
 """What can be built: small networks of many timm families, pruned by a fifth, exported, checked.
 
-    python benchmarks/bench_matrix.py             # all of them, within 25 minutes on two cores
+    python benchmarks/bench_matrix.py             # 69 of them, within 25 minutes on two cores
+    python benchmarks/bench_matrix.py --all       # and those that take longest
     python benchmarks/bench_matrix.py --quick     # the dozen that the tests always run
     python benchmarks/bench_matrix.py --names mobilevit_xxs levit_128s
 
@@ -32,6 +33,7 @@ from timm_matrix import (  # noqa: E402
     CASES,
     FAST,
     LIMIT_S,
+    LONG,
     MOST_REFUSED,
     Row,
     full_table,
@@ -60,13 +62,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the dozen of the tests")
+    parser.add_argument("--all", action="store_true", help="those that take longest, too")
     parser.add_argument("--names", nargs="+", choices=list(CASES), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="networks at a time")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds a network")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows here")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
     args = parser.parse_args()
-    names = args.names or [n for n in CASES if n in FAST or not args.quick]
+    wanted = FAST if args.quick else CASES.keys() - (set() if args.all else LONG)
+    names = args.names or [n for n in CASES if n in wanted]
     begun = time.perf_counter()
     rows = run(names, jobs=args.jobs, limit_s=args.limit)
     seconds = time.perf_counter() - begun

@@ -60,6 +60,15 @@ _FAST = """
 """
 FAST = frozenset(_FAST.split())
 """In every run of the tests."""
+_LONG = """
+    caformer_s18 coat_lite_tiny coatnet_pico_rw_224 crossvit_tiny_240 davit_tiny dpn48b
+    focalnet_tiny_srf gcvit_xxtiny hieradet_small hrnet_w18_small legacy_xception mambaout_femto
+    mvitv2_tiny nest_tiny nextvit_small rdnet_tiny sequencer2d_s shvit_s1 swinv2_cr_tiny_224
+    tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_svt_small vitamin_small_224 volo_d1_224
+    xception41p
+"""
+LONG = frozenset(_LONG.split())
+"""Left out of the matrix unless asked for: what takes longest, of families beyond the sixtieth."""
 _SIZES = {
     "crossvit_tiny_240": 240, "efficientformer_l1": 224, "halonet26t": 256, "inception_v3": 96,
 }  # fmt: skip

@@ -33,6 +33,10 @@ from cswap_deploy.network.operations import (
 _Labelled = Value | list[Value] | None
 """Of a constant: nothing."""
 
+_CANNOT = (
+    RuntimeError, IndexError, KeyError, ValueError, TypeError, AssertionError, NotImplementedError,
+)  # fmt: skip
+"""What torch raises where labels do not fit an operation as numbers do."""
 _MOST_CELLS = 1 << 21
 """Parameters with more elements are not followed but through a layer that owns them."""
 
@@ -64,7 +68,7 @@ class _Follower:
                 self._values[node] = self._value(node)
             except UnfollowedError as err:
                 self._values[node] = self._stop(node, str(err))
-            except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as err:
+            except _CANNOT as err:
                 words = (str(err).strip().splitlines() or [type(err).__name__])[0]
                 self._values[node] = self._stop(node, f"{said(node)} cannot be followed: {words}")
         for output in self.graph.outputs:

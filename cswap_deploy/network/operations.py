@@ -33,7 +33,7 @@ SAME = {
     "native_dropout", "to", "_to_copy", "type_as", "float", "lift_fresh_copy", "hardswish",
     "hardsigmoid", "relu6", "hardtanh", "softplus", "elu", "selu", "celu", "mish", "logsigmoid",
     "log_sigmoid", "threshold", "rrelu", "leaky_relu", "silu", "gelu", "zeros_like", "ones_like",
-    "full_like", "empty_like", "rand_like", "randn_like", "nan_to_num", "bernoulli", "cumsum",
+    "full_like", "empty_like", "rand_like", "randn_like", "nan_to_num", "bernoulli",
 }  # fmt: skip
 """Operations of one tensor whose elements stay where they are."""
 
@@ -41,7 +41,16 @@ REDUCING = {
     "mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod",
     "logsumexp", "linalg_vector_norm", "norm", "all", "any", "argmax", "argmin", "nansum",
 }  # fmt: skip
-ALONG = {"softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "cumprod", "sort"}
+ALONG = {
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "softmin",
+    "cumsum",
+    "cumprod",
+    "sort",
+}
 SPATIAL = re.compile(
     r"(?:adaptive_|fractional_)?(?:avg|max|lp)_pool|upsample|_upsample|reflection_pad|"
     r"replication_pad|grid_sampler"
