@@ -240,7 +240,7 @@ def test_a_rerun_reuses_and_another_metric_measures_again(photos: Path, tmp_path
     [
         ("lraspp", {"out"}),
         ("fcn", {"out", "aux"}),
-        pytest.param("fcn_resnet50", {"out", "aux"}, marks=pytest.mark.slow),
+        pytest.param("fcn_resnet50", {"out", "aux"}, marks=pytest.mark.matrix),
     ],
 )
 def test_torchvisions_segmentation(factory: str, outputs: set[str], tmp_path: Path) -> None:

@@ -326,7 +326,8 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
             program = torch.export.export(
                 module, (example.contiguous(),), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
-            if _mutates_shared_values(program.graph):
+            # Regions without gradients or of another precision are graphs of their own until then.
+            if _mutates_shared_values(program.graph) or _has_inner_graphs(program.graph):
                 program = program.run_decompositions({})
     except Exception as err:
         words = str(err).strip().splitlines()
@@ -336,7 +337,7 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
             fix="keep Python control flow on tensor values, and batch arithmetic, out of forward",
             log=tuple(words),
         ) from err
-    if any(n.op == "get_attr" for n in program.graph.nodes):
+    if _has_inner_graphs(program.graph):
         raise ExportError(
             f"{type(module).__name__} uses control-flow operators, which cannot be cut",
             fix="replace torch.cond and the like by plain tensor code",
@@ -367,6 +368,10 @@ class _Repeated:
         times = [self.variants if d == self.dim else 1 for d in range(self.value.ndim)]
         out = self.value.repeat(times)
         return out.contiguous(memory_format=memory_format_of(self.value))
+
+
+def _has_inner_graphs(graph: fx.Graph) -> bool:
+    return any(n.op == "get_attr" for n in graph.nodes)
 
 
 def _in_place(target: Any) -> bool:

@@ -36,6 +36,8 @@ ROOT = Path(__file__).parents[2]
 LAST_RUN = ROOT / "benchmarks/results/matrix.json"
 CLASSES = 10
 SIZE = (3, 32, 32)
+END_TO_END = ("resnet18", "efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224")
+"""In every run; the others' families are among :data:`FAST`."""
 TRIES_SETS = ("resnet18", "vit_tiny_patch16_224")
 
 
@@ -52,7 +54,10 @@ def fake_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in END_TO_END else pytest.mark.matrix) for n in MATRIX],
+)
 def test_builds_end_to_end(name: str, fake_images: Path, tmp_path: Path) -> None:
     module = matrix_network(name)
     lively(module, torch.randn(32, *SIZE, generator=torch.Generator().manual_seed(1)))
