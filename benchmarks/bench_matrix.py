@@ -1,6 +1,6 @@
 """What can be built: small networks of many timm families, pruned by a fifth, exported, checked.
 
-    python benchmarks/bench_matrix.py             # 69 of them, within 25 minutes on two cores
+    python benchmarks/bench_matrix.py             # 65 of them, within 25 minutes on two cores
     python benchmarks/bench_matrix.py --all       # and those that take longest
     python benchmarks/bench_matrix.py --quick     # the dozen that the tests always run
     python benchmarks/bench_matrix.py --names mobilevit_xxs levit_128s
