@@ -81,3 +81,8 @@ def own_words(err: BaseException) -> tuple[str, ...]:
     """A tool's message as lines, for the ``log`` of the error that replaces it."""
     lines = (line.strip() for line in str(err).splitlines())
     return tuple(line for line in lines if line)
+
+
+def first_line(err: BaseException) -> str:
+    """What an exception says in its first line, or its name where it says nothing."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]

@@ -1,8 +1,8 @@
 """Masked forwards tried on a network before they are believed.
 
 Running what follows a cut, for many variants in one batch, is right only while images do not touch
-each other and no size was fixed when the network was traced. So one pair of units of every group
-is measured both ways first: by what follows the cut, and by whole forwards with masked weights.
+each other and no size was fixed when the network was traced. So a pair of units is
+measured both ways first: by what follows the cut, and by whole forwards with masked weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from cswap_deploy.causal.masked_forward import MaskedForward
+from cswap_deploy.errors import first_line
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import Group, mask_weight
 
@@ -65,7 +66,7 @@ def _fault(graph: Graph, group: Group, images: Tensor, *, together: bool) -> str
             masked = forward.outputs(kept, len(images), together=together)
             whole = torch.stack([_whole(graph, group, unit, images) for unit in units])
     except (RuntimeError, IndexError, ValueError, TypeError) as err:
-        return (str(err).strip().splitlines() or [type(err).__name__])[0]
+        return first_line(err)
     scale = max(1.0, float(whole.abs().max()))
     difference = float((masked - whole).abs().max())
     if difference <= _TOLERANCE * scale:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from cswap_deploy.errors import UsageError
+from cswap_deploy.errors import UsageError, first_line
 from cswap_deploy.models.adapters import ADAPTERS
 
 _OWN = {"_parameters", "_modules"}
@@ -34,9 +34,8 @@ def plain(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     try:
         found = copied(module)
     except (RuntimeError, TypeError, NotImplementedError) as err:
-        words = (str(err).strip().splitlines() or [type(err).__name__])[0]
         raise UsageError(
-            f"{type(module).__name__} cannot be copied: {words}",
+            f"{type(module).__name__} cannot be copied: {first_line(err)}",
             fix="keep tensors with gradients, locks and open files out of its attributes",
         ) from err
     notes = []

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cswap_deploy.errors import ArtifactError, PruneError
+from cswap_deploy.errors import ArtifactError, PruneError, first_line
 from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.models.plain import copied, plain
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.groups import by_itself, find_groups
+from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.units import (
     CONVOLUTIONS,
     Attribute,
     Group,
+    depthwise,
     give_bias,
     mask_weight,
     members_of,
@@ -62,7 +63,7 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
             said = f"{entry.name} should have {entry.units} units, the module has {has}"
             raise ArtifactError(f"the plan does not fit this architecture: {said}", fix=_FIX)
         removed[entry.name] = sorted(set(range(entry.units)) - set(entry.kept))
-        wanted = tuple(a for a in group.attributes if f"{a.module}.{a.name}" in entry.attributes)
+        wanted = tuple(a for a in group.attributes if a.path in entry.attributes)
         groups.append(replace(group, attributes=wanted))
     for name in plan.biased:
         give_bias(module.get_submodule(name))  # type: ignore[arg-type]
@@ -151,7 +152,7 @@ def _resize(layer: Any) -> None:
         if layer.transposed:
             layer.in_channels, layer.out_channels = first, second * layer.groups
             return
-        if by_itself(layer):
+        if depthwise(layer):
             layer.groups = first // (layer.out_channels // layer.in_channels)
         layer.in_channels, layer.out_channels = second * layer.groups, first
     elif isinstance(layer, nn.Linear):
@@ -191,9 +192,10 @@ def delete_removed(
     remove_units(smaller, removed, groups)
     before = _outputs(masked, images)
     difference, scale = _difference(before, _outputs(smaller, images))
-    # Some networks make much of rounding: then so much may deleting change, too.
-    rounding, _ = _difference(before, _outputs(masked, images * (1 + _ROUNDING)))
-    if not difference <= max(TOLERANCE * max(1.0, scale), rounding):
+    allowed = TOLERANCE * max(1.0, scale)
+    if not difference <= allowed:  # some networks make much of rounding: then so may deleting
+        allowed, _ = _difference(before, _outputs(masked, images * (1 + _ROUNDING)))
+    if not difference <= allowed:
         raise PruneError(
             f"deleting the masked units changed the outputs by {difference:.2e} "
             f"(largest value {scale:.2e}, allowed {TOLERANCE:.0e})"
@@ -243,10 +245,10 @@ def exact_groups(
 ) -> tuple[list[Group], dict[str, str]]:
     """Keep the groups for which masking units and deleting them really are the same.
 
-    A graph shows what a forward did, not what it would do with other sizes. So half of the units of
-    every group are masked and deleted, all groups together; only if the outputs differ is the
-    culprit searched by halves. A number that a module's forward reads, such as ``num_heads``, is
-    changed with the units where that makes the outputs agree.
+    A graph shows what a forward did, not what it would do with other sizes. So some units of every
+    group, of each another number, are masked and deleted, all groups together; only if the outputs
+    differ is the culprit searched by halves. A number that a module's forward reads, such as
+    ``num_heads``, is changed with the units where that makes the outputs agree.
 
     Args:
         module: In eval mode; not changed.
@@ -330,8 +332,7 @@ def _fault_of(module: nn.Module, example: Tensor, groups: Sequence[Group], seed:
         remove_units(masked, removed, groups)
         difference, scale = _difference(want, _outputs(masked, example))
     except (RuntimeError, IndexError, AssertionError, ValueError, TypeError, KeyError) as err:
-        words = str(err).strip().splitlines() or [type(err).__name__]
-        return f"deleting units breaks the network: {words[0]}"
+        return f"deleting units breaks the network: {first_line(err)}"
     if not difference <= TOLERANCE * max(1.0, scale):
         return (
             f"deleting units is not the same as masking them (outputs differ by {difference:.1e})"

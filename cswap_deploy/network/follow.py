@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cswap_deploy.errors import first_line
 from cswap_deploy.network.coupling import Coupling, Product, Read, Spelled, Value, compressed
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import FEW, opname, shape_in
@@ -69,8 +70,8 @@ class _Follower:
             except UnfollowedError as err:
                 self._values[node] = self._stop(node, str(err))
             except _CANNOT as err:
-                words = (str(err).strip().splitlines() or [type(err).__name__])[0]
-                self._values[node] = self._stop(node, f"{said(node)} cannot be followed: {words}")
+                reason = f"{said(node)} cannot be followed: {first_line(err)}"
+                self._values[node] = self._stop(node, reason)
         for output in self.graph.outputs:
             for value in self._tensors([output]):
                 self.coupling.block(value.labels, "")

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from cswap_deploy.errors import ExportError
+from cswap_deploy.errors import ExportError, first_line
 from cswap_deploy.models.outputs import OUTPUT, tensors_alone
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.branches import streams_first
@@ -333,7 +333,7 @@ def trace(module: nn.Module, example: Tensor) -> Graph:
         words = str(err).strip().splitlines()
         raise ExportError(
             f"torch.export {torch.__version__} cannot trace {type(module).__name__} with a "
-            f"dynamic batch: {words[0] if words else type(err).__name__}",
+            f"dynamic batch: {first_line(err)}",
             fix="keep Python control flow on tensor values, and batch arithmetic, out of forward",
             log=tuple(words),
         ) from err

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from cswap_deploy.network.coupling import FIXED, Coupling, compressed
 from cswap_deploy.network.follow import follow
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.units import LAYERS, TRANSPOSED, Attribute, Group, Kind, Member, Reader
+from cswap_deploy.network.units import (
+    LAYERS,
+    TRANSPOSED,
+    Attribute,
+    Group,
+    Kind,
+    Member,
+    Reader,
+    depthwise,
+)
 
 _SIZED = (*LAYERS, nn.modules.batchnorm._NormBase)
 """Modules whose sizes follow their weights."""
@@ -124,7 +133,7 @@ class _Finder:
     def _roots(self) -> list[str]:
         """Weights whose outputs begin something new, in the order of the module tree."""
         new = [
-            w for w, layer in self._layers.items() if w in self._outputs and not by_itself(layer)
+            w for w, layer in self._layers.items() if w in self._outputs and not depthwise(layer)
         ]
         return [*new, *(w for w in self._outputs if w not in self._layers)]
 
@@ -199,9 +208,3 @@ def _numbers(module: nn.Module, shape: Sequence[int], dim: int) -> list[str]:
         elif type(value) in (tuple, list) and tuple(value) == tuple(shape):
             found.append(f"{name}[{dim}]")
     return found
-
-
-def by_itself(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution each of whose outputs reads one input."""
-    groups = getattr(layer, "groups", 1)
-    return groups > 1 and groups == getattr(layer, "in_channels", 0)

@@ -34,7 +34,7 @@ def describe_groups(module: nn.Module, example: Tensor) -> dict[str, Any]:
                 "units": f"{group.units} {group.kind}",
                 "made_by": producers(graph, group),
                 "read_by": [reader.layer for reader in group.consumers],
-                "counted_by": [f"{a.module}.{a.name}" for a in group.attributes],
+                "counted_by": [a.path for a in group.attributes],
             }
             for group in groups
         ],

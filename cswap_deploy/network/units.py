@@ -53,6 +53,11 @@ class Attribute:
     each: int
     """How much of it one unit is."""
 
+    @property
+    def path(self) -> str:
+        """As a plan names it, ``blocks.0.attn.num_heads``."""
+        return f"{self.module}.{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -102,7 +107,7 @@ def channel_dim(layer: nn.Module) -> int:
 
 def depthwise(layer: nn.Module) -> bool:
     """Whether a layer is a convolution that reads one input for each group of its own."""
-    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+    return isinstance(layer, CONVOLUTIONS) and 1 < layer.groups == layer.in_channels
 
 
 def weight_columns(layer: Consumer, indices: Tensor) -> Tensor:

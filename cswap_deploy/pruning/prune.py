@@ -151,7 +151,7 @@ def _group_plan(group: Group, state: State) -> GroupPlan:
         name=group.name, kind=group.kind, units=group.units,
         kept=tuple(u for u in range(group.units) if u not in gone),
         effects=tuple(e for _, e in sorted(state.effects.get(group.name, {}).items())),
-        attributes=tuple(f"{a.module}.{a.name}" for a in group.attributes),
+        attributes=tuple(a.path for a in group.attributes),
     )  # fmt: skip
 
 
