@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,8 +44,8 @@ from timm_matrix import (  # noqa: E402
 )
 
 
-def run(names: list[str], *, jobs: int, limit_s: float) -> list[Row]:
-    """Rows in the order of the names; each is told as it comes."""
+def run(names: list[str], *, jobs: int, limit_s: float) -> Iterator[Row]:
+    """Rows in the order of the names; each is told as soon as it is there."""
 
     def one(name: str) -> Row:
         with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +55,7 @@ def run(names: list[str], *, jobs: int, limit_s: float) -> list[Row]:
         return row
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, names))
+        yield from pool.map(one, names)
 
 
 def main() -> int:
@@ -72,11 +73,13 @@ def main() -> int:
     wanted = FAST if args.quick else CASES.keys() - (set() if args.all else LONG)
     names = args.names or [n for n in CASES if n in wanted]
     begun = time.perf_counter()
-    rows = run(names, jobs=args.jobs, limit_s=args.limit)
+    rows: list[Row] = []
+    for row in run(names, jobs=args.jobs, limit_s=args.limit):
+        rows.append(row)
+        if args.json:  # a run that is cut short keeps what it found
+            save_rows(args.json, rows)
     seconds = time.perf_counter() - begun
     print(full_table(rows))
-    if args.json:
-        save_rows(args.json, rows)
     if args.page:
         write_table(args.page, rows)
     counts = Counter(row.verdict for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
 
     timm starts residual branches at or near nothing (a last batch norm of zero, a layer scale of
     1e-6) and every batch norm as the identity. Here scales are near one, statistics are those of
-    the images and then shaken, so that each channel has its own. What a parametrisation computes
+    the images, shaken so that each channel has its own. What a parametrisation computes
     is left alone, and so is a network that is not in float32.
     """
     g = torch.Generator().manual_seed(5)
@@ -76,26 +77,38 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
         for name, parameter in module.named_parameters():
             if "parametrizations" not in name and not name.endswith(("_orig", "_g", "_v")):
                 _enliven(name, parameter, owners[id(parameter)], g)
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    norms = [m for m in norms if m.track_running_stats]
-    for norm in norms:
-        norm.momentum = None  # the plain mean over what it sees
-        norm.reset_running_stats()
-    if norms:
-        for layer in norms:
-            layer.train()
-        with torch.no_grad():
-            module(images)
     module.eval()
-    for norm in norms:
-        norm.momentum = 0.1
-        # A channel that is nearly constant on these images must not explode on others.
-        norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))
-        spread = norm.running_var.sqrt()
-        norm.running_mean += 0.2 * spread * torch.randn(spread.shape, generator=g)
-        norm.running_var *= 0.7 + 0.6 * torch.rand(spread.shape, generator=g)
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    hooks = [
+        norm.register_forward_pre_hook(partial(_settle, seen=set(), g=g))
+        for norm in norms
+        if norm.track_running_stats
+    ]
+    with torch.no_grad():
+        module(images)
+    for hook in hooks:
+        hook.remove()
     _calm(module, images)
     return module
+
+
+def _settle(
+    norm: nn.modules.batchnorm._NormBase, args: tuple[Tensor], *, seen: set[int], g: torch.Generator
+) -> None:
+    """Take a norm's statistics from its first input, and shake them.
+
+    In the order of execution, so that a later norm has those of what is shaken already: else the
+    shifts grow from layer to layer, gates saturate, and rounding alone changes the outputs.
+    """
+    if id(norm) in seen:
+        return
+    seen.add(id(norm))
+    (x,) = args
+    var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
+    # A channel that is nearly constant on these images must not explode on others.
+    var = var.clamp(min=max(0.1 * float(var.mean()), norm.eps))
+    norm.running_mean.copy_(mean + 0.2 * var.sqrt() * torch.randn(var.shape, generator=g))
+    norm.running_var.copy_(var * (0.7 + 0.6 * torch.rand(var.shape, generator=g)))
 
 
 def _enliven(name: str, parameter: Tensor, owner: nn.Module, g: torch.Generator) -> None:

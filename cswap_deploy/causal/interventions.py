@@ -50,6 +50,9 @@ _ROWS = 65_536
 _MOST_INPUTS = 8192
 """Above this many inputs a layer's covariance would not fit; its units are replaced by means."""
 
+_SOLVED_AT_ONCE = 1 << 22
+"""Elements of the systems that are solved in one call."""
+
 
 @dataclass(frozen=True, slots=True)
 class AblationValue:
@@ -101,29 +104,36 @@ class Moments:
             self._inverse = torch.zeros_like(covariance)
             self._inverse[rows[:, None], rows] = torch.linalg.inv(part)
 
-    def ablation_value(self, index: Tensor) -> AblationValue:
-        """What takes the place of some inputs together."""
-        mean = self.mean[index]
+    def ablation_values(self, index: Tensor) -> list[AblationValue]:
+        """What takes the place of each unit's inputs; ``index`` is (U, b)."""
         if self._inverse is None:
-            return AblationValue(index, None, mean)
-        rows = self._inverse[index]
-        block = rows[:, index]
-        # An input that is not read any more has a row of zeros: nothing needs to predict it.
-        block = block + torch.diag((block.diagonal() == 0).double())
-        weights = -torch.linalg.solve(block, rows)
-        weights[:, index] = 0.0
-        constant = mean - (weights @ self.mean.double()).float()
-        return AblationValue(index, weights.float(), constant)
+            return [AblationValue(own, None, self.mean[own]) for own in index]
+        found: list[AblationValue] = []
+        at_once = max(1, _SOLVED_AT_ONCE // max(1, index.shape[1] * len(self.mean)))
+        for part in torch.split(index, at_once):
+            own = part[:, None].expand(-1, part.shape[1], -1)
+            rows = self._inverse[part]
+            block = rows.gather(2, own)
+            # An input that is not read any more has a row of zeros: nothing needs to predict it.
+            block.diagonal(dim1=1, dim2=2).add_(block.diagonal(dim1=1, dim2=2) == 0)
+            weights = -torch.linalg.solve(block, rows)
+            weights.scatter_(2, own, 0.0)
+            constants = self.mean[part] - (weights @ self.mean.double()).float()
+            found += map(AblationValue, part, weights.float(), constants)
+        return found
 
 
 def ablation_values(
     moments: Moments | None, indices: Iterable[Sequence[int]]
 ) -> list[AblationValue]:
-    """What takes the place of each unit's inputs in a layer; zero where there are no moments."""
-    wanted = [torch.tensor(list(index)) for index in indices]
-    if moments is None:
+    """What takes the place of each unit's inputs in a layer; zero where there are no moments.
+
+    Units of a group have equally many inputs.
+    """
+    wanted = torch.tensor([list(index) for index in indices], dtype=torch.long)
+    if moments is None or not len(wanted):
         return [AblationValue(index, None, None) for index in wanted]
-    return [moments.ablation_value(index) for index in wanted]
+    return moments.ablation_values(wanted)
 
 
 def input_moments(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cswap_deploy.errors import ArtifactError, ExportError
+from cswap_deploy.export.attention import FourDimensions
 from cswap_deploy.export.names import exported_modules, name_nodes
 from cswap_deploy.models.outputs import INPUT, LOGITS, tensors_alone
 from cswap_deploy.progress import captured
@@ -88,7 +89,7 @@ def _export(
     device = tensors[0].device if tensors else torch.device("cpu")
     # Two images: torch would take a batch of one for a constant.
     example = torch.zeros(2, *input_size, device=device)
-    with captured() as chatter, tensors_alone(module):
+    with captured() as chatter, tensors_alone(module), FourDimensions():
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, external_data=False, opset_version=opset,

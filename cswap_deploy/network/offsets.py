@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.units import give_bias
 
 
 def shift_output(graph: Graph, layer: str, by: Tensor) -> None:
@@ -44,6 +48,31 @@ def needs_bias(graph: Graph, layer: str) -> bool:
     """Whether a layer has nowhere to put a constant: no bias, no batch norm behind it."""
     module = graph.module.get_submodule(layer)
     return getattr(module, "bias", None) is None and norm_after(graph, layer) is None
+
+
+def with_biases(graph: Graph, layers: Sequence[str]) -> Graph:
+    """The graph of the same module after these layers are given zero biases, which they are here.
+
+    As if it were traced again, which takes seconds and costs memory.
+    """
+    program, specs = graph.program, []
+    first = next(iter(program.graph.nodes))
+    for name in layers:
+        layer = graph.layer(name)
+        give_bias(layer)
+        target = f"{name}.bias"
+        with program.graph.inserting_before(first):
+            bias = program.graph.placeholder(f"p_{target.replace('.', '_')}")
+        weight: Tensor = graph.readers(name)[0].args[1].meta["val"]  # type: ignore[union-attr]
+        with weight.fake_mode:  # type: ignore[attr-defined]
+            bias.meta["val"] = weight.new_empty(layer.weight.shape[0])
+        for reader in graph.readers(name):
+            reader.args = (*reader.args[:2], bias, *reader.args[3:])
+        specs.append(InputSpec(InputKind.PARAMETER, TensorArgument(bias.name), target))
+        program.state_dict[target] = layer.bias
+    program.graph_signature.input_specs[:0] = specs
+    program.graph_module.recompile()
+    return graph.on(graph.module)
 
 
 def norm_after(graph: Graph, layer: str) -> nn.Module | None:

@@ -17,10 +17,10 @@ from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import exact_groups
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.groups import find_groups
-from cswap_deploy.network.offsets import needs_bias
+from cswap_deploy.network.offsets import needs_bias, with_biases
 from cswap_deploy.network.selection import select
 from cswap_deploy.network.sizes import SizeModel, smallest
-from cswap_deploy.network.units import Group, give_bias
+from cswap_deploy.network.units import Group
 from cswap_deploy.pruning.allocation import Limits
 from cswap_deploy.pruning.refit import solvable
 from cswap_deploy.records.plan import Size
@@ -91,10 +91,7 @@ def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:
     groups, inexact = exact_groups(base, torch.randn_like(example), asked.groups)
     changed = {c.layer for g in groups for c in g.consumers} | set(solvable(dense))
     biased = [n for n in dense.layers() if n in changed and needs_bias(dense, n)]
-    for name in biased:
-        give_bias(base.get_submodule(name))  # type: ignore[arg-type]
-    if biased:
-        dense = trace(base, example)
+    dense = with_biases(dense, biased)
     trusted = try_masking(dense, groups, example)
     groups = [g for g in groups if g.name not in trusted.excluded]
     excluded = structure.excluded | asked.excluded | inexact | trusted.excluded

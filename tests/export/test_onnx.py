@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small_tasks
 import torch
+import torch.nn.functional as F
 from timm_graphs import Exported, randomise_norms
 from torch import Tensor, nn
 
@@ -95,6 +96,49 @@ def test_tiny_cnn_has_the_promised_interface_and_the_same_outputs(
     assert again.sha256 == artifact.sha256
     assert b"site-packages" not in artifact.path.read_bytes()
     assert b"stack_trace" not in artifact.path.read_bytes()
+
+
+class Attention(nn.Module):
+    """Over 64 places of 16 values, in parts of a shape."""
+
+    def __init__(self, shape: tuple[int, ...], mask: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 48, 4, 4)
+        self.head = nn.Linear(16, 4)
+        self.shape = shape
+        self.mask = torch.randn(mask) if mask else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.stem(x).flatten(2).mT
+        q, k, v = (t.reshape(len(t), *self.shape) for t in found.chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, key=k, value=v, attn_mask=self.mask, scale=0.7)
+        return self.head(y.reshape(len(y), 64, 16).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [
+        ((64, 16), ()),
+        ((64, 16), (64, 64)),
+        ((64, 16), (1, 64, 64)),
+        ((4, 64, 4), (4, 64, 64)),
+        ((4, 4, 16, 4), ()),
+        ((4, 4, 16, 4), (4, 1, 16, 16)),
+        ((2, 2, 4, 16, 4), (2, 4, 16, 16)),
+    ],
+    ids=str,
+)
+def test_attention_of_any_number_of_dimensions(
+    shape: tuple[int, ...], mask: tuple[int, ...], tmp_path: Path
+) -> None:
+    module = Attention(shape, mask).eval()
+    path = tmp_path / "model.onnx"
+    export_onnx(module, input_size=(3, 32, 32), path=path)
+    images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    np.testing.assert_allclose(
+        onnx_run(path)(images), torch_run(module)(images), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
