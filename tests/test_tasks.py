@@ -239,7 +239,7 @@ def test_a_rerun_reuses_and_another_metric_measures_again(photos: Path, tmp_path
     ("factory", "outputs"),
     [
         ("lraspp", {"out"}),
-        ("fcn", {"out", "aux"}),
+        pytest.param("fcn", {"out", "aux"}, marks=pytest.mark.matrix),
         pytest.param("fcn_resnet50", {"out", "aux"}, marks=pytest.mark.matrix),
     ],
 )

@@ -89,7 +89,8 @@ def _export(
     device = tensors[0].device if tensors else torch.device("cpu")
     # Two images: torch would take a batch of one for a constant.
     example = torch.zeros(2, *input_size, device=device)
-    with captured() as chatter, tensors_alone(module), FourDimensions():
+    # With gradients attention is laid out in another way while it is traced than later on.
+    with captured() as chatter, torch.no_grad(), tensors_alone(module), FourDimensions():
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, external_data=False, opset_version=opset,

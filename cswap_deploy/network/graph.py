@@ -92,7 +92,8 @@ class Graph:
                 returned = [n for n, spec in specs if spec.kind is OutputKind.USER_OUTPUT]
                 self.outputs = tuple(n for n in returned if isinstance(n, fx.Node))
                 self.measured = measured_outputs(returned, names, self.input, module)
-            elif node.op == "call_function":
+            # Assertions about a value, which nothing reads, would not hold in another precision.
+            elif node.op == "call_function" and (node.users or _in_place(node.target)):
                 self.nodes.append(node)
                 self.targets[node] = _functional(node.target)
         self.nodes = streams_first(self.nodes)

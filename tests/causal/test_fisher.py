@@ -36,7 +36,10 @@ class Weaker(Moments):
     def __init__(self, whole: Moments | None, inputs: int, part: float) -> None:
         self.whole, self.inputs, self.part = whole, inputs, part
 
-    def ablation_value(self, index: Tensor) -> AblationValue:
+    def ablation_values(self, index: Tensor) -> list[AblationValue]:
+        return [self._weaker(own) for own in index]
+
+    def _weaker(self, index: Tensor) -> AblationValue:
         (value,) = ablation_values(self.whole, [index.tolist()])
         weights = torch.zeros(len(index), self.inputs)
         if value.weights is not None:

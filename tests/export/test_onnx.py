@@ -107,13 +107,13 @@ class Attention(nn.Module):
         self.stem = nn.Conv2d(3, 48, 4, 4)
         self.head = nn.Linear(16, 4)
         self.shape = shape
-        self.mask = torch.randn(mask) if mask else None
+        self.mask = nn.Parameter(torch.randn(mask)) if mask else None
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.stem(x).flatten(2).mT
         q, k, v = (t.reshape(len(t), *self.shape) for t in found.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, key=k, value=v, attn_mask=self.mask, scale=0.7)
-        return self.head(y.reshape(len(y), 64, 16).mean(1))
+        return self.head(y.transpose(1, -2).reshape(len(y), 64, 16).mean(1))
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,10 @@ EXPORTED = frozenset(
 
 def attempt(name: str, folder: Path, *, ratio: float) -> Built:
     case = NETWORKS[name]
-    how = {"size": case.size, "images": case.images}
+    export = ratio > 0 and name in EXPORTED
+    how = {"size": case.size, "images": case.images, "export": export}
     with limited(LIMIT_S):
-        built = build(case.make, folder, ratio=ratio, export=ratio > 0 and name in EXPORTED, **how)
+        built = build(case.make, folder, ratio=ratio, **how)
         if built.refused and ratio > 0:
             follow_the_fix(built, case.make, folder, **how)
     return built

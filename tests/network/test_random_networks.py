@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tempfile
@@ -217,7 +218,11 @@ settings.register_profile(
 
 @pytest.mark.parametrize("first", KINDS)
 def test_a_random_network_is_built_right_or_refused_by_name(first: str) -> None:
-    @settings(settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick")))
+    profile = os.environ.get("HYPOTHESIS_PROFILE", "quick")
+    # Exporting takes most of the time: in every run one network of each kind.
+    exported = itertools.cycle((True, False, False) if profile == "quick" else (True,))
+
+    @settings(settings.get_profile(profile))
     @drawn(blocks=specs(first), head=st.sampled_from(("mean", "max", "view", "flatten")))
     def holds(blocks: Spec, head: str) -> None:
         def make() -> nn.Module:
@@ -226,11 +231,12 @@ def test_a_random_network_is_built_right_or_refused_by_name(first: str) -> None:
 
         note(str(make()))
         with tempfile.TemporaryDirectory() as folder, limited(60.0):
-            built = build(make, Path(folder), size=SIZE)
+            how = {"size": SIZE, "export": next(exported)}
+            built = build(make, Path(folder), **how)
             if not built.refused:
                 assert built.params[1] < built.params[0]
                 return
             assert re.search(REFUSALS, built.reason), built.reason
-            follow_the_fix(built, make, Path(folder), size=SIZE)
+            follow_the_fix(built, make, Path(folder), **how)
 
     holds()

@@ -370,7 +370,7 @@ class _Recurrent(nn.Module):
         return self.head(self.recurrent(x)[0][:, -1])
 
 
-@network("whole", apart=True)
+@network("whole", apart=True, images=8)
 class LstmOverColumns(_Recurrent):
     """CRNN: an LSTM behind convolutions."""
 
@@ -378,7 +378,7 @@ class LstmOverColumns(_Recurrent):
         super().__init__(nn.LSTM(128, 24, batch_first=True), 24)
 
 
-@network("whole", apart=True)
+@network("whole", apart=True, images=8)
 class GruBothWays(_Recurrent):
     """A GRU of two layers that reads both ways."""
 
@@ -386,7 +386,7 @@ class GruBothWays(_Recurrent):
         super().__init__(nn.GRU(128, 16, 2, batch_first=True, bidirectional=True), 32)
 
 
-@network("whole", apart=True)
+@network("whole", apart=True, images=8)
 class PlainRecurrence(_Recurrent):
     """``nn.RNN`` behind convolutions."""
 
