@@ -38,6 +38,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, or one worker is busy with them when the others are done."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @dataclass(frozen=True, slots=True)
 class Ran:
     """A command that ended."""

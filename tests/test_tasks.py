@@ -26,6 +26,8 @@ from cswap_deploy.runtime import cli as on_the_device
 if TYPE_CHECKING:
     from conftest import Ran
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., "Ran"]
 SETTINGS: dict[str, Any] = {
     "input_size": INPUT_SIZE, "mean": MEAN, "std": STD, "ratio": 0.3, "rounds": 1, "round_to": 1,
@@ -235,13 +237,10 @@ def test_a_rerun_reuses_and_another_metric_measures_again(photos: Path, tmp_path
 # --- networks that others wrote -----------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("factory", "outputs"),
-    [
-        ("lraspp", {"out"}),
-        pytest.param("fcn", {"out", "aux"}, marks=pytest.mark.matrix),
-        pytest.param("fcn_resnet50", {"out", "aux"}, marks=pytest.mark.matrix),
-    ],
+    [("lraspp", {"out"}), ("fcn", {"out", "aux"}), ("fcn_resnet50", {"out", "aux"})],
 )
 def test_torchvisions_segmentation(factory: str, outputs: set[str], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (14, 64, 64, 3), dtype=np.uint8)

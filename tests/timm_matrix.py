@@ -228,11 +228,10 @@ def short_table(rows: Iterable[Row]) -> str:
     why: dict[str, set[str]] = defaultdict(set)
     for r in by["parts whole"]:
         for reason in r.excluded.values():
-            why[reason].add(r.name)
-    whole = "; ".join(
-        f"{_line(reason)}: {', '.join(sorted(names))}" for reason, names in sorted(why.items())
-    )
-    no = "; ".join(f"{r.name}: {_line(r.reason)}" for r in by["refused"])
+            why[kind_of(reason)].add(r.name)
+    largest = sorted(why.items(), key=lambda item: (-len(item[1]), item[0]))
+    whole = "; ".join(f"{reason}: {', '.join(sorted(names))}" for reason, names in largest)
+    no = "; ".join(f"{r.name}: {_line(r.reason)}{_kinds_within(r.reason)}" for r in by["refused"])
     parts = (
         ("works", len(by["works"]), ", ".join(r.name for r in by["works"])),
         ("works, these parts whole", len(by["parts whole"]), whole),
@@ -274,6 +273,22 @@ def _by_reason(excluded: dict[str, str]) -> dict[str, list[str]]:
     for name, reason in excluded.items():
         found[reason].append(name)
     return found
+
+
+_SOME = re.compile(r"^\d+ of its \d+ units stay: ")
+_NAME = re.compile(r"\b\w+(?:\.\w+)+")
+
+
+def kind_of(reason: str) -> str:
+    """A reason without the numbers and names of one network."""
+    general = _SOME.sub("", _line(reason)).partition(": ")[0]
+    return _NAME.sub("another layer", general)
+
+
+def _kinds_within(reason: str) -> str:
+    """What a refusal says of each group, in brackets."""
+    each = re.findall(r"^ {4}[^:]+: (.+)$", reason, flags=re.MULTILINE)
+    return f" ({', '.join(sorted({*map(kind_of, each)}))})" if each else ""
 
 
 def _line(text: str) -> str:

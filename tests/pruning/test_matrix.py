@@ -120,6 +120,7 @@ def assert_onnx_runs(bundle: Path, params: int) -> None:
     assert 0.95 * params < size / 4 < 1.1 * params + 200_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,6 +155,21 @@ ROWS = [
     Row("b", "f", "works", 1.0, params=(10, 8), groups=1),
     Row("c", "g", "parts whole", 1.0, params=(9, 7), excluded={"x.1": "feeds | y", "x.2": "no"}),
     Row("d", "g", "refused", 1.0, "it is random\n  fix: call eval()"),
+    Row(
+        "e", "h", "refused", 1.0, "nothing is left\n    x.1: feeds y\n    x.2: feeds y\n  fix: none"
+    ),
+    Row(
+        "f",
+        "h",
+        "parts whole",
+        1.0,
+        params=(9, 7),
+        excluded={
+            "x": "1 of its 9 units stay: no",
+            "y": "deleting breaks it: [2, 3]",
+            "z": "meets a.1.b, so",
+        },
+    ),
 ]
 
 
@@ -169,8 +185,9 @@ def test_a_page_gets_the_table_between_its_markers(tmp_path: Path) -> None:
     assert "old" not in text
     assert text.splitlines()[4:7] == [
         "| works | 2 | a, b |",
-        "| works, these parts whole | 1 | feeds \\| y: c; no: c |",
-        "| refused | 1 | d: it is random |",
+        "| works, these parts whole | 2 | no: c, f; deleting breaks it: f; feeds \\| y: c; "
+        "meets another layer, so: f |",
+        "| refused | 2 | d: it is random; e: nothing is left (feeds y) |",
     ]
 
 
