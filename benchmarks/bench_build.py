@@ -1,11 +1,14 @@
-"""What a whole build costs and gives on the embedded networks, against two baselines.
+"""What pruning costs and gives, against another commit of this package, in turn in one run.
 
-    python benchmarks/bench_build.py             # both demo networks, three seeds of images
-    python benchmarks/bench_build.py --quick     # demo-resnet, one seed
+    python benchmarks/bench_build.py --against v0.2          # both demo networks
+    python benchmarks/bench_build.py --models resnet56 tf_efficientnet_lite0 --against 898d1ca
+    python benchmarks/bench_build.py --quick                 # demo-resnet, this version alone
 
-Every build is verified before its figures count: the bundle's digests, the parity of its graph, and
-the ratio. The baselines (magnitude, random) get the same refit, so that only the ranking differs.
-The last line is one JSON object.
+Each pruning has a process of its own, with the settings that a build has by default. Time is also
+told in *passes*: seconds over the seconds of one dense forward pass of the calibration set, in the
+same process, before and after. Accuracy is that of the pruned module on test images that it never
+saw; its parameters are counted, not believed. Real networks and images are read from the folder
+that ``CSWAP_DATA`` names. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,96 +16,160 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cswap_deploy
-from cswap_deploy.records.bundle import verify_bundle
-
-
-@dataclass(frozen=True)
-class Config:
-    models: tuple[str, ...] = ("demo-resnet", "demo-vit")
-    criteria: tuple[str, ...] = ("cswap", "magnitude", "random")
-    ratios: tuple[float, ...] = (0.4, 0.6)
-    seeds: tuple[int, ...] = (0, 1, 2)
+ROOT = Path(__file__).resolve().parent.parent
+CHUNK = 64
+"""Images of one forward pass."""
+RATIOS = {"tf_efficientnet_lite0": 0.3}
+"""0.4 unless said."""
+IMAGES = {"tf_efficientnet_lite0": 300}
+"""To prune on; 1,024, as a build has, unless said."""
 
 
 @dataclass(frozen=True)
 class Result:
+    """One pruning."""
+
     model: str
-    criterion: str
-    ratio: float
-    ratio_effective: float
+    version: str
+    """``here``, or the commit."""
     seed: int
+    images: int
+    seconds: float
+    pass_seconds: float
+    passes: float
+    removed: float
+    """Of the quantity that the model's ratio counts."""
     top1_dense: float
-    top1_pruned: float
-    p50_speedup: float
-    """Dense over pruned, interleaved in one loop."""
-    first_seconds: float
-    again_seconds: float
-    """The same build again, all stages reused."""
+    top1: float
+    agreement: float
+    kl: float
+    """Mean divergence from the dense network on the test images, nats."""
+    peak_mib: float
+    """Largest resident memory of the process, network and images included."""
 
 
-def measure(model: str, criterion: str, ratio: float, seed: int, folder: Path) -> Result:
-    settings = {
-        "ratio": ratio,
-        "criterion": criterion,
-        "seed": seed,
-        "store": folder / "store",
-        "output": folder / f"{model}-{criterion}-{ratio}-{seed}",
-    }
-    seconds = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        bundle = cswap_deploy.build(model, **settings)
-        seconds.append(time.perf_counter() - begun)
-    assert set(bundle.stages.values()) == {"reused"}, bundle.stages
-    manifest = verify_bundle(bundle.path).manifest
-    result = manifest.targets[0]
-    assert result.parity is not None
-    assert result.parity.ok
-    assert result.accuracy is not None
-    assert result.speedup is not None
-    assert abs(manifest.ratio_effective["params"] - ratio) < 0.02
-    return Result(
-        model=model,
-        criterion=criterion,
-        ratio=ratio,
-        ratio_effective=round(manifest.ratio_effective["params"], 4),
-        seed=seed,
-        top1_dense=result.accuracy.dense.top1,
-        top1_pruned=result.accuracy.pruned.top1,
-        p50_speedup=round(result.speedup, 3),
-        first_seconds=round(seconds[0], 1),
-        again_seconds=round(seconds[1], 1),
+def prune_once(name: str, seed: int, version: str) -> Result:
+    """In this process, with whatever ``cswap_deploy`` it imports."""
+    import torch
+    from accuracy_models import MODELS, data_of, load
+
+    import cswap_deploy
+    from cswap_deploy.data import calibration_set, load_samples
+    from cswap_deploy.progress import Silent
+
+    model = MODELS[name]
+    loaded = load(model)
+    data = data_of(model, IMAGES.get(name, 1024))
+    samples = load_samples(data, model=loaded.spec, seed=seed, progress=Silent())
+    calibration, test = (
+        calibration_set(part, loaded.spec.preprocessing)
+        for part in (samples.calibration, samples.validation)
     )
+
+    def outputs(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.cat([module(part) for part in torch.split(images, CHUNK)])
+
+    def one_pass() -> float:
+        begun = time.perf_counter()
+        outputs(loaded.module, calibration.images)
+        return time.perf_counter() - begun
+
+    one_pass()
+    before = min(one_pass() for _ in range(3))
+    begun = time.perf_counter()
+    pruned = cswap_deploy.prune(
+        loaded.module, (calibration.images, calibration.labels), ratio=RATIOS.get(name, 0.4),
+        ratio_of=model.ratio_of, round_to=model.round_to, seed=seed,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    passing = (before + min(one_pass() for _ in range(3))) / 2
+    counted = sum(p.numel() for p in pruned.module.parameters())
+    assert counted == pruned.plan.pruned.params
+    dense, after = (outputs(m, test.images).double() for m in (loaded.module, pruned.module))
+    chosen, labels = after.argmax(1), test.labels
+    divergence = torch.nn.functional.kl_div(
+        after.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none"
+    )
+    return Result(
+        model=name, version=version, seed=seed, images=len(calibration.images),
+        seconds=round(seconds, 2), pass_seconds=round(passing, 4),
+        passes=round(seconds / passing, 1),
+        removed=round(pruned.plan.effective(model.ratio_of), 4),
+        top1_dense=round(float((dense.argmax(1) == labels).double().mean()), 4),
+        top1=round(float((chosen == labels).double().mean()), 4),
+        agreement=round(float((chosen == dense.argmax(1)).double().mean()), 4),
+        kl=round(float(divergence.sum(1).mean()), 5),
+        peak_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    )  # fmt: skip
+
+
+def in_a_process(name: str, seed: int, version: str, tree: Path) -> Result:
+    """With the package of a tree, from the tree's own benchmarks' table of models."""
+    path = os.pathsep.join([str(tree), str(tree / "benchmarks")])
+    done = subprocess.run(
+        [sys.executable, __file__, "--once", name, "--seeds", str(seed), "--version", version],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+        cwd=tree,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{name} with {version} failed:\n{done.stderr}")
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def tree_of(commit: str) -> Iterator[Path]:
+    """The files of a commit, for as long as they are needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(
+            ["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        )
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true")
+    add = parser.add_argument
+    add("--models", nargs="+", default=["demo-resnet", "demo-vit"], metavar="NAME")
+    add("--against", metavar="COMMIT", help="the version to compare with")
+    add("--seeds", type=int, default=1, metavar="N", help="calibration sets")
+    add("--quick", action="store_true")
+    add("--once", metavar="NAME", help=argparse.SUPPRESS)
+    add("--version", default="here", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = Config(models=("demo-resnet",), seeds=(0,)) if args.quick else Config()
+    if args.once:
+        print(json.dumps(asdict(prune_once(args.once, args.seeds, args.version))))
+        return
+    if args.quick:
+        args.models, args.against = ["demo-resnet"], None
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for model in config.models:
-            for ratio in config.ratios:
-                for seed in config.seeds:
-                    for criterion in config.criteria:  # interleaved: one build of each in turn
-                        r = measure(model, criterion, ratio, seed, Path(folder))
-                        results.append(r)
-                        print(
-                            f"{r.model:12} {r.criterion:10} seed {r.seed} removed "
-                            f"{r.ratio_effective:.1%} top-1 {r.top1_dense:.2%} -> "
-                            f"{r.top1_pruned:.2%} speed {r.p50_speedup:.2f}x build "
-                            f"{r.first_seconds:.0f} s, again {r.again_seconds:.1f} s",
-                            flush=True,
-                        )
+    with tree_of(args.against or "HEAD") as other:
+        versions = {"here": ROOT} | ({args.against: other} if args.against else {})
+        for name in args.models:
+            for seed in range(args.seeds):
+                for version, tree in versions.items():
+                    r = in_a_process(name, seed, version, tree)
+                    results.append(r)
+                    print(
+                        f"{r.model:22} {r.version:8} seed {r.seed}: {r.passes:.0f} passes, "
+                        f"{r.seconds:.0f} s, removed {r.removed:.1%}, top-1 {r.top1_dense:.2%} -> "
+                        f"{r.top1:.2%}, agreement {r.agreement:.2%}, KL {r.kl:.4f}, "
+                        f"{r.peak_mib:.0f} MiB",
+                        flush=True,
+                    )
     print(json.dumps({"cores": os.cpu_count(), "results": [asdict(r) for r in results]}))
 
 

@@ -144,10 +144,10 @@ class PruneConfig(Section):
     ] = "auto"
     """``exact``: every unit on every image. ``adaptive``: until its side of the threshold is
     certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
-    float32 where that leaves its side open. ``auto``: exact unless it costs more than
-    ``causal.cost.BUDGET_MACS``, else adaptive within that."""
+    float32 where that leaves its side open. ``auto``: exact where that takes seconds or a few
+    passes over the images, else adaptive within a budget (:func:`causal.cost.budgets`)."""
     scoring_samples: Annotated[int | Literal["auto"], Flag("Images for measuring.")] = "auto"
-    """In each round. ``auto``: 256, fewer where exact measuring would cost too much."""
+    """In each round, others each time. ``auto``: up to 256, fewer where exact costs too much."""
     scoring_device: Annotated[Literal["cpu", "cuda"], Flag("Where effects are measured.")] = "cpu"
     workers: Annotated[
         str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)

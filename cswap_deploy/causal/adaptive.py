@@ -155,11 +155,11 @@ class StoppingRule:
     error_rate: float
     """Probability of being on the wrong side of a threshold that ends a unit's measuring."""
     everyone: bool = True
-    """Measure every unit on some images; otherwise those whose estimate is far beyond the
-    thresholds are not measured, nor returned."""
+    """Measure and return every unit; otherwise those whose estimate is far beyond the thresholds
+    are not measured, nor returned."""
     most: int | None = None
     """Forwards that may be spent; when they run short the most doubtful units come first, and what
-    is open in the end is decided with the help of the estimate."""
+    is open in the end is decided by the estimate, alone or as far as it was corrected."""
 
 
 def measure_adaptively(
@@ -196,7 +196,8 @@ def measure_adaptively(
     found = []
     for group, asked in units.items():
         of = known[group.name]
-        rows = np.flatnonzero(of.measured.any(1))
+        seen = of.measured.any(1)
+        rows = np.flatnonzero(seen | rule.everyone)
         kl, log = (values[rows] for values in of.completed())
         found.append(Effects(group.name, asked[rows], np.expm1(log), kl, of.measured[rows]))
     return found, Spent(forwards, exact=sum(effects.kl.size for effects in found))
@@ -224,6 +225,9 @@ def settle(
     """
     images = next(iter(known.values())).images
     active = _first(known, rule)
+    if rule.most is not None:
+        doubt = _doubt(known, rule.thresholds)
+        active = _most_doubtful(active, doubt, rule.most // FIRST_IMAGES)
     forwards = 0
     for count, looks in _schedule(images):
         forwards += look(active, _heaviest(known, active, count))

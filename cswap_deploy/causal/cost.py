@@ -11,6 +11,12 @@ from cswap_deploy.network.units import Group
 BUDGET_MACS = 40_000_000_000_000
 """``--scoring-samples auto`` stays within this many multiply-accumulates: some minutes on two
 CPU cores."""
+_EXACT_PASSES = 3
+"""Up to so many passes over the calibration images effects are measured exactly."""
+_ADAPTIVE_PASSES = 20
+"""What adaptive measuring may take in all rounds."""
+_SECONDS_MACS = 500_000_000_000
+"""Multiply-accumulates that take a few seconds on two cores: so many are never spared."""
 MOST_IMAGES = 256
 FEWEST_IMAGES = 8
 _ADAPTIVE_IMAGES = 14
@@ -40,10 +46,20 @@ def loop_macs(
     return round(measured * (1 + LATER_ROUNDS * (rounds - 1)) + estimate * rounds)
 
 
-def affordable_forwards(graph: Graph, groups: Sequence[Group], *, rounds: int) -> int:
-    """How many (unit, image) pairs the first round may measure within the budget."""
+def budgets(graph: Graph, *, images: int) -> tuple[int, int]:
+    """Multiply-accumulates up to which effects are measured exactly; those for adaptive measuring.
+
+    In passes over the calibration images, of which there are so many.
+    """
+    one_pass = graph.macs(graph.nodes) * images
+    exact, adaptive = _EXACT_PASSES * one_pass, _ADAPTIVE_PASSES * one_pass
+    return max(_SECONDS_MACS, exact), min(BUDGET_MACS, max(_SECONDS_MACS, adaptive))
+
+
+def affordable_forwards(graph: Graph, groups: Sequence[Group], *, rounds: int, macs: int) -> int:
+    """How many (unit, image) pairs the first round may measure within a budget."""
     one = measuring_macs(graph, groups) / max(sum(g.units for g in groups), 1)
-    return round(BUDGET_MACS / (1 + LATER_ROUNDS * (rounds - 1)) / max(one, 1))
+    return round(macs / (1 + LATER_ROUNDS * (rounds - 1)) / max(one, 1))
 
 
 def affordable_images(graph: Graph, groups: Iterable[Group], *, rounds: int) -> int:

@@ -37,6 +37,11 @@ class Effects:
     measured: np.ndarray | None = None
     """(U, N) bool, where the others are estimates; ``None``: everywhere."""
 
+    @property
+    def looked_at(self) -> int:
+        """Units that were measured on one image at least."""
+        return len(self.units) if self.measured is None else int(self.measured.any(1).sum())
+
 
 def relative_effect(p_masked: Tensor, p: Tensor) -> Tensor:
     """Causal effect of each unit on the true class's probability.

@@ -12,6 +12,7 @@ import typer
 
 from cswap_deploy.cli.commands import command_line
 from cswap_deploy.errors import CswapError
+from cswap_deploy.runtime.host import share_cores
 
 _INTERRUPTED = 130
 
@@ -19,6 +20,7 @@ _INTERRUPTED = 130
 def main() -> None:
     """The entry point of ``cswap-deploy``."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    share_cores()
     try:
         asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         code = command_line(asked)(standalone_mode=False)

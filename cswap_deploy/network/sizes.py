@@ -7,6 +7,7 @@ each side, never by adding up units.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -67,6 +68,12 @@ class SizeModel:
         self._fixed_macs = macs - sum(s.macs for s in self._sizes.values())
         self._product_macs = sum(g.product_macs * g.units for g in self._groups.values())
         self.units = sum(g.units for g in self._groups.values())
+
+    def copy(self) -> SizeModel:
+        """One more to count down; they share what no removal changes."""
+        other = copy.copy(self)
+        other._sizes = {n: _Sizes(list(s.shape), s.positions) for n, s in self._sizes.items()}
+        return other
 
     def size(self) -> Size:
         """What is left now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -112,7 +111,7 @@ class Goal:
         none fits and ``split`` is set, units of the waiting steps leave one by one: a group or two
         then end between multiples of their alignment, and the ratio is met.
         """
-        sizes = copy.deepcopy(self.sizes)
+        sizes = self.sizes.copy()
         gone: Removal = {}
 
         def take(group: str, units: list[int]) -> int:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from cswap_deploy.causal.interventions import Intervention, Moments, input_moments
 from cswap_deploy.network.units import consumers
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.allocation import Goal, Ranking, Removal, Values
 from cswap_deploy.pruning.importance import IMPORTANCES, View
-from cswap_deploy.pruning.trials import Trials
+from cswap_deploy.pruning.trials import Trial, Trials
 
 PROPOSERS = "magnitude", "lamp"
 """Importances that propose candidates beside the measured effects: they cost nothing to compute,
 and as no image chose them, their candidates do not fit the calibration images by chance."""
 _RIDGES = 0.9e-4, 1.1
+_FINALISTS = 2
+"""Candidates that are tried after the screening."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,13 @@ class Choice:
     gone: Removal
     moments: Mapping[str, Moments]
     """Moments of the consumers' inputs in the network that it was proposed for."""
-    effect: Tensor | None
-    """See :meth:`Trials.effect`; ``None`` where it was not tried."""
+    trial: Trial | None
+    """What came of it; ``None`` where it was not tried."""
+
+    @property
+    def effect(self) -> float | None:
+        """Its mean effect, where it was tried."""
+        return None if self.trial is None else float(self.trial.effect.mean())
 
 
 def proposals(view: View) -> dict[str, Values]:
@@ -58,20 +63,32 @@ def best_candidate(
 ) -> Choice:  # fmt: skip
     """The candidate with the least effect of its own; a single one is tried only if ``always``.
 
-    ``moments`` and ``ridge`` are those of :meth:`Trials.effect`.
+    Successive halving: all are screened on few images, and the first few of them tried.
+    ``moments`` and ``ridge`` are those of :meth:`Trials.trial`.
+
+    Source:
+        Jamieson & Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
+        Optimization" (arXiv:1502.07943).
     """
     count = len(candidates)
     if (count == 1 and not always) or not trials.possible:
         name = next(iter(candidates))
         return Choice(name, candidates[name], moments, None)
+    finalists = list(candidates)
+    # What is not folded into other weights is far worse before the refit than after it.
+    screened = count > _FINALISTS and bool(moments)
     progress.begin(f"trying {count} candidate{'s' if count > 1 else ''}", count)
-    found = {}
-    for name, gone in candidates.items():
-        found[name] = trials.effect(gone, moments, ridge=ridge)
+    if screened:
+        values = {name: trials.screen(gone, moments) for name, gone in candidates.items()}
+        finalists = sorted(values, key=lambda name: values[name])[:_FINALISTS]
+        progress.advance(count - _FINALISTS)
+    tried: dict[str, Trial] = {}
+    for name in finalists:
+        tried[name] = trials.trial(candidates[name], moments, ridge=ridge)
         progress.advance(1)
     progress.end()
-    best = min(found, key=lambda name: float(found[name].mean()))
-    return Choice(best, candidates[best], moments, found[best])
+    best = min(tried, key=lambda name: float(tried[name].effect.mean()))
+    return Choice(best, candidates[best], moments, tried[best])
 
 
 def best_from_dense(
@@ -84,7 +101,7 @@ def best_from_dense(
     the last round.
     """
     network = replace(trials.network, graph=trials.network.dense)
-    whole = copy.deepcopy(goal.sizes)
+    whole = goal.sizes.copy()
     for name, units in goal.removed.items():
         whole.restore(name, units)
     start = replace(goal, sizes=whole, removed={})
@@ -122,8 +139,8 @@ def best_ridge(
     best = ridge
     while wanted := {r for r in (best / 10, best, best * 10) if low <= r <= high} - found.keys():
         for strength in sorted(wanted):
-            tried = trials.effect(choice.gone, choice.moments, ridge=strength)
-            found[strength] = float(tried.mean())
+            tried = trials.trial(choice.gone, choice.moments, ridge=strength)
+            found[strength] = float(tried.effect.mean())
         best = min(found, key=lambda strength: found[strength])
     progress.end()
     return best, found[best]

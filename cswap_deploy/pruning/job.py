@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cswap_deploy.causal.cost import (
-    BUDGET_MACS,
+    FEWEST_IMAGES,
     MOST_IMAGES,
     affordable_forwards,
     affordable_images,
+    budgets,
     loop_macs,
 )
 from cswap_deploy.causal.measurement import LocalMeasurement, MeasurementFactory
@@ -73,12 +74,13 @@ def resolve(
         count = config.scoring_samples
     elif config.measuring == "exact":
         count = affordable_images(graph, groups, rounds=config.rounds)
-    else:
-        count = MOST_IMAGES
+    else:  # every round on other images, as far as there are enough
+        count = min(MOST_IMAGES, max(FEWEST_IMAGES, images // rounds))
     count = min(count, images)
     if config.measuring != "auto":
         return Resolved(rounds, count, config.measuring, None)
-    if loop_macs(graph, groups, images=count, rounds=config.rounds) <= BUDGET_MACS:
+    exact, adaptive = budgets(graph, images=images)
+    if loop_macs(graph, groups, images=count, rounds=config.rounds) <= exact:
         return Resolved(rounds, count, "exact", None)
-    most = affordable_forwards(graph, groups, rounds=config.rounds)
+    most = affordable_forwards(graph, groups, rounds=config.rounds, macs=adaptive)
     return Resolved(rounds, count, "adaptive", most)

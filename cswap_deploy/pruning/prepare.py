@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -68,7 +67,7 @@ class Prepared:
 
     def copy(self) -> Self:
         """One more to use up: preparing takes seconds, a copy does not."""
-        return replace(self.on(copied(self.module)), sizes=copy.deepcopy(self.sizes))
+        return replace(self.on(copied(self.module)), sizes=self.sizes.copy())
 
 
 def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:

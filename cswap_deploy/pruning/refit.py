@@ -25,7 +25,7 @@ MAX_FEATURES = 8192
 """A consumer with more inputs (channels times kernel positions) is not refitted: its normal matrix
 would not fit."""
 MAX_ROWS = 65_536
-"""Positions that a refit uses; more change nothing but the time."""
+"""Positions that a refit uses at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ def refit(
     *,
     ridge: float = 1e-3,
     reconstruct: Collection[str] = (),
+    rows: int = MAX_ROWS,
     tick: Callable[[int], None] | None = None,
 ) -> Refit:
     """Solve layers again so that they give the dense network's outputs from what is left.
@@ -83,6 +84,7 @@ def refit(
         ridge: Strength of the pull towards the dense weights.
         reconstruct: Layers in ``kept`` whose producer is reconstructed too, where that can be done
             (:mod:`pruning.producers`). The layer is refitted before and after.
+        rows: Positions of each layer that are used, at most.
         tick: Called with 1 after each layer.
 
     Source:
@@ -108,7 +110,7 @@ def refit(
             layer = by_node.get(node)
             if layer is None:
                 continue
-            target = _target(pruned, dense, layer, env, dense_env)
+            target = _target(pruned, dense, layer, env, dense_env, rows)
             solve = partial(_solve, pruned, dense, layer, kept[layer], target, ridge)
             done = solve(pruned.value(input_of(node), env))
             if layer in waiting:
@@ -126,7 +128,7 @@ def refit(
     return Refit(tuple(solved), tuple(skipped), tuple(producers))
 
 
-def _target(pruned: Graph, dense: Graph, layer: str, env: Env, dense_env: Env) -> Target:
+def _target(pruned: Graph, dense: Graph, layer: str, env: Env, dense_env: Env, rows: int) -> Target:
     """The dense layer's output, plus what the stream has lost where the layer ends a branch."""
     node = pruned.readers(layer)[0]
     output: Tensor = dense.execute(node, dense_env)
@@ -135,7 +137,7 @@ def _target(pruned: Graph, dense: Graph, layer: str, env: Env, dense_env: Env) -
         lost = dense.value(branch.stream, dense_env) - pruned.value(branch.stream, env)
         output = output + to_layer(dense, branch, lost)
     output = laid_out(output, pruned.layer(layer))
-    where = draw(output.shape, MAX_ROWS)
+    where = draw(output.shape, rows)
     return Target(where, at(output, where))
 
 

@@ -59,7 +59,7 @@ class RoundEffects:
         job = self.job
         how = self._lazily if job.resolved.measuring == "exact" else self._adaptively
         found = how(job.backend.measurements(self.experiment))
-        self.units = sum(len(effects.units) for effects in found)
+        self.units = sum(effects.looked_at for effects in found)
         self._record([effects for effects in found if len(effects.units)])
         return {g.name: self.state.costs(g, job.config.effect) for g in self.goal.groups}
 

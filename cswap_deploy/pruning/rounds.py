@@ -99,7 +99,7 @@ class _Loop:
         choice = best_candidate(
             self.trials, goal.candidates(tried), moments, ridge=ridge, progress=job.progress
         )
-        if last and state.round > 1 and choice.effect is not None and ridge is not None:
+        if last and state.round > 1 and choice.trial is not None and ridge is not None:
             choice = self._or_from_dense(choice, goal, view, ridge)
         kl = self._remove(choice, ridge, last)
         state.rounds.append(
@@ -145,9 +145,9 @@ class _Loop:
             self.trials, goal, view,
             intervention=job.config.intervention, ridge=ridge, progress=job.progress,
         )  # fmt: skip
-        assert choice.effect is not None
-        assert other.effect is not None
-        if less_beyond_chance(choice.effect, other.effect):
+        assert choice.trial is not None
+        assert other.trial is not None
+        if less_beyond_chance(choice.trial.effect, other.trial.effect):
             return choice
         network = job.network
         network.module.load_state_dict(network.dense.module.state_dict())
@@ -159,17 +159,21 @@ class _Loop:
     def _remove(self, choice: Choice, ridge: float | None, last: bool) -> float | None:
         """Mask the units of a candidate and refit; returns its mean effect where it was tried."""
         state, network, progress = self.state, self.job.network, self.job.progress
-        kl = None if choice.effect is None else float(choice.effect.mean())
+        kl, done = choice.effect, choice.trial.refit if choice.trial else None
         if last and ridge is not None and choice.gone:
             state.ridge, kl = best_ridge(
                 self.trials, choice, ridge=ridge, effect=kl, progress=progress
             )
-        remove(network, choice.gone, choice.moments)
+        if choice.trial is not None and not last:  # the last refit is on all images
+            network.module.load_state_dict(choice.trial.module.state_dict())
+        else:
+            remove(network, choice.gone, choice.moments)
+            done = None
         for name, units in choice.gone.items():
             network.sizes.remove(name, units)
             state.removed.setdefault(name, []).extend(units)
         if ridge is not None and choice.gone:
-            done = refit_behind(
+            done = done or refit_behind(
                 network, state.removed, self.trials.images,
                 ridge=state.ridge, progress=progress,
                 # Every round refits all layers anew, so reconstructed producers count at the end.

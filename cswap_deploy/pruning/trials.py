@@ -21,20 +21,23 @@ from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.tasks import OutputEffect
 from cswap_deploy.config import Task
 from cswap_deploy.models.plain import copied
+from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import elements
 from cswap_deploy.network.units import Group
 from cswap_deploy.progress import Phases, Silent
 from cswap_deploy.pruning.prepare import Prepared
-from cswap_deploy.pruning.refit import Refit, refit, solvable
+from cswap_deploy.pruning.refit import MAX_ROWS, Refit, refit, solvable
 
 Units = Mapping[str, Sequence[int]]
 """Group -> units by index."""
 FIRST_RIDGE = 1e-2
 """Where the search for the ridge begins; each round may move it tenfold."""
-_ENOUGH = 512
-"""Images that a candidate is refitted on, where there are more."""
-_CHUNK = 64
-"""Images of one forward pass of an evaluation."""
+_ENOUGH = 256
+"""Images that a candidate is refitted on, and as many that evaluate it, where there are more."""
+_CHUNK = 32
+"""Images of one forward pass of an evaluation, beside their mixtures."""
+_ROWS = 16_384
+"""Positions that the refit of a trial uses: every finalist gets one."""
 _MIXTURES = 2
 """Mixed copies of each image that evaluates, beside the image itself."""
 _MOST_BYTES = 2 << 30
@@ -43,6 +46,17 @@ _FEWEST = 8
 """Images that evaluate, however large their outputs."""
 _MOST_ELEMENTS = 1 << 29
 """The refit holds some activations of all its images at once: at most 2 GiB each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate, removed from a copy of the network."""
+
+    effect: Tensor
+    """(images that evaluate,) float64: divergence from the dense network, in the task's measure."""
+    module: nn.Module
+    """The copy, refitted."""
+    refit: Refit | None
 
 
 @dataclass(frozen=True)
@@ -63,32 +77,48 @@ class Trials:
         """Whether there are images enough to refit on some and evaluate on others."""
         return len(self.images) >= 4
 
-    def effect(self, gone: Units, moments: Mapping[str, Moments], *, ridge: float | None) -> Tensor:
-        """KL divergence from the dense network once a candidate is removed.
+    def screen(self, gone: Units, moments: Mapping[str, Moments]) -> float:
+        """Mean effect of a candidate that is not refitted, on a few images.
+
+        It costs a part of a :meth:`trial`, and tells the candidates that are far behind.
+        """
+        network = self._without(gone, moments)
+        return float(self._judged(network.graph, self._evaluation[:1]).mean())
+
+    def trial(self, gone: Units, moments: Mapping[str, Moments], *, ridge: float | None) -> Trial:
+        """What becomes of the network once a candidate is removed.
 
         Args:
             gone: What the candidate removes.
             moments: Of the consumers' inputs, for the ablation values.
             ridge: Of the refit; ``None``: no refit.
-
-        Returns:
-            (images that evaluate,) float64, in the task's measure: means of an image's own
-            divergence and its mixtures'.
         """
-        trial = self.network.on(copied(self.network.module))
-        remove(trial, gone, moments)
+        network, done = self._without(gone, moments), None
         if ridge is not None:
             removed = {
-                g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())] for g in trial.groups
+                g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())]
+                for g in network.groups
             }
-            refit_behind(trial, removed, self.images[: self._few], ridge=ridge, progress=Silent())
+            done = refit_behind(
+                network, removed, self.images[: self._few],
+                ridge=ridge, rows=_ROWS, progress=Silent(),
+            )  # fmt: skip
+        return Trial(self._judged(network.graph, self._evaluation), network.module, done)
+
+    def _without(self, gone: Units, moments: Mapping[str, Moments]) -> Prepared:
+        network = self.network.on(copied(self.network.module))
+        remove(network, gone, moments)
+        return network
+
+    def _judged(self, graph: Graph, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """(images,) float64: means of an image's own divergence and its mixtures'."""
         effect = OutputEffect(self.task, self.network.dense.measured)
         with torch.inference_mode():
             found = [
-                effect.divergence(trial.graph.run(part)[0].double()[None], wanted)[0]
-                for part, wanted in self._evaluation
+                effect.divergence(graph.run(part)[0].double()[None], wanted)[0]
+                for part, wanted in parts
             ]
-        return torch.cat(found).view(1 + _MIXTURES, -1).mean(0)
+        return torch.cat([each.view(1 + _MIXTURES, -1).mean(0) for each in found])
 
     @property
     def _few(self) -> int:
@@ -98,21 +128,21 @@ class Trials:
 
     @cached_property
     def _evaluation(self) -> list[tuple[Tensor, Tensor]]:
-        """Images that evaluate, in parts, and the dense network's outputs."""
+        """Images that evaluate, with their mixtures, in parts, and the dense network's outputs."""
         row = 8 * sum(output.elements for output in self.network.dense.measured)
         affordable = max(_FEWEST, _MOST_BYTES // (row * (1 + _MIXTURES)))
-        unseen = self.images[self._few :][:affordable]
-        mixed = [lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES)]
+        unseen = self.images[self._few :][: min(_ENOUGH, affordable)]
+        copies = [unseen, *(lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES))]
         chunk = max(1, min(_CHUNK, _MOST_BYTES // (8 * row)))
+        parts = [
+            torch.cat(part) for part in zip(*(torch.split(c, chunk) for c in copies), strict=True)
+        ]
         with torch.inference_mode():
-            return [
-                (part, self.network.dense.run(part)[0].double())
-                for part in torch.split(torch.cat([unseen, *mixed]), chunk)
-            ]
+            return [(part, self.network.dense.run(part)[0].double()) for part in parts]
 
 
 def less_beyond_chance(one: Tensor, other: Tensor) -> bool:
-    """Whether one :meth:`Trials.effect` is less than another of the same N images beyond chance.
+    """Whether one trial's effect is less than another's on the same N images, beyond chance.
 
     That is by more than twice the standard error of the mean difference.
     """
@@ -133,7 +163,8 @@ def remove(network: Prepared, gone: Units, moments: Mapping[str, Moments]) -> No
 
 def refit_behind(
     network: Prepared, removed: Units, images: Tensor,
-    *, ridge: float, producers: bool = False, progress: Phases,
+    *, ridge: float, producers: bool = False, rows: int = MAX_ROWS,
+    progress: Phases,
 ) -> Refit:  # fmt: skip
     """Refit in place every layer whose inputs have changed, in order of execution.
 
@@ -143,6 +174,7 @@ def refit_behind(
         images: (N, C, H, W); as many as fit are used.
         ridge: Of :func:`refit.refit`.
         producers: Whether to reconstruct producers too.
+        rows: Of :func:`refit.refit`.
         progress: Told of each layer.
     """
     graph = network.graph
@@ -161,7 +193,7 @@ def refit_behind(
     done = refit(
         graph, network.dense, kept, images,
         ridge=ridge, reconstruct=lost.keys() & kept.keys() if producers else (),
-        tick=progress.advance,
+        rows=rows, tick=progress.advance,
     )  # fmt: skip
     progress.end()
     return done

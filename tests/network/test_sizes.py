@@ -101,10 +101,12 @@ def test_removing_and_restoring_leaves_the_size(order: Any, data: st.DataObject)
     module, groups = mixed()
     sizes = SizeModel(module, EXAMPLE, groups)
     start = sizes.size()
+    other = sizes.copy()
     for name, unit in order:
         sizes.remove(name, [unit])
     end = sizes.size()
     assert (end == start) == (not order)
+    assert other.size() == start, "a copy has its own counts"
     for name, unit in data.draw(st.permutations(order)):
         sizes.restore(name, [unit])
     assert sizes.size() == start

@@ -23,7 +23,13 @@ from cswap_deploy.data.sampling import balanced_order
 from cswap_deploy.network.units import consumers
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.allocation import Goal, Limits, Ranking, Removal, Values
-from cswap_deploy.pruning.candidates import Choice, best_ridge, proposals, rankings
+from cswap_deploy.pruning.candidates import (
+    Choice,
+    best_candidate,
+    best_ridge,
+    proposals,
+    rankings,
+)
 from cswap_deploy.pruning.importance import View
 from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.pruning.prune import Pruned, prune
@@ -298,6 +304,34 @@ def test_whole_pruning_without_a_gradient(make: Any) -> None:
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
+# --- screening ---------------------------------------------------------------------------------
+
+
+def test_only_the_best_of_the_screened_candidates_are_refitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = ready(small_cnn)
+    moments = input_moments(
+        prepared.graph, consumers(prepared.groups), IMAGES, intervention="predicted", chunk=64
+    )
+    sets = {str(n): {g.name: list(range(n)) for g in prepared.groups} for n in (3, 1, 2)}
+    tried = []
+
+    def trial(self: Trials, gone: Removal, *args: Any, **settings: Any) -> Any:
+        tried.append(gone)
+        return whole(self, gone, *args, **settings)
+
+    whole = Trials.trial
+    monkeypatch.setattr(Trials, "trial", trial)
+    trials = Trials(prepared, {}, IMAGES)
+    choice = best_candidate(trials, sets, moments, ridge=1e-2, progress=Silent())
+    assert tried == [sets["1"], sets["2"]]
+    assert choice.name == "1"
+    tried.clear()  # without ablation values nothing but the refit makes up for what is gone
+    best_candidate(trials, sets, {}, ridge=1e-2, progress=Silent())
+    assert tried == list(sets.values())
+
+
 # --- the ridge -----------------------------------------------------------------------------------
 
 
@@ -310,10 +344,10 @@ def test_ridge_is_better_than_its_neighbours(begin: float) -> None:
     ridge, kl = best_ridge(
         trials, Choice("by hand", units, {}, None), ridge=begin, effect=None, progress=Silent()
     )
-    assert kl == float(trials.effect(units, {}, ridge=ridge).mean())
+    assert kl == float(trials.trial(units, {}, ridge=ridge).effect.mean())
     for neighbour in (ridge / 10, ridge * 10):
         if 0.9e-4 <= neighbour <= 1.1:
-            assert kl <= float(trials.effect(units, {}, ridge=neighbour).mean())
+            assert kl <= float(trials.trial(units, {}, ridge=neighbour).effect.mean())
 
 
 # --- from the dense network ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ def test_a_trial_has_the_task_s_effect(task: Task) -> None:
     """Zero intervention, no refit: the same as zeroing weights and running both networks."""
     module = small_tasks.maps()
     network = prepare(module, IMAGES, PruneConfig(ratio=0.3))
-    effect = Trials(network, {}, IMAGES, task).effect({"conv1": [3, 5]}, {}, ridge=None)
+    effect = Trials(network, {}, IMAGES, task).trial({"conv1": [3, 5]}, {}, ridge=None).effect
     masked = copy.deepcopy(module)
     with torch.no_grad():
         masked.conv2.weight[:, [3, 5]] = 0.0
@@ -47,5 +47,5 @@ def test_a_trial_has_the_task_s_effect(task: Task) -> None:
 def test_large_outputs_are_tried_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     network = prepare(small_tasks.maps(), IMAGES, PruneConfig(ratio=0.3))
     monkeypatch.setattr(trials, "_MOST_BYTES", 1)
-    effect = Trials(network, {}, IMAGES, "dense").effect({"conv1": [3]}, {}, ridge=None)
+    effect = Trials(network, {}, IMAGES, "dense").trial({"conv1": [3]}, {}, ridge=None).effect
     assert len(effect) == 8
