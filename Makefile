@@ -11,7 +11,6 @@
 #          TORCH_INDEX=URL         one more package index, for example PyTorch's own with CPU builds
 #          EXTRAS=gpu,test,dev     other extras than the default (cpu and gpu exclude each other)
 #          PIP_OPTIONS=...         anything else for `pip install`
-#          WORKERS=8               processes that run tests, 1.5 GiB each
 #          PYTEST_OPTIONS=...      anything else for `pytest`
 
 VENV := .venv
@@ -20,8 +19,6 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= cpu,trt-rtx,lite,test,dev
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
-# One more than there are cores: tests of commands wait for other processes.
-WORKERS ?= $(shell $(BIN)/python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 BENCHMARKS = $(sort $(wildcard benchmarks/bench_*.py))
 
 export ORT_DISABLE_TELEMETRY = 1
@@ -39,7 +36,8 @@ demo: $(STAMP)
 		echo "  $(CURDIR)/demo-bundles/$$model/report.html"; done
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+		$(PYTEST_OPTIONS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

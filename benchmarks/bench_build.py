@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -156,8 +156,8 @@ def main() -> None:
     if args.quick:
         args.models, args.against = ["demo-resnet"], None
     results = []
-    with tree_of(args.against or "HEAD") as other:
-        versions = {"here": ROOT} | ({args.against: other} if args.against else {})
+    with tree_of(args.against) if args.against else nullcontext() as other:
+        versions = {"here": ROOT} | ({args.against: other} if other else {})
         for name in args.models:
             for seed in range(args.seeds):
                 for version, tree in versions.items():

@@ -68,8 +68,8 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
 
     timm starts residual branches at or near nothing (a last batch norm of zero, a layer scale of
     1e-6) and every batch norm as the identity. Here scales are near one, statistics are those of
-    the images, shaken so that each channel has its own. What a parametrisation computes
-    is left alone, and so is a network that is not in float32.
+    the images, shaken so that each channel has its own. What a parametrisation computes is left
+    alone, and so is a network that is not in float32.
     """
     g = torch.Generator().manual_seed(5)
     owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
@@ -79,8 +79,9 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
                 _enliven(name, parameter, owners[id(parameter)], g)
     module.eval()
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    seen: set[nn.Module] = set()
     hooks = [
-        norm.register_forward_pre_hook(partial(_settle, seen=set(), g=g))
+        norm.register_forward_pre_hook(partial(_settle, seen=seen, g=g))
         for norm in norms
         if norm.track_running_stats
     ]
@@ -93,16 +94,17 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _settle(
-    norm: nn.modules.batchnorm._NormBase, args: tuple[Tensor], *, seen: set[int], g: torch.Generator
-) -> None:
+    norm: nn.modules.batchnorm._NormBase, args: tuple[Tensor], *, seen: set[nn.Module],
+    g: torch.Generator,
+) -> None:  # fmt: skip
     """Take a norm's statistics from its first input, and shake them.
 
     In the order of execution, so that a later norm has those of what is shaken already: else the
     shifts grow from layer to layer, gates saturate, and rounding alone changes the outputs.
     """
-    if id(norm) in seen:
+    if norm in seen:
         return
-    seen.add(id(norm))
+    seen.add(norm)
     (x,) = args
     var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
     # A channel that is nearly constant on these images must not explode on others.

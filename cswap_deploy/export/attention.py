@@ -16,7 +16,7 @@ class FourDimensions(TorchFunctionMode):
     """Within it, ``scaled_dot_product_attention`` sees (N, heads, tokens, width) alone.
 
     It takes (N, tokens, width) and (N, heads, windows, tokens, width) as well, which
-    ``torch.onnx.export`` refuses. What lies between images and tokens become heads.
+    ``torch.onnx.export`` refuses. What lies between images and tokens becomes heads.
     """
 
     def __torch_function__(

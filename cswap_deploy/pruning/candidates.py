@@ -75,10 +75,9 @@ def best_candidate(
         name = next(iter(candidates))
         return Choice(name, candidates[name], moments, None)
     finalists = list(candidates)
-    # What is not folded into other weights is far worse before the refit than after it.
-    screened = count > _FINALISTS and bool(moments)
     progress.begin(f"trying {count} candidate{'s' if count > 1 else ''}", count)
-    if screened:
+    # What is not folded into other weights is far worse before the refit than after it.
+    if count > _FINALISTS and moments:
         values = {name: trials.screen(gone, moments) for name, gone in candidates.items()}
         finalists = sorted(values, key=lambda name: values[name])[:_FINALISTS]
         progress.advance(count - _FINALISTS)

@@ -159,16 +159,16 @@ class _Loop:
     def _remove(self, choice: Choice, ridge: float | None, last: bool) -> float | None:
         """Mask the units of a candidate and refit; returns its mean effect where it was tried."""
         state, network, progress = self.state, self.job.network, self.job.progress
-        kl, done = choice.effect, choice.trial.refit if choice.trial else None
+        kl, done = choice.effect, None
         if last and ridge is not None and choice.gone:
             state.ridge, kl = best_ridge(
                 self.trials, choice, ridge=ridge, effect=kl, progress=progress
             )
         if choice.trial is not None and not last:  # the last refit is on all images
             network.module.load_state_dict(choice.trial.module.state_dict())
+            done = choice.trial.refit
         else:
             remove(network, choice.gone, choice.moments)
-            done = None
         for name, units in choice.gone.items():
             network.sizes.remove(name, units)
             state.removed.setdefault(name, []).extend(units)
