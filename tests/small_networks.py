@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,15 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.memory import Budget
+from cswap_deploy.config import Task
 from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.units import Group
+from cswap_deploy.network.walk import every
+from cswap_deploy.pruning.refit import Refit, refit, solvable
+from cswap_deploy.pruning.targets import Targets
+from cswap_deploy.pruning.trials import Ground
 
 CLASSES = 5
 
@@ -182,3 +188,21 @@ def measure_group(
     experiment = Experiment(graph, images, labels, moments, Budget(1 << 30, variant_bytes))
     (found,) = LocalMeasurement(experiment).effects({group: units}, tick=tick)
     return found
+
+
+def targets_of(dense: Graph, images: Tensor, *, rows: int = 65_536, size: int = 64) -> Targets:
+    """Of all layers of a network that can be refitted."""
+    batches = every(images, size, dense.device)
+    return Targets(dense, solvable(dense), batches, rows, 1 << 30)
+
+
+def refitted(
+    pruned: Graph, dense: Graph, kept: Mapping[str, Tensor], images: Tensor, **settings: Any
+) -> Refit:
+    """Refit layers of a network in place."""
+    return refit(pruned, targets_of(dense, images), kept, most_bytes=1 << 30, **settings)
+
+
+def ground_of(dense: Graph, images: Tensor, task: Task = "classify") -> Ground:
+    """What candidates are tried on, with all images in their order."""
+    return Ground(dense, every(images, 64, dense.device), 1 << 30, task)

@@ -158,21 +158,23 @@ class _Reader:
         self._values = stack(values)
 
     def residuals(self, x: Tensor, images: int) -> Tensor:
-        """(N, ...) input -> (N, positions, U * b): ``a_B - A a - c`` of every unit."""
+        """(N, ...) input -> (N, positions, I): ``a_B - A a - c`` of every unit, zero elsewhere."""
         rows = self._rows(x, images)
-        found = rows[..., self._values.index.flatten()]
-        if self._values.weights is not None:
-            found = found - rows @ self._values.weights.T
-        if self._values.constant is not None:
-            found = found - self._values.constant
-        return found
+        values, index = self._values, self._values.index.flatten()
+        found = rows[..., index]
+        if values.weights is not None:
+            found = found - rows @ values.weights.T
+        if values.constant is not None:
+            found = found - values.constant
+        whole = torch.zeros_like(rows)
+        whole[..., index] = found
+        return whole
 
     def changes(self, gradient: Tensor, residuals: Tensor) -> Tensor:
         """(U, N): the derivative along ``gradient``, that of the input, of each unit's change."""
         index = self._values.index
-        rows = self._rows(gradient, len(residuals))[..., index.flatten()]
-        each = torch.einsum("npu,npu->un", rows, residuals).double()
-        return -each.view(*index.shape, -1).sum(1)
+        each = (self._rows(gradient, len(residuals)) * residuals).sum(1).double()
+        return -each[:, index.flatten()].T.reshape(*index.shape, -1).sum(1)
 
     def _rows(self, x: Tensor, images: int) -> Tensor:
         """(N, positions, I)."""

@@ -30,6 +30,7 @@ from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.moments import CentredMoments
 from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import shift_output
+from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import some_of
 from cswap_deploy.network.units import (
     Consumer,
@@ -168,7 +169,7 @@ def input_moments(
     joint = {layer for layer in layer_of.values() if predicted and _joint(graph.layer(layer))}
     with torch.no_grad():
         for part in torch.split(images, chunk):
-            for node, env in graph.step(part):
+            for node, env in graph.step(placed(part, graph.device)):
                 layer = layer_of.get(node)
                 if layer is None:
                     continue

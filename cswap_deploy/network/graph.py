@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -29,11 +29,13 @@ from cswap_deploy.network.nodes import (
     CONSUMING,
     ancestors,
     batch_dim,
+    bytes_of,
     elements,
     memory_format_of,
     size_at,
 )
 from cswap_deploy.network.outputs import Output, measured_outputs
+from cswap_deploy.network.placing import device_of
 from cswap_deploy.network.units import Consumer
 from cswap_deploy.progress import captured
 
@@ -129,6 +131,22 @@ class Graph:
         """A convolution or linear layer."""
         return cast(Consumer, self.module.get_submodule(name))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return device_of(self.module)
+
+    @cached_property
+    def alive(self) -> list[int]:
+        """Bytes of the values of one image that are alive before each node runs."""
+        found, alive = [], bytes_of(self.input)
+        values = {self.input, *self.nodes} - self._kept
+        for node in self.nodes:
+            found.append(alive)
+            dead = [source for source in self._last_use.get(node, ()) if source in values]
+            alive += bytes_of(node) - sum(map(bytes_of, dead))
+        return found
+
     def owner(self, node: fx.Node) -> nn.Module:
         """The module whose parameter or buffer a placeholder is."""
         return self.module.get_submodule(self.names[node].rpartition(".")[0])
@@ -198,10 +216,19 @@ class Graph:
 
         The values of ``keep`` stay in the environment after their last use.
         """
-        env: Env = {self.input: images}
-        for node in self.nodes:
+        yield from self.resume({self.input: images}, 0, len(images), keep=keep)
+
+    def resume(
+        self, env: Env, first: int, images: int, *, keep: Collection[fx.Node] = ()
+    ) -> Iterator[tuple[fx.Node, Env]]:
+        """As :meth:`step`, from the node at position ``first`` on, whose values ``env`` has.
+
+        ``env`` is changed. A node whose value is put there meanwhile is not executed.
+        """
+        for node in self.nodes[first:]:
             yield node, env
-            env[node] = self.execute(node, env, batch=len(images))
+            if node not in env:
+                env[node] = self.execute(node, env, batch=images)
             for dead in self._last_use.get(node, ()):
                 if dead not in keep and dead not in self._kept:
                     env.pop(dead, None)

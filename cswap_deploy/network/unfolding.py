@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from cswap_deploy.network.placing import placed
 from cswap_deploy.network.units import Consumer
+
+_DRAWN_AT_ONCE = 256
+"""Images: numbers for all positions of all images would not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,11 @@ class Positions:
     def __getitem__(self, part: slice | Tensor) -> Positions:
         return Positions(self.image[part], self.row[part], self.column[part])
 
+    def on(self, device: torch.device, *, first: int = 0) -> Positions:
+        """On a device, with images counted from ``first`` on."""
+        image = self.image - first
+        return Positions(*(placed(v, device) for v in (image, self.row, self.column)))
+
 
 def window_of(node: fx.Node, layer: Consumer) -> Window:
     """The window of a convolution or linear node; a linear layer reads one position."""
@@ -72,22 +81,31 @@ def window_of(node: fx.Node, layer: Consumer) -> Window:
     return Window(*((int(v[0]), int(v[-1])) for v in (layer.kernel_size, *settings)))
 
 
-def laid_out(x: Tensor, layer: Consumer) -> Tensor:
-    """A layer's input or output as (N, H, W, C), contiguous; a linear layer's has W = 1."""
+def laid_out(x: Tensor, layer: Consumer, *, batch: int = 0) -> Tensor:
+    """A layer's input or output as (N, H, W, C), contiguous; a linear layer's has W = 1.
+
+    ``batch`` is the dimension that grows with the images.
+    """
     if isinstance(layer, nn.Linear):
+        x = x.movedim(batch, 0)
         return x.reshape(len(x), -1, 1, x.shape[-1])
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def draw(shape: torch.Size, most: int, *, seed: int = 0) -> Positions:
-    """Positions of a value (N, H, W, C): all, or as many in each image as come to ``most``."""
+def draw(shape: Sequence[int], most: int, *, seed: int = 0) -> Positions:
+    """Positions of a value (N, H, W, ...): all, or as many in each image as come to ``most``.
+
+    They are drawn in the host's memory: the same ones on every device.
+    """
     images, height, width = shape[:3]
     each = min(height * width, max(1, most // images))
     if each == height * width:
         place = torch.arange(each).repeat(images, 1)
     else:
         generator = torch.Generator().manual_seed(seed)
-        place = torch.rand(images, height * width, generator=generator).topk(each).indices
+        counts = [_DRAWN_AT_ONCE] * (images // _DRAWN_AT_ONCE) + [images % _DRAWN_AT_ONCE]
+        drawn = (torch.rand(count, height * width, generator=generator) for count in counts)
+        place = torch.cat([part.topk(each).indices for part in drawn])
     image = torch.arange(images).repeat_interleave(each)
     return Positions(image, place.flatten() // width, place.flatten() % width)
 
@@ -140,6 +158,7 @@ def unfold(
 
 def _taps(row: Tensor, column: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """(...) -> (..., T) each: what every tap reads, counted from the start of the padding."""
-    a = torch.arange(window.kernel[0]).repeat_interleave(window.kernel[1]) * window.dilation[0]
-    b = torch.arange(window.kernel[1]).repeat(window.kernel[0]) * window.dilation[1]
+    high, wide = (torch.arange(k, device=row.device) for k in window.kernel)
+    a = high.repeat_interleave(len(wide)) * window.dilation[0]
+    b = wide.repeat(len(high)) * window.dilation[1]
     return row[..., None] * window.stride[0] + a, column[..., None] * window.stride[1] + b

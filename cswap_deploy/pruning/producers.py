@@ -1,27 +1,31 @@
-"""Producer reconstruction: new weights for the units that stay, one unit at a time.
+"""Producer reconstruction: new weights for the units that stay, all of one layer together.
 
 A layer that reads fewer units can only mix what they carry. The units themselves can carry more:
 let ``h_c = psi(w_c x)`` be a unit, psi what lies between its producer and its consumer (batch norm,
 activation), W_c the consumer's weights for it, and E what the consumer's output still lacks. To
-first order in a change d of w_c
+first order in changes d_c of the w_c
 
-    E - W_c * (psi'(w_c x) . d x)
+    E - sum_c W_c * (psi'(w_c x) . d_c x)
 
-which is linear in d, so the best d is a ridge solution. W_c maps the taps of a kernel to outputs;
-only its strongest directions are kept. Then the next unit is solved for on what is left, and at
-last the consumer is refitted. A step is taken only if it also lessens what is lacking on images
-that were held out. Nothing is differentiated but psi, numerically, at one point; no step follows a
-gradient.
+which is linear in all d_c: a damped least-squares problem (one step of Gauss-Newton). Its normal
+matrix has as many rows as the layer has weights, so it is not formed: conjugate gradients solve it
+from products with what the layer reads, preconditioned with the covariance of that. They stop where
+what is lacking on held-out images grows, and a step is taken, whole or in part, only if it really
+lessens it there. At last the consumer is refitted. Nothing is differentiated but psi, numerically,
+at one point; nothing is trained.
 
-Source: least squares for one unit of a hidden layer at a time is backfitting, as in projection
-pursuit regression: Friedman & Stuetzle, J. Am. Stat. Assoc. 76 (1981).
+Source: damped least squares: Levenberg, Q. Appl. Math. 2 (1944). Conjugate gradients for it, and
+early stopping as regularisation: Hanke, "Conjugate Gradient Type Methods for Ill-Posed Problems"
+(1995). The preconditioner treats slopes and inputs as independent: Martens & Grosse 2015,
+"Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (arXiv:1503.05671),
+section 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,19 +33,25 @@ from torch import Tensor, fx, nn
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import needs_bias, scale_and_shift, shift_output
-from cswap_deploy.network.unfolding import Positions, laid_out, some_of, unfold, window_of
+from cswap_deploy.network.placing import placed
+from cswap_deploy.network.unfolding import Positions, Window, laid_out, some_of, unfold, window_of
 from cswap_deploy.network.units import depthwise
 
 MAX_FEATURES = 1152
-"""A producer whose units read more than this is left as it is: one unit would take seconds."""
+"""A producer whose units read more than this is left as it is: the covariance of what they read
+would be known from too few rows."""
 RIDGE = 0.3
-"""Ridge of a unit's change, as a fraction of the mean variance of what it reads. A tenth of it
-follows the calibration images too closely, three times as much gains little (benchmarks/LOG.md)."""
+"""Ridge of a unit's change, as a fraction of the mean variance of what it reads, times how far the
+consumer's output moves with it. A third and three times as much are equal (benchmarks/LOG.md)."""
+ITERATIONS = 10
+"""Of conjugate gradients. Half as many cost quality, three times as many gain little."""
 _ROWS = 16_384
 _MOST_BYTES = 256 << 20
 """Memory for the unfolded rows of one layer."""
-DIRECTIONS = 2
-"""Singular vectors of a kernel's taps; more cost time and gain nothing."""
+_STEPS = 1.0, 0.5, 0.25
+"""Parts of the change that are tried."""
+_CONSTANT = 1e-6
+"""Ridge of the constants, which only keeps the problem solvable."""
 HELD_OUT = 0.2
 """Part of the images that no change is solved for on."""
 _ROUNDING = 1e-10
@@ -63,14 +73,6 @@ class Chain:
     """Between the two, in order."""
     consumer: fx.Node
     consumer_layer: str
-
-    def run(self, graph: Graph, x: Tensor) -> Tensor:
-        """The consumer's input, from the producer's."""
-        env: dict[fx.Node, Any] = {input_of(self.producer): x}
-        for node in (self.producer, *self.path):
-            env[node] = graph.execute(node, env)
-        found: Tensor = env[input_of(self.consumer)]
-        return found
 
 
 def _one_for_one(layer: nn.Module) -> bool:
@@ -101,159 +103,330 @@ def find_chains(graph: Graph, consumers: Iterable[str]) -> list[Chain]:
     return found
 
 
+Solve = Callable[[Tensor], Tensor]
+"""(k, F) -> (k, F)."""
+
+
+class Linear(Protocol):
+    """What the k units of a producer read at some rows, as a linear map of their weights."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """(k, F) weights -> (n, k) what they give at all rows."""
+
+    def adjoint(self, given: Tensor) -> Tensor:
+        """(n, k) -> (k, F), over the first n rows."""
+
+    def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
+        """What solves with the damped covariance of the first rows, and their mean variance.
+
+        The damping is a part of that variance, which is () or (k,).
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What a layer should give at some positions of its output."""
+class SharedInputs:
+    """All units read the same: (n, F)."""
 
-    where: Positions
-    """R positions, images ascending."""
     values: Tensor
-    """(R, O)."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """See :class:`Linear`."""
+        return self.values @ weight.T
+
+    def adjoint(self, given: Tensor) -> Tensor:
+        """See :class:`Linear`."""
+        return given.T @ self.values[: len(given)]
+
+    def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
+        """See :class:`Linear`."""
+        some = self.values[: rows : max(1, rows // _ROWS)]
+        some = some - some.mean(0)
+        covariance = (some.T @ some).double() / len(some)
+        variance = covariance.diagonal().mean().clamp_min(1e-20)
+        covariance.diagonal().add_(ridge * variance)
+        factor = torch.linalg.cholesky(covariance)
+        return lambda g: torch.cholesky_solve(g.T.double(), factor).T.float(), variance.float()
 
 
-def reconstruct_producer(
-    graph: Graph, chain: Chain, x: Tensor, target: Target, *, units: Tensor,
-    inputs: Tensor | None = None,
-) -> bool:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class OwnInputs:
+    """Each unit reads an input of its own: (F, n, k)."""
+
+    values: Tensor
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """See :class:`Linear`."""
+        found = self.values[0] * weight[:, 0]
+        for tap, values in enumerate(self.values[1:], 1):
+            found.addcmul_(values, weight[:, tap])
+        return found
+
+    def adjoint(self, given: Tensor) -> Tensor:
+        """See :class:`Linear`."""
+        return torch.stack([(v[: len(given)] * given).sum(0) for v in self.values], 1)
+
+    def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
+        """See :class:`Linear`."""
+        some = self.values[:, : rows : max(1, rows // _ROWS)].permute(2, 0, 1)
+        some = some - some.mean(2, keepdim=True)
+        covariance = (some @ some.mT).double() / some.shape[2]
+        variance = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
+        covariance.diagonal(dim1=1, dim2=2).add_(ridge * variance[:, None])
+        factor = torch.linalg.cholesky(covariance)
+        return (
+            lambda g: torch.cholesky_solve(g[..., None].double(), factor)[..., 0].float(),
+            variance.float(),
+        )
+
+
+@dataclass(slots=True)
+class Reads:
+    """What the units of a producer read, at some rows and the S taps of what reads them."""
+
+    rows: Tensor
+    """(r,) which of the consumer's positions, ascending."""
+    units: Tensor
+    """(k,) the outputs of the producer that are left."""
+    columns: Tensor | slice
+    """The inputs of the producer that are left."""
+    own: bool
+    """Whether each unit reads an input of its own."""
+    layer: nn.Conv2d | nn.Linear
+    window: Window
+    through: Window
+    """Of the consumer."""
+    solve_on: int
+    """How many of the rows are solved for; the others, of the last images, are held out."""
+    values: Tensor
+    """(r * S, F), or (F, r * S, k) where each unit reads its own."""
+    exists: Tensor
+    """(r, S) 1 or 0: outside the picture the consumer reads its own padding."""
+
+    @classmethod
+    def of(
+        cls, graph: Graph, chain: Chain, where: Positions, units: Tensor, inputs: Tensor | None
+    ) -> Reads | None:
+        """Room for what a chain's producer reads; ``None`` where that is too much.
+
+        Args:
+            graph: Over the network to change.
+            chain: From the layer to change to the layer that reads it.
+            where: Positions of the latter, by item.
+            units: (k,) the outputs of the producer that are left.
+            inputs: Those of the producer that are left; all unless given.
+        """
+        layer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
+        own, device = depthwise(layer), graph.device
+        units = placed(units, device)
+        whole = inputs is None or own
+        columns: Tensor | slice = slice(None) if inputs is None or own else placed(inputs, device)
+        window, through = window_of(chain.producer, layer), window_of(chain.consumer, consumer)
+        reads = 1 if own else layer.weight.shape[1] if whole or inputs is None else len(inputs)
+        features = window.taps * reads
+        if features > MAX_FEATURES:
+            return None
+        each = through.taps * features * (len(units) if own else 1)
+        rows = some_of(len(where), max(1, min(_ROWS, _MOST_BYTES // (4 * each))))
+        count = len(rows) * through.taps
+        shape = (window.taps, count, len(units)) if own else (count, features)
+        return cls(
+            rows, units, columns, own, layer, window, through,
+            _to_solve_on(where.image[rows]),
+            layer.weight.new_empty(shape), layer.weight.new_empty(len(rows), through.taps),
+        )  # fmt: skip
+
+    def take(self, x: Tensor, part: slice, where: Positions) -> None:
+        """Note what is read on some images.
+
+        Args:
+            x: The producer's input there.
+            part: Which of the consumer's positions lie there.
+            where: Those positions, counted from the first of the images.
+        """
+        begin, end = torch.searchsorted(self.rows, torch.tensor([part.start, part.stop])).tolist()
+        mine = placed(self.rows[begin:end] - part.start, x.device)
+        x = laid_out(x, self.layer)[..., self.units if self.own else self.columns]
+        values, exists = unfold(x, where[mine], self.window, through=self.through)
+        self.exists[begin:end] = exists.to(self.exists.dtype)
+        taps = self.through.taps
+        at = slice(begin * taps, end * taps)
+        if self.own:
+            self.values[:, at] = values.flatten(0, 1).movedim(1, 0)
+        else:
+            self.values[at] = values.flatten(2).flatten(0, 1)
+
+    @property
+    def linear(self) -> Linear:
+        """The same as a map of weights."""
+        return OwnInputs(self.values) if self.own else SharedInputs(self.values)
+
+
+def reconstruct_producer(graph: Graph, chain: Chain, reads: Reads, wanted: Tensor) -> bool:
     """Give each remaining unit new weights, in place; returns whether anything was changed.
 
     Args:
         graph: Over the network to change.
         chain: From the layer to change to the layer that reads it, which has been refitted.
-        x: The producer's input, for all images.
-        target: Of the consumer; constants do not count.
-        units: (k,) the outputs of the producer that are left.
-        inputs: Those of the producer that are left; all unless given.
+        reads: What the former reads.
+        wanted: (R, O), of the latter at all its positions; constants do not count.
     """
     producer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
-    own = depthwise(producer)  # each unit reads an input of its own
-    columns = slice(None) if inputs is None or own else inputs
-    x = laid_out(x, producer)[..., columns]
-    window, through = window_of(chain.producer, producer), window_of(chain.consumer, consumer)
-    features = window.taps * (1 if own else x.shape[-1])
-    if features > MAX_FEATURES:
-        return False
-    rows = some_of(len(target.where), min(_ROWS, _MOST_BYTES // (4 * through.taps * features)))
-    where = target.where[rows]
-
-    def unfolded(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, exists = unfold(x, where, window, through=through)
-        return values.flatten(2), exists
-
-    same, exists = unfolded(x[..., :1] if own else x)
-    places = units.tolist()
-    weight = producer.weight.detach()[units][:, columns].movedim(1, -1)
-    shape, weight = weight.shape, weight.flatten(1)
-    read = consumer.weight.detach()[:, units]
-    work = _Reconstruction(
-        (lambda k: unfolded(x[..., places[k], None])[0]) if own else (lambda _: same),
-        exists.float(), _pointwise(graph, chain, units),
-        read.reshape(*read.shape[:2], -1).permute(1, 2, 0),
-    )  # fmt: skip
-    if own:
-        z = torch.stack([work.reads(k) @ w for k, w in enumerate(weight)], -1)
-    else:
-        z = same @ weight.T
-    z = z + (0.0 if producer.bias is None else producer.bias.detach()[units])
-    shift = work.solve(weight, z, target.values[rows], _to_solve_on(where.image))
-    if shift is None:
-        return False
+    units, columns = reads.units, slice(None) if reads.own else reads.columns
     now = producer.weight.detach()[units]
-    now[:, columns] = weight.view(shape).movedim(-1, 1)
+    part = now[:, columns].movedim(1, -1)
+    weight = part.flatten(1)
+    read = consumer.weight.detach()[:, units]
+    z = reads.linear(weight)
+    if producer.bias is not None:
+        z += producer.bias.detach()[units]
+    work = _Reconstruction(
+        reads.linear, reads.exists, _pointwise(graph, chain, units),
+        read.reshape(*read.shape[:2], -1).permute(2, 1, 0), reads.solve_on,
+    )  # fmt: skip
+    rows = placed(reads.rows, wanted.device)
+    change = work.change(z.view(*reads.exists.shape, -1), wanted[rows])
+    if change is None:
+        return False
+    now[:, columns] = (weight + change.weight).view(part.shape).movedim(-1, 1)
     producer.weight[units] = now
-    by = torch.zeros(producer.weight.shape[0])
-    by[units] = shift
+    by = producer.weight.new_zeros(len(producer.weight))
+    by[units] = change.constant
     shift_output(graph, chain.producer_layer, by)
     return True
 
 
-_Psi = Callable[[Tensor, int | slice], Tensor]
-"""(..., k) of some units, or (...) of one, to what their consumer reads."""
+_Psi = Callable[[Tensor], Tensor]
+"""(..., k) of all units to what their consumer reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of k units."""
+
+    weight: Tensor
+    """(k, F)."""
+    constant: Tensor
+    """(k,)."""
+
+    def times(self, factor: float | Tensor) -> Change:
+        """All of it scaled."""
+        return Change(factor * self.weight, factor * self.constant)
+
+    def plus(self, other: Change) -> Change:
+        """Both together."""
+        return Change(self.weight + other.weight, self.constant + other.constant)
+
+    def dot(self, other: Change) -> Tensor:
+        """The product of all of their numbers, summed."""
+        return (self.weight * other.weight).sum() + (self.constant * other.constant).sum()
 
 
 @dataclass(frozen=True, slots=True)
 class _Reconstruction:
-    """The units of one producer, at R rows and the S taps of what reads them."""
+    """The units of one producer, at r rows and the S taps of what reads them."""
 
-    reads: Callable[[int], Tensor]
-    """Unit -> (R, S, F)."""
+    reads: Linear
     exists: Tensor
-    """(R, S) 1 or 0: outside the picture the consumer reads its own padding."""
+    """(r, S)."""
     psi: _Psi
     read: Tensor
-    """(k, S, O), the consumer's weights."""
+    """(S, k, O), the consumer's weights."""
+    solve_on: int
+    """The first rows; the others are held out."""
 
-    def solve(self, weight: Tensor, z: Tensor, wanted: Tensor, solve_on: int) -> Tensor | None:
-        """Change the weights where that helps, in place.
+    def change(self, z: Tensor, wanted: Tensor) -> Change | None:
+        """What to add to the units' weights and constants; ``None`` where nothing helps.
 
         Args:
-            weight: (k, F), of the units.
-            z: (R, S, k), what they give; changed too.
-            wanted: (R, O), of the consumer.
-            solve_on: How many of the rows are solved for; the others are held out.
-
-        Returns:
-            (k,) what is added to each unit's constant; ``None`` where nothing was changed.
+            z: (r, S, k), what the units give.
+            wanted: (r, O), of the consumer.
         """
-        h = self.psi(z, slice(None)) * self.exists[..., None]
-        lacking = wanted - torch.einsum("rsk,ksO->rO", h, self.read)
+        lacking = wanted - self._out(z)
         if _power(lacking) <= _ROUNDING * _power(wanted):
             return None
-        shift = torch.zeros(len(weight))
-        changed = False
-        for k in range(len(weight)):
-            reads = self.reads(k)
-            slope = _slope(self.psi, z[:solve_on, :, k], k) * self.exists[:solve_on]
-            change = best_change(reads[:solve_on], slope, self.read[k], lacking[:solve_on])
-            if change is None:
-                continue
-            new = z[..., k] + reads @ change[:-1] + change[-1]
-            out = self.psi(new, k) * self.exists
-            rest = lacking - (out - h[..., k]) @ self.read[k]
-            if _power(rest[solve_on:]) < _power(lacking[solve_on:]):
-                lacking, z[..., k], h[..., k] = rest, new, out
-                weight[k] += change[:-1]
-                shift[k] = change[-1]
-                changed = True
-        return shift if changed else None
+        change = best_change(self.reads, self._slope(z), self.read, lacking, self.solve_on)
+        if change is None:
+            return None
+        moved = (self.reads(change.weight) + change.constant).view(z.shape)
+        held = slice(self.solve_on, None)
+        least, best = _power(lacking[held]), None
+        for part in _STEPS:
+            rest = _power((wanted - self._out(z + part * moved))[held])
+            if rest < least:
+                least, best = rest, part
+        return None if best is None else change.times(best)
+
+    def _out(self, z: Tensor) -> Tensor:
+        """(r, O), what the consumer makes of it, without its constant."""
+        h = self.psi(z) * self.exists[..., None]
+        return h.flatten(1) @ self.read.flatten(0, 1)
+
+    def _slope(self, z: Tensor) -> Tensor:
+        """(r, S, k), psi' at z, by a difference; zero where the consumer reads its padding."""
+        reach = (1e-3 * z.std((0, 1))).clamp_min(1e-6)
+        rise = (self.psi(z + reach) - self.psi(z - reach)) / (2 * reach)
+        return rise * self.exists[..., None]
 
 
-def best_change(reads: Tensor, slope: Tensor, read: Tensor, lacking: Tensor) -> Tensor | None:
-    """What to add to a unit's weights and constant.
+def best_change(
+    reads: Linear, slope: Tensor, read: Tensor, lacking: Tensor, solve_on: int
+) -> Change | None:
+    """The change of all units' weights and constants that explains what is lacking.
 
     Args:
-        reads: (R, S, F), what the unit reads for each of the S taps that read it.
-        slope: (R, S), psi' there.
-        read: (S, O), the consumer's weights.
-        lacking: (R, O).
+        reads: What the units read, at r rows and S taps.
+        slope: (r, S, k), psi' there.
+        read: (S, k, O), the consumer's weights.
+        lacking: (r, O); its mean does not count, as the consumer's constant is refitted later.
+        solve_on: How many rows are solved for; on the others it must not grow.
 
     Returns:
-        (F + 1,), or ``None`` where the unit can do nothing.
+        ``None`` where no change lessens what is lacking on the rows that are held out.
     """
-    left, sizes, right = torch.linalg.svd(read, full_matrices=False)
-    few = min(DIRECTIONS, len(sizes))
-    if sizes[0] == 0 or not slope.any():
+    mixing = read.flatten(0, 1)
+
+    def moves(change: Change) -> Tensor:
+        """(r, O), less the mean over the rows that are solved for."""
+        moved = (reads(change.weight) + change.constant).view(slope.shape) * slope
+        out = moved.flatten(1) @ mixing
+        return out - out[:solve_on].mean(0)
+
+    def adjoint(given: Tensor) -> Change:
+        back = (given - given.mean(0)) @ mixing.T
+        back = (back.view(-1, *slope.shape[1:]) * slope[: len(given)]).flatten(0, 1)
+        return Change(reads.adjoint(back), back.sum(0))
+
+    # How far the output moves with each unit, all rows together.
+    weight = (slope[:solve_on].square() * read.square().sum(2)).sum((0, 1))
+    if not weight.any():
         return None
-    mixed = slope[:, None] * (left[:, :few] * sizes[:few]).T
-    # The consumer's constant is refitted later: only what varies has to be explained.
-    moves = _centred(torch.bmm(mixed, reads))
-    constant = _centred(mixed.sum(2))[:, None]
-    aims = _centred(lacking @ right[:few].T)[:, None]
-    features = moves.shape[1]
-    gram = torch.empty(features + 1, features + 1, dtype=torch.float64)
-    gram[:-1, :-1] = moves.T @ moves
-    gram[:-1, -1:] = moves.T @ constant
-    gram[-1, :-1] = gram[:-1, -1]
-    gram[-1, -1] = constant.square().sum()
-    cross = torch.cat([moves.T @ aims, constant.T @ aims]).double()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-20))
-    solved, failed = torch.linalg.solve_ex(gram, cross)
-    return None if failed else solved[:, 0].float()
+    weight = weight.clamp_min(1e-12 * weight.max())
+    solve, variance = reads.preconditioner(solve_on * slope.shape[1], RIDGE)
+    ridge = Change((RIDGE * weight * variance)[:, None], _CONSTANT * weight)
 
-
-def _centred(values: Tensor) -> Tensor:
-    """(R, r, ...) -> (R * r, ...), without the mean over the rows."""
-    return values.sub_(values.mean(0)).flatten(0, 1)
+    aim = lacking - lacking[:solve_on].mean(0)
+    held = slice(solve_on, None)
+    least = aim[held].square().sum()
+    rest = adjoint(aim[:solve_on])
+    best, found, step, product = None, rest.times(0.0), rest.times(0.0), weight.new_ones(())
+    for _ in range(ITERATIONS):
+        better = Change(solve(rest.weight) / weight[:, None], rest.constant / weight)
+        before, product = product, rest.dot(better)
+        if not product > 0:
+            break
+        step = better.plus(step.times(product / before))
+        moved = moves(step)
+        curved = adjoint(moved[:solve_on]).plus(
+            Change(ridge.weight * step.weight, ridge.constant * step.constant)
+        )
+        size = product / step.dot(curved)
+        found, rest = found.plus(step.times(size)), rest.plus(curved.times(-size))
+        aim = aim - size * moved
+        left = aim[held].square().sum()
+        if not left < least:
+            break
+        least, best = left, found
+    return best
 
 
 def _pointwise(graph: Graph, chain: Chain, units: Tensor) -> _Psi:
@@ -263,21 +436,15 @@ def _pointwise(graph: Graph, chain: Chain, units: Tensor) -> _Psi:
         for n in chain.path
     ]
 
-    def psi(z: Tensor, at: int | slice) -> Tensor:
+    def psi(z: Tensor) -> Tensor:
         for step in steps:
             if isinstance(step, fx.Node):
                 z = graph.execute(step, {input_of(step): z})
             else:
-                z = z * step[0][at] + step[1][at]
+                z = z * step[0] + step[1]
         return z
 
     return psi
-
-
-def _slope(psi: _Psi, z: Tensor, unit: int) -> Tensor:
-    """psi' at z, by a difference."""
-    reach = (1e-3 * z.std()).clamp_min(1e-6)
-    return (psi(z + reach, unit) - psi(z - reach, unit)) / (2 * reach)
 
 
 def _power(lacking: Tensor) -> Tensor:

@@ -6,26 +6,32 @@ Closed form from forward passes: no gradient is computed and no training happens
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from cswap_deploy.network.branches import LAYOUT, Branch, branch_of, shape_of
-from cswap_deploy.network.graph import Env, Graph
+from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.moments import CentredMoments
-from cswap_deploy.network.nodes import input_of
+from cswap_deploy.network.nodes import batch_dim, input_of
 from cswap_deploy.network.offsets import set_offset
-from cswap_deploy.network.unfolding import Window, at, draw, laid_out, unfold, window_of
+from cswap_deploy.network.placing import placed
+from cswap_deploy.network.unfolding import Positions, laid_out, unfold, window_of
 from cswap_deploy.network.units import depthwise
-from cswap_deploy.pruning.producers import Chain, Target, find_chains, reconstruct_producer
+from cswap_deploy.network.walk import Walk
+from cswap_deploy.pruning.producers import Chain, Reads, find_chains, reconstruct_producer
+from cswap_deploy.pruning.targets import Targets, rows_at, stream_part
 
 MAX_FEATURES = 8192
 """A consumer with more inputs (channels times kernel positions) is not refitted: its normal matrix
 would not fit."""
-MAX_ROWS = 65_536
-"""Positions that a refit uses at most."""
+RIDGE = 0.1
+"""Ridge of a refit, times its unknowns for each row, and at most ``MOST_RIDGE``: what few rows say
+about many weights is mostly noise. Ten times as much and as little is worse on one network or
+another (benchmarks/LOG.md)."""
+MOST_RIDGE = 1.0
+_UNFOLDED_BYTES = 64 << 20
+"""Of the unfolded inputs that are multiplied at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +49,32 @@ def solvable(graph: Graph) -> list[str]:
     """Layers that :func:`refit` can take, in order of execution: those that run once.
 
     A depthwise convolution has one input for each output, so its other inputs cannot make up for
-    one that is gone.
+    one that is gone. What images do not reach needs none.
     """
     return [
         name
         for name in graph.layers()
-        if len(graph.readers(name)) == 1 and not depthwise(graph.layer(name))
+        if len(graph.readers(name)) == 1
+        and not depthwise(graph.layer(name))
+        and batch_dim(graph.readers(name)[0]) is not None
     ]
 
 
 def refit(
     pruned: Graph,
-    dense: Graph,
+    targets: Targets,
     kept: Mapping[str, Tensor],
-    images: Tensor,
     *,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     reconstruct: Collection[str] = (),
-    rows: int = MAX_ROWS,
+    most_bytes: int,
     tick: Callable[[int], None] | None = None,
 ) -> Refit:
     """Solve layers again so that they give the dense network's outputs from what is left.
 
-    Both networks advance through the same images side by side. At each layer, in order of
-    execution, with U the pruned network's own (centred) inputs at the kept positions, Y the wanted
-    (centred) outputs and W0 the dense weights for the kept inputs,
+    The pruned network advances through the images up to one layer after another. At each, in order
+    of execution, with U its own (centred) inputs at the kept positions, Y the wanted (centred)
+    outputs and W0 the dense weights for the kept inputs,
 
         (U'U / n + lambda I) W = U'Y / n + lambda W0,    lambda = ridge * mean(diag(U'U / n))
 
@@ -77,14 +84,13 @@ def refit(
 
     Args:
         pruned: The network to change, in place.
-        dense: The same graph on the network as it was.
+        targets: Of the same graph on the network as it was; has the images.
         kept: Layer -> (k,) input positions that are left, ascending; of :func:`solvable` ones. A
             layer that lost nothing itself is worth solving too: its inputs have changed.
-        images: (N, C, H, W), the calibration set.
-        ridge: Strength of the pull towards the dense weights.
+        ridge: Strength of the pull towards the dense weights; by each layer's rows unless given.
         reconstruct: Layers in ``kept`` whose producer is reconstructed too, where that can be done
             (:mod:`pruning.producers`). The layer is refitted before and after.
-        rows: Positions of each layer that are used, at most.
+        most_bytes: For values that are held between layers; without it images run again.
         tick: Called with 1 after each layer.
 
     Source:
@@ -93,129 +99,164 @@ def refit(
         towards W0. Own inputs against the dense network's outputs: Zhang et al. 2015,
         "Accelerating Very Deep Convolutional Networks" (arXiv:1505.06798), section 3.3.
     """
+    work = _Refitting(pruned, targets, kept, ridge, Walk(pruned, targets.batches, most_bytes))
+    place = {node: i for i, node in enumerate(pruned.nodes)}
+    chains = {c.consumer_layer: c for c in find_chains(pruned, reconstruct)}
     solved: list[str] = []
     skipped: list[str] = []
     producers: list[str] = []
-    by_node = {pruned.readers(layer)[0]: layer for layer in kept}
-    chains = {c.producer: c for c in find_chains(pruned, reconstruct)}
-    waiting: dict[str, tuple[Chain, Tensor]] = {}
-    """Consumer -> its chain, and what the chain's producer reads."""
     with torch.no_grad():
-        for (node, env), (_, dense_env) in zip(
-            pruned.step(images), dense.step(images), strict=True
-        ):
-            if node in chains:
-                x = pruned.value(input_of(node), env)
-                waiting[chains[node].consumer_layer] = chains[node], x
-            layer = by_node.get(node)
-            if layer is None:
-                continue
-            target = _target(pruned, dense, layer, env, dense_env, rows)
-            solve = partial(_solve, pruned, dense, layer, kept[layer], target, ridge)
-            done = solve(pruned.value(input_of(node), env))
-            if layer in waiting:
-                chain, x = waiting.pop(layer)
-                inputs = kept.get(chain.producer_layer)
-                if done and reconstruct_producer(
-                    pruned, chain, x, target, units=kept[layer], inputs=inputs
-                ):
-                    env[input_of(node)] = chain.run(pruned, x)
-                    solve(env[input_of(node)])
-                    producers.append(chain.producer_layer)
+        for layer in sorted(kept, key=lambda name: place[pruned.readers(name)[0]]):
+            node = pruned.readers(layer)[0]
+            # A producer that is going to change must still be ahead when it does.
+            ahead = [c.producer for c in chains.values() if place[c.producer] < place[node]]
+            work.hold = min([node, *ahead], key=place.__getitem__)
+            chain = chains.pop(layer, None)
+            done = work.solve(layer, chain)
+            if done and chain is not None and work.reconstruct(chain):
+                work.solve(layer)
+                producers.append(chain.producer_layer)
             (solved if done else skipped).append(layer)
             if tick is not None:
                 tick(1)
     return Refit(tuple(solved), tuple(skipped), tuple(producers))
 
 
-def _target(pruned: Graph, dense: Graph, layer: str, env: Env, dense_env: Env, rows: int) -> Target:
-    """The dense layer's output, plus what the stream has lost where the layer ends a branch."""
-    node = pruned.readers(layer)[0]
-    output: Tensor = dense.execute(node, dense_env)
-    branch = branch_of(node)
-    if branch is not None and branch.stream in env:
-        lost = dense.value(branch.stream, dense_env) - pruned.value(branch.stream, env)
-        output = output + to_layer(dense, branch, lost)
-    output = laid_out(output, pruned.layer(layer))
-    where = draw(output.shape, rows)
-    return Target(where, at(output, where))
+@dataclass(slots=True)
+class _Refitting:
+    """One layer after another."""
 
+    pruned: Graph
+    targets: Targets
+    kept: Mapping[str, Tensor]
+    ridge: float | None
+    walk: Walk
+    hold: fx.Node | None = None
+    """Where the walk goes on from next time."""
+    wanted: Tensor | None = None
+    """(R, O), of the layer that was solved last."""
+    reads: Reads | None = None
+    """What its producer reads."""
 
-def _solve(
-    pruned: Graph, dense: Graph, name: str, kept: Tensor, target: Target, ridge: float, x: Tensor
-) -> bool:
-    """Set a layer's weights and constant for its input x; False where it is too wide."""
-    layer, before = pruned.layer(name), dense.layer(name)
-    x, window = laid_out(x, layer), window_of(pruned.readers(name)[0], layer)
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    in_group, out_group = layer.weight.shape[1], layer.weight.shape[0] // groups
-    bias = torch.zeros(layer.weight.shape[0])
-    for g in range(groups):
-        mine = kept[(kept >= g * in_group) & (kept < (g + 1) * in_group)]
-        local = mine - g * in_group
-        rows = slice(g * out_group, (g + 1) * out_group)
-        prior = before.weight[rows][:, local].movedim(1, -1)
-        if prior[0].numel() > MAX_FEATURES:
+    def solve(self, layer: str, chain: Chain | None = None) -> bool:
+        """Refit a layer; False where it is too wide. Notes what the producer of a chain reads."""
+        pruned, targets = self.pruned, self.targets
+        system = _System(pruned, targets.dense, layer, self.kept[layer])
+        if system.features > MAX_FEATURES:
             return False
-        part = replace(target, values=target.values[:, rows])
-        gram, cross, mean_u, mean_y = _moments(x[..., mine], window, part)
+        node, device = pruned.readers(layer)[0], targets.batches.device
+        places, self.wanted = targets.places(layer), targets.of(layer)
+        fresh = True
+        stops = [node]
+        self.reads = None
+        if chain is not None:
+            self.reads = Reads.of(
+                pruned, chain, places.where, self.kept[layer], self.kept.get(chain.producer_layer)
+            )
+            stops = [chain.producer, node] if self.reads is not None else stops
+        for stop, part, env in self.walk.reach(stops, hold=self.hold):
+            where = places.within(part, device)
+            x = pruned.value(input_of(stop), env)
+            if stop is not node:
+                assert self.reads is not None
+                self.reads.take(x, places.of(part), where)
+                continue
+            rows = places.of(part)
+            stream = stream_part(pruned, targets.dense, layer, env)
+            if stream is not None:
+                if fresh:
+                    self.wanted, fresh = self.wanted.clone(), False
+                self.wanted[rows] -= rows_at(pruned, layer, stream, where)
+            x = laid_out(x, system.layer, batch=batch_dim(input_of(node)) or 0)
+            system.add(x, where, self.wanted[rows])
+        system.solve(self.ridge)
+        return True
+
+    def reconstruct(self, chain: Chain) -> bool:
+        """Give the layer's producer new weights, from what was noted when the layer was solved."""
+        if self.reads is None:
+            return False
+        assert self.wanted is not None
+        return reconstruct_producer(self.pruned, chain, self.reads, self.wanted)
+
+
+class _System:
+    """The normal equations of one layer, of each group of its channels."""
+
+    def __init__(self, pruned: Graph, dense: Graph, name: str, kept: Tensor) -> None:
+        self.layer = pruned.layer(name)
+        self._pruned, self._dense, self._name = pruned, dense, name
+        self._window = window_of(pruned.readers(name)[0], self.layer)
+        groups = self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+        in_group, out_group = self.layer.weight.shape[1], self.layer.weight.shape[0] // groups
+        before = dense.layer(name).weight
+        self._groups = []
+        for g in range(groups):
+            mine = kept[(kept >= g * in_group) & (kept < (g + 1) * in_group)]
+            mine, local = (placed(i, before.device) for i in (mine, mine - g * in_group))
+            rows = slice(g * out_group, (g + 1) * out_group)
+            prior = before.detach()[rows][:, local].movedim(1, -1)
+            self._groups.append(_Group(mine, local, rows, prior))
+        self.features = max(g.prior[0].numel() for g in self._groups)
+        """Unknowns of one output."""
+
+    def add(self, x: Tensor, where: Positions, wanted: Tensor) -> None:
+        """Count rows in: the input (N, H, W, C), R positions, (R, O) wanted outputs there."""
+        step = max(1, _UNFOLDED_BYTES // (4 * self.features))
+        for group in self._groups:
+            own = x if len(group.mine) == x.shape[-1] else x[..., group.mine]
+            for begin in range(0, len(where), step):
+                part = slice(begin, begin + step)
+                u = unfold(own, where[part], self._window)[0].flatten(1)
+                group.add(u, wanted[part, group.rows])
+
+    def solve(self, ridge: float | None) -> None:
+        """Set the layer's weights and constant."""
+        layer = self.layer
+        bias = layer.weight.new_zeros(len(layer.weight))
+        for group in self._groups:
+            weight, constant = group.solve(ridge)
+            layer.weight[group.rows] = 0.0
+            layer.weight[group.rows, group.local] = weight.movedim(-1, 1).float()
+            bias[group.rows] = constant.float()
+        set_offset(self._pruned, self._dense, self._name, bias)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Sums for the outputs that share their inputs; f counts taps, then channels."""
+
+    mine: Tensor
+    """Inputs that are left."""
+    local: Tensor
+    """The same, counted from the group's first."""
+    rows: slice
+    """Outputs."""
+    prior: Tensor
+    """(o, taps..., k) their dense weights."""
+    inputs: CentredMoments | None = None
+    outputs: CentredMoments | None = None
+
+    def add(self, u: Tensor, y: Tensor) -> None:
+        """Count in (R, f) inputs, which are changed, and (R, o) outputs."""
+        if self.inputs is None or self.outputs is None:
+            self.inputs, self.outputs = CentredMoments(u.mean(0)), CentredMoments(y.mean(0))
+        u.sub_(self.inputs.centre)
+        y = y - self.outputs.centre
+        self.inputs.add(u, u, y, dtype=torch.float32)
+        self.outputs.add(y)
+
+    def solve(self, ridge: float | None) -> tuple[Tensor, Tensor]:
+        """The weights, like ``prior``, and (o,) constants; float64."""
+        assert self.inputs is not None
+        assert self.outputs is not None
+        mean_u, mean_y = self.inputs.mean, self.outputs.mean
+        gram, cross = self.inputs.covariance(0, mean_u), self.inputs.covariance(1, mean_y)
+        if ridge is None:
+            ridge = min(MOST_RIDGE, RIDGE * len(gram) / self.inputs.count)
         strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
         gram.diagonal().add_(strength)
-        factor = torch.linalg.cholesky(gram)
-        pull = strength * prior.flatten(1).double()
-        weight = torch.cholesky_solve(cross + pull.T, factor).T
-        layer.weight[rows] = 0.0
-        layer.weight[rows, local] = weight.view(prior.shape).movedim(-1, 1).float()
-        bias[rows] = (mean_y - weight @ mean_u).float()
-    set_offset(pruned, dense, name, bias)
-    return True
-
-
-def _moments(x: Tensor, window: Window, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centred second moments of the inputs x (N, H, W, C) and of the target's o outputs.
-
-    Returns:
-        float64 gram (f, f), cross (f, o), mean input (f,), mean output (o,); f counts taps, then
-        channels.
-    """
-    features = window.taps * x.shape[-1]
-    centre = target.values.mean(0)
-    inputs: CentredMoments | None = None
-    x = x.contiguous()
-    chunk = max(1, (64 << 20) // (4 * features))
-    for start in range(0, len(target.where), chunk):
-        part = slice(start, start + chunk)
-        u = unfold(x, target.where[part], window)[0].flatten(1)
-        if inputs is None:
-            inputs = CentredMoments(u.mean(0))
-        u.sub_(inputs.centre)
-        inputs.add(u, u, target.values[part] - centre, dtype=torch.float32)
-    assert inputs is not None
-    mean_u, mean_y = inputs.mean, (target.values - centre).double().mean(0)
-    gram, cross = inputs.covariance(0, mean_u), inputs.covariance(1, mean_y)
-    return gram, cross, mean_u + inputs.centre.double(), mean_y + centre.double()
-
-
-def to_layer(graph: Graph, branch: Branch, difference: Tensor) -> Tensor:
-    """What must be added to a layer's output to add ``difference`` where its branch joins.
-
-    Zero for channels that the branch scales to nothing.
-    """
-    node = branch.path[0]
-    shape = [1, *shape_of(node)]
-    zero, one = torch.zeros(shape), torch.ones(shape)
-    scale = _through(graph, branch, one) - _through(graph, branch, zero)
-    floor = 1e-3 * scale.abs().max()
-    back = torch.where(scale.abs() > floor, difference / scale, torch.zeros(()))
-    for step in reversed(branch.path[1:]):
-        if step.target in LAYOUT:
-            order: list[int] = step.args[1]  # type: ignore[assignment]
-            back = back.permute([order.index(d) for d in range(len(order))])
-    return back
-
-
-def _through(graph: Graph, branch: Branch, value: Tensor) -> Tensor:
-    env = {branch.path[0]: value}
-    for node in branch.path[1:]:
-        env[node] = graph.execute(node, env)
-    return env[branch.path[-1]]
+        pull = strength * self.prior.flatten(1).double()
+        weight = torch.cholesky_solve(cross + pull.T, torch.linalg.cholesky(gram)).T
+        centres = mean_u + self.inputs.centre.double(), mean_y + self.outputs.centre.double()
+        return weight.view(self.prior.shape), centres[1] - weight @ centres[0]

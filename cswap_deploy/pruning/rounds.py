@@ -22,14 +22,15 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments, input_moments
 from cswap_deploy.causal.mixtures import half_mixed
 from cswap_deploy.data.sampling import balanced_order
+from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import consumers
+from cswap_deploy.network.walk import Batches, images_at_once
 from cswap_deploy.pruning.allocation import Goal, Ranking
 from cswap_deploy.pruning.candidates import (
     Choice,
     allocations,
     best_candidate,
     best_from_dense,
-    best_ridge,
     proposals,
     rankings,
 )
@@ -37,8 +38,18 @@ from cswap_deploy.pruning.importance import View
 from cswap_deploy.pruning.job import Job
 from cswap_deploy.pruning.round_effects import RoundEffects
 from cswap_deploy.pruning.state import RoundStore, State
-from cswap_deploy.pruning.trials import Trials, less_beyond_chance, refit_behind, remove
+from cswap_deploy.pruning.trials import (
+    MAX_ROWS,
+    Ground,
+    Trials,
+    less_beyond_chance,
+    refit_behind,
+    remove,
+)
 from cswap_deploy.records.plan import RoundLog
+
+_FORWARD = 8
+"""One part in so many of the memory budget is for the values of one forward."""
 
 
 def remove_in_rounds(job: Job, state: State, saved: RoundStore | None = None) -> State:
@@ -71,8 +82,13 @@ class _Loop:
         images, labels = job.calibration.images, job.calibration.labels
         self.order = torch.from_numpy(balanced_order(labels.numpy()))
         self.rng = np.random.default_rng(job.seed)
-        task = job.calibration.task
-        self.trials = Trials(job.network, state.removed, images[self.order], task)
+        network, memory = job.network, job.backend.budget.total
+        size = images_at_once(network.dense, memory // _FORWARD)
+        batches = Batches(images, self.order, size, network.dense.device)
+        self.ground = Ground(network.dense, batches, memory, job.calibration.task)
+        self.trials = Trials(network, state.removed, self.ground)
+        self.first_moments: dict[str, Moments] = {}
+        """Of the dense network; empty where the run goes on after an interruption."""
         self.compares = job.importance.needs_images and job.config.select == "set"
         """Whether several candidates are tried; without images there is one."""
 
@@ -83,10 +99,9 @@ class _Loop:
         state.round += 1
         last = state.round == job.resolved.rounds
         goal = self._goal(last)
-        moments = input_moments(
-            job.network.graph, consumers(job.network.groups), job.calibration.images,
-            intervention=job.config.intervention, chunk=64,
-        )  # fmt: skip
+        moments = self._moments(job.network.graph)
+        if not state.removed:
+            self.first_moments = moments
         view = View(job.network.graph, job.network.groups, job.calibration, self.rng)
         proposed = proposals(view) if self.compares else {}
         effects = RoundEffects(job, state, goal, self._experiment(moments), allocations(proposed))
@@ -95,22 +110,31 @@ class _Loop:
         tried = {name: Ranking(values, per_saving=not job.importance.allocates)}
         if self.compares:
             tried = rankings(goal, values, proposed)
-        ridge = state.ridge if job.config.refit else None
         choice = best_candidate(
-            self.trials, goal.candidates(tried), moments, ridge=ridge, progress=job.progress
+            self.trials,
+            goal.candidates(tried),
+            moments,
+            refits=job.config.refit,
+            progress=job.progress,
         )
-        if last and state.round > 1 and choice.trial is not None and ridge is not None:
-            choice = self._or_from_dense(choice, goal, view, ridge)
-        kl = self._remove(choice, ridge, last)
+        if last and state.round > 1 and choice.trial is not None and job.config.refit:
+            choice = self._or_from_dense(choice, goal, view)
+        self._remove(choice, last)
         state.rounds.append(
             RoundLog(
                 round=state.round, measured=effects.units,
                 forwards=effects.spent.forwards, forwards_exact=effects.spent.exact,
                 removed=sum(map(len, choice.gone.values())),
                 params=job.network.sizes.size().params,
-                candidate=choice.name, kl=kl, ridge=state.ridge if job.config.refit else None,
+                candidate=choice.name, kl=choice.effect,
                 seconds=round(time.perf_counter() - begun, 2),
             )
+        )  # fmt: skip
+
+    def _moments(self, graph: Graph) -> dict[str, Moments]:
+        return input_moments(
+            graph, consumers(self.job.network.groups), self.job.calibration.images,
+            intervention=self.job.config.intervention, chunk=self.ground.batches.size,
         )  # fmt: skip
 
     def _goal(self, last: bool) -> Goal:
@@ -134,7 +158,7 @@ class _Loop:
         budget, task = self.job.backend.budget, self.job.calibration.task
         return Experiment(self.job.network.graph, images, labels, moments, budget, task)
 
-    def _or_from_dense(self, choice: Choice, goal: Goal, view: View, ridge: float) -> Choice:
+    def _or_from_dense(self, choice: Choice, goal: Goal, view: View) -> Choice:
         """The candidate of the last round, or one from the dense network on, which undoes all.
 
         What saw no image does not fit the images by chance: the measured candidate must be better
@@ -142,8 +166,8 @@ class _Loop:
         """
         job = self.job
         other = best_from_dense(
-            self.trials, goal, view,
-            intervention=job.config.intervention, ridge=ridge, progress=job.progress,
+            self.trials, goal, view, progress=job.progress,
+            moments=self.first_moments or self._moments(job.network.dense),
         )  # fmt: skip
         assert choice.trial is not None
         assert other.trial is not None
@@ -156,14 +180,9 @@ class _Loop:
         self.state.removed.clear()
         return other
 
-    def _remove(self, choice: Choice, ridge: float | None, last: bool) -> float | None:
-        """Mask the units of a candidate and refit; returns its mean effect where it was tried."""
-        state, network, progress = self.state, self.job.network, self.job.progress
-        kl, done = choice.effect, None
-        if last and ridge is not None and choice.gone:
-            state.ridge, kl = best_ridge(
-                self.trials, choice, ridge=ridge, effect=kl, progress=progress
-            )
+    def _remove(self, choice: Choice, last: bool) -> None:
+        """Mask the units of a candidate and refit."""
+        state, network, done = self.state, self.job.network, None
         if choice.trial is not None and not last:  # the last refit is on all images
             network.module.load_state_dict(choice.trial.module.state_dict())
             done = choice.trial.refit
@@ -172,13 +191,12 @@ class _Loop:
         for name, units in choice.gone.items():
             network.sizes.remove(name, units)
             state.removed.setdefault(name, []).extend(units)
-        if ridge is not None and choice.gone:
+        if self.job.config.refit and choice.gone:
             done = done or refit_behind(
-                network, state.removed, self.trials.images,
-                ridge=state.ridge, progress=progress,
+                network, state.removed, self.ground.targets(self.ground.batches, MAX_ROWS),
+                most_bytes=self.ground.share, progress=self.job.progress,
                 # Every round refits all layers anew, so reconstructed producers count at the end.
                 producers=self.job.config.refit_producers and last,
             )  # fmt: skip
             state.refitted, state.not_refitted = done.layers, done.skipped
             state.producers = done.producers
-        return kl

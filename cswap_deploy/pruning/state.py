@@ -14,7 +14,6 @@ from torch import nn
 
 from cswap_deploy.network.deletion import contiguous_state
 from cswap_deploy.network.units import Group
-from cswap_deploy.pruning.trials import FIRST_RIDGE
 from cswap_deploy.records.plan import RoundLog, UnitEffect
 from cswap_deploy.records.store import Store, stage_key
 
@@ -33,8 +32,6 @@ class State:
     not_refitted: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
     """Layers whose units were reconstructed."""
-    ridge: float = FIRST_RIDGE
-    """Ridge of the last round's refit."""
 
     def costs(self, group: Group, effect: Literal["kl", "true-class"]) -> np.ndarray:
         """(units,) the latest effects that rank; zero where nothing was measured yet."""
@@ -91,6 +88,6 @@ class RoundStore:
 
     def _key(self, round_: int) -> str:
         return stage_key(
-            "round", version=4, inputs={"prune": self._prune_key}, settings={"round": round_},
+            "round", version=5, inputs={"prune": self._prune_key}, settings={"round": round_},
             tools={},
         )  # fmt: skip

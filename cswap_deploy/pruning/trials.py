@@ -9,7 +9,7 @@ in the refit, as they are and lightly mixed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,30 +22,32 @@ from cswap_deploy.causal.tasks import OutputEffect
 from cswap_deploy.config import Task
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.nodes import elements
 from cswap_deploy.network.units import Group
+from cswap_deploy.network.walk import Batches
 from cswap_deploy.progress import Phases, Silent
 from cswap_deploy.pruning.prepare import Prepared
-from cswap_deploy.pruning.refit import MAX_ROWS, Refit, refit, solvable
+from cswap_deploy.pruning.refit import Refit, refit, solvable
+from cswap_deploy.pruning.targets import Targets
 
 Units = Mapping[str, Sequence[int]]
 """Group -> units by index."""
-FIRST_RIDGE = 1e-2
-"""Where the search for the ridge begins; each round may move it tenfold."""
-_ENOUGH = 256
-"""Images that a candidate is refitted on, and as many that evaluate it, where there are more."""
-_CHUNK = 32
-"""Images of one forward pass of an evaluation, beside their mixtures."""
+MAX_ROWS = 65_536
+"""Positions that the last refit uses at most."""
 _ROWS = 16_384
 """Positions that the refit of a trial uses: every finalist gets one."""
+_ENOUGH = 256
+"""Images that a candidate is refitted on, where there are more."""
+_JUDGES = 128
+"""Images that evaluate a candidate, where there are more."""
+_TOGETHER = 32
+"""Images that are mixed with one another, and compared at once."""
 _MIXTURES = 2
 """Mixed copies of each image that evaluates, beside the image itself."""
-_MOST_BYTES = 2 << 30
-"""The dense network's outputs on the images that evaluate: those of maps are large."""
 _FEWEST = 8
 """Images that evaluate, however large their outputs."""
-_MOST_ELEMENTS = 1 << 29
-"""The refit holds some activations of all its images at once: at most 2 GiB each."""
+_SHARE = 4
+"""One part in so many of the memory budget is for what is kept of the dense network, and as much
+for what a refit holds between layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +62,82 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Trials:
-    """What the candidates of a run are tried on."""
+class Ground:
+    """The images that candidates are refitted and evaluated on, and what the dense network says."""
 
-    network: Prepared
-    """As it stands; no trial changes it."""
-    removed: Units
-    """What is gone from it."""
-    images: Tensor
-    """(N, C, H, W), every prefix balanced by class."""
+    dense: Graph
+    batches: Batches
+    """Every prefix balanced by class."""
+    memory: int
+    """Bytes, for what is kept of the dense network and for what a refit holds."""
     task: Task = "classify"
     """What the network's outputs are."""
 
     @property
     def possible(self) -> bool:
         """Whether there are images enough to refit on some and evaluate on others."""
-        return len(self.images) >= 4
+        return len(self.batches) >= 4
+
+    @property
+    def share(self) -> int:
+        """Bytes for what is kept of the dense network, and as many for what a refit holds."""
+        return self.memory // _SHARE
+
+    def targets(self, batches: Batches, rows: int) -> Targets:
+        """Of all layers that can be refitted."""
+        return Targets(self.dense, solvable(self.dense), batches, rows, self.share)
+
+    @cached_property
+    def trial_targets(self) -> Targets:
+        """Of a trial's refit; shared by all trials of a run."""
+        return self.targets(self.batches.first(self._few), _ROWS)
+
+    @cached_property
+    def said(self) -> list[Tensor]:
+        """What the dense network says to each part of the images that evaluate; float64 rows."""
+        return [self._say(self.dense, part) for part in self._parts()]
+
+    def divergence(self, graph: Graph, *, parts: int | None = None) -> Tensor:
+        """(images,) float64: means of an image's own divergence and its mixtures'."""
+        effect = OutputEffect(self.task, self.dense.measured)
+        found = [
+            effect.divergence(self._say(graph, part)[None], wanted)[0]
+            for part, wanted in zip(self._parts(parts), self.said, strict=False)
+        ]
+        return torch.cat([each.view(1 + _MIXTURES, -1).mean(0) for each in found]).cpu()
+
+    def _say(self, graph: Graph, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            said = [graph.run(part)[0] for part in torch.split(images, self.batches.size)]
+        return torch.cat(said).double()
+
+    @property
+    def _few(self) -> int:
+        """Images to refit on; the others evaluate."""
+        count = len(self.batches)
+        return max(count // 4, min(count // 2, _ENOUGH))
+
+    def _parts(self, most: int | None = None) -> Iterator[Tensor]:
+        """Images that evaluate, with their mixtures, some at a time."""
+        row = 8 * (1 + _MIXTURES) * sum(output.elements for output in self.dense.measured)
+        count = min(_JUDGES, max(_FEWEST, self.share // row), len(self.batches) - self._few)
+        together = max(1, min(_TOGETHER, self.share // row))
+        for begin in range(0, count, together)[:most]:
+            part = slice(self._few + begin, self._few + min(begin + together, count))
+            images = self.batches.take(part)
+            mixed = (lightly_mixed(images, seed=begin + seed) for seed in range(_MIXTURES))
+            yield torch.cat([images, *mixed])
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the candidates of a round are tried on."""
+
+    network: Prepared
+    """As it stands; no trial changes it."""
+    removed: Units
+    """What is gone from it."""
+    ground: Ground
 
     def screen(self, gone: Units, moments: Mapping[str, Moments]) -> float:
         """Mean effect of a candidate that is not refitted, on a few images.
@@ -83,62 +145,30 @@ class Trials:
         It costs a part of a :meth:`trial`, and tells the candidates that are far behind.
         """
         network = self._without(gone, moments)
-        return float(self._judged(network.graph, self._evaluation[:1]).mean())
+        return float(self.ground.divergence(network.graph, parts=1).mean())
 
-    def trial(self, gone: Units, moments: Mapping[str, Moments], *, ridge: float | None) -> Trial:
+    def trial(self, gone: Units, moments: Mapping[str, Moments], *, refits: bool = True) -> Trial:
         """What becomes of the network once a candidate is removed.
 
         Args:
             gone: What the candidate removes.
             moments: Of the consumers' inputs, for the ablation values.
-            ridge: Of the refit; ``None``: no refit.
+            refits: Whether the rest is refitted.
         """
         network, done = self._without(gone, moments), None
-        if ridge is not None:
+        if refits:
             removed = {
                 g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())]
                 for g in network.groups
             }
-            done = refit_behind(
-                network, removed, self.images[: self._few],
-                ridge=ridge, rows=_ROWS, progress=Silent(),
-            )  # fmt: skip
-        return Trial(self._judged(network.graph, self._evaluation), network.module, done)
+            targets, most = self.ground.trial_targets, self.ground.share
+            done = refit_behind(network, removed, targets, most_bytes=most, progress=Silent())
+        return Trial(self.ground.divergence(network.graph), network.module, done)
 
     def _without(self, gone: Units, moments: Mapping[str, Moments]) -> Prepared:
         network = self.network.on(copied(self.network.module))
         remove(network, gone, moments)
         return network
-
-    def _judged(self, graph: Graph, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """(images,) float64: means of an image's own divergence and its mixtures'."""
-        effect = OutputEffect(self.task, self.network.dense.measured)
-        with torch.inference_mode():
-            found = [
-                effect.divergence(graph.run(part)[0].double()[None], wanted)[0]
-                for part, wanted in parts
-            ]
-        return torch.cat([each.view(1 + _MIXTURES, -1).mean(0) for each in found])
-
-    @property
-    def _few(self) -> int:
-        """Images to refit on; the others evaluate."""
-        count = len(self.images)
-        return max(count // 4, min(count // 2, _ENOUGH))
-
-    @cached_property
-    def _evaluation(self) -> list[tuple[Tensor, Tensor]]:
-        """Images that evaluate, with their mixtures, in parts, and the dense network's outputs."""
-        row = 8 * sum(output.elements for output in self.network.dense.measured)
-        affordable = max(_FEWEST, _MOST_BYTES // (row * (1 + _MIXTURES)))
-        unseen = self.images[self._few :][: min(_ENOUGH, affordable)]
-        copies = [unseen, *(lightly_mixed(unseen, seed=seed) for seed in range(_MIXTURES))]
-        chunk = max(1, min(_CHUNK, _MOST_BYTES // (8 * row)))
-        parts = [
-            torch.cat(part) for part in zip(*(torch.split(c, chunk) for c in copies), strict=True)
-        ]
-        with torch.inference_mode():
-            return [(part, self.network.dense.run(part)[0].double()) for part in parts]
 
 
 def less_beyond_chance(one: Tensor, other: Tensor) -> bool:
@@ -162,19 +192,17 @@ def remove(network: Prepared, gone: Units, moments: Mapping[str, Moments]) -> No
 
 
 def refit_behind(
-    network: Prepared, removed: Units, images: Tensor,
-    *, ridge: float, producers: bool = False, rows: int = MAX_ROWS,
-    progress: Phases,
+    network: Prepared, removed: Units, targets: Targets,
+    *, producers: bool = False, most_bytes: int, progress: Phases,
 ) -> Refit:  # fmt: skip
     """Refit in place every layer whose inputs have changed, in order of execution.
 
     Args:
         network: Its ``graph`` is changed.
         removed: Every unit that is gone.
-        images: (N, C, H, W); as many as fit are used.
-        ridge: Of :func:`refit.refit`.
+        targets: Of the dense network; has the images.
         producers: Whether to reconstruct producers too.
-        rows: Of :func:`refit.refit`.
+        most_bytes: Of :func:`refit.refit`.
         progress: Told of each layer.
     """
     graph = network.graph
@@ -189,17 +217,16 @@ def refit_behind(
         gone = lost.get(name, set())
         kept[name] = torch.tensor([i for i in range(inputs) if i not in gone])
     progress.begin(f"refitting {len(kept)} layer{'s' if len(kept) > 1 else ''}", len(kept))
-    images = images[: max(1, _MOST_ELEMENTS // max(map(elements, graph.nodes)))]
     done = refit(
-        graph, network.dense, kept, images,
-        ridge=ridge, reconstruct=lost.keys() & kept.keys() if producers else (),
-        rows=rows, tick=progress.advance,
+        graph, targets, kept,
+        reconstruct=lost.keys() & kept.keys() if producers else (),
+        most_bytes=most_bytes, tick=progress.advance,
     )  # fmt: skip
     progress.end()
     return done
 
 
-def _inputs(groups: tuple[Group, ...], units: Units) -> dict[str, set[int]]:
+def _inputs(groups: Iterable[Group], units: Units) -> dict[str, set[int]]:
     """Layer -> the inputs that some units are to it."""
     found: dict[str, set[int]] = {}
     for group in groups:

@@ -85,8 +85,6 @@ class RoundLog(Value):
     """Its effect as a whole after the refit: mean KL divergence from the dense network (nats), or
     what takes its place for the plan's task, on calibration images that the refit did not see;
     ``None`` where it was not measured."""
-    ridge: float | None = None
-    """Ridge of the refit."""
     seconds: float
 
 
@@ -106,7 +104,7 @@ class ScoringCost(Value):
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     settings: dict[str, Any]
     """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
     task: Task = "classify"

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from small_networks import lively, pictures, small_cnn, traced
+from small_networks import refitted as fit
 from torch import Tensor, fx, nn
 
 from cswap_deploy.network.branches import branch_of
 from cswap_deploy.network.graph import Graph, trace
-from cswap_deploy.pruning.refit import refit, to_layer
+from cswap_deploy.pruning.targets import to_layer
 
 IMAGES = pictures(40)[0]
 
@@ -105,7 +106,7 @@ def test_end_of_a_branch_makes_up_for_the_stream(kind: str) -> None:
         before.load_state_dict(dense.state_dict())
         after.load_state_dict(damaged.state_dict())
         graph = joined_graph if joined else trace(before, IMAGES[:2])
-        done = refit(graph.on(after), graph, {"end": torch.arange(16)}, IMAGES)
+        done = fit(graph.on(after), graph, {"end": torch.arange(16)}, IMAGES)
         assert done.layers == ("end",)
         return after.state_dict()
 

@@ -12,7 +12,7 @@ import pytest
 import small_models
 import torch
 import torch.nn.functional as F
-from small_networks import pictures, small_cnn, small_vit
+from small_networks import ground_of, pictures, small_cnn, small_vit, targets_of
 from torch import nn
 
 from cswap_deploy.causal.interventions import input_moments
@@ -24,9 +24,7 @@ from cswap_deploy.network.units import consumers
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.allocation import Goal, Limits, Ranking, Removal, Values
 from cswap_deploy.pruning.candidates import (
-    Choice,
     best_candidate,
-    best_ridge,
     proposals,
     rankings,
 )
@@ -323,34 +321,16 @@ def test_only_the_best_of_the_screened_candidates_are_refitted(
 
     whole = Trials.trial
     monkeypatch.setattr(Trials, "trial", trial)
-    trials = Trials(prepared, {}, IMAGES)
-    choice = best_candidate(trials, sets, moments, ridge=1e-2, progress=Silent())
+    trials = Trials(prepared, {}, ground_of(prepared.dense, IMAGES))
+    choice = best_candidate(trials, sets, moments, refits=True, progress=Silent())
     by_screening = sorted(sets, key=lambda name: trials.screen(sets[name], moments))
     assert tried == [sets[name] for name in by_screening[:2]]
-    effects = {n: whole(trials, sets[n], moments, ridge=1e-2).effect for n in by_screening[:2]}
+    effects = {n: whole(trials, sets[n], moments).effect for n in by_screening[:2]}
     assert choice.name == min(effects, key=lambda name: float(effects[name].mean()))
     assert choice.effect == float(effects[choice.name].mean())
     tried.clear()  # without ablation values nothing but the refit makes up for what is gone
-    best_candidate(trials, sets, {}, ridge=1e-2, progress=Silent())
+    best_candidate(trials, sets, {}, refits=True, progress=Silent())
     assert tried == list(sets.values())
-
-
-# --- the ridge -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("begin", [1e-3, 1.0])
-def test_ridge_is_better_than_its_neighbours(begin: float) -> None:
-    """The search steps tenfold up or down until neither side is better."""
-    prepared = ready(small_cnn)
-    trials = Trials(prepared, {}, IMAGES)
-    units = {g.name: list(range(g.units // 3)) for g in prepared.groups}
-    ridge, kl = best_ridge(
-        trials, Choice("by hand", units, {}, None), ridge=begin, effect=None, progress=Silent()
-    )
-    assert kl == float(trials.trial(units, {}, ridge=ridge).effect.mean())
-    for neighbour in (ridge / 10, ridge * 10):
-        if 0.9e-4 <= neighbour <= 1.1:
-            assert kl <= float(trials.trial(units, {}, ridge=neighbour).effect.mean())
 
 
 # --- from the dense network ----------------------------------------------------------------------
@@ -404,9 +384,9 @@ def test_last_round_can_undo_the_earlier_ones() -> None:
     wanted = start.choose(start.uniform(proposals(view(alone))["magnitude"]))
     assert gone(result) == {name: set(units) for name, units in wanted.items()}
     remove(alone, wanted, {})
-    assert last.ridge is not None
     order = torch.from_numpy(balanced_order(labels))
-    refit_behind(alone, wanted, images[order], ridge=last.ridge, progress=Silent())
+    targets = targets_of(alone.dense, images[order])
+    refit_behind(alone, wanted, targets, most_bytes=1 << 30, progress=Silent())
     with torch.no_grad():
         torch.testing.assert_close(
             result.module(images), alone.module(images), rtol=1e-4, atol=1e-4

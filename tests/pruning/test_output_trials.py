@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import small_tasks
 import torch
-from small_networks import pictures
+from small_networks import ground_of, pictures
 
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.config import PruneConfig, Task
-from cswap_deploy.pruning import trials
 from cswap_deploy.pruning.prepare import prepare
 from cswap_deploy.pruning.trials import Trials
 
@@ -23,7 +23,11 @@ def test_a_trial_has_the_task_s_effect(task: Task) -> None:
     """Zero intervention, no refit: the same as zeroing weights and running both networks."""
     module = small_tasks.maps()
     network = prepare(module, IMAGES, PruneConfig(ratio=0.3))
-    effect = Trials(network, {}, IMAGES, task).trial({"conv1": [3, 5]}, {}, ridge=None).effect
+    effect = (
+        Trials(network, {}, ground_of(network.dense, IMAGES, task))
+        .trial({"conv1": [3, 5]}, {}, refits=False)
+        .effect
+    )
     masked = copy.deepcopy(module)
     with torch.no_grad():
         masked.conv2.weight[:, [3, 5]] = 0.0
@@ -44,8 +48,8 @@ def test_a_trial_has_the_task_s_effect(task: Task) -> None:
     torch.testing.assert_close(effect, torch.stack(found).mean(0), rtol=1e-3, atol=1e-9)
 
 
-def test_large_outputs_are_tried_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_outputs_are_tried_on_fewer_images() -> None:
     network = prepare(small_tasks.maps(), IMAGES, PruneConfig(ratio=0.3))
-    monkeypatch.setattr(trials, "_MOST_BYTES", 1)
-    effect = Trials(network, {}, IMAGES, "dense").trial({"conv1": [3]}, {}, ridge=None).effect
+    ground = replace(ground_of(network.dense, IMAGES, "dense"), memory=1)
+    effect = Trials(network, {}, ground).trial({"conv1": [3]}, {}, refits=False).effect
     assert len(effect) == 8

@@ -1,33 +1,34 @@
-"""Producer reconstruction: each solution against one written out, and never a worse network."""
+"""Producer reconstruction: the solution against one written out, and never a worse network."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import lively, pictures, small_cnn, small_vit, traced
+from small_networks import lively, pictures, small_cnn, small_vit, targets_of, traced
+from small_networks import refitted as fit
 from torch import Tensor, nn
 
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.unfolding import at, draw, laid_out
 from cswap_deploy.network.units import mask_weight
+from cswap_deploy.pruning import producers
 from cswap_deploy.pruning.producers import (
-    DIRECTIONS,
     HELD_OUT,
     MAX_FEATURES,
     RIDGE,
-    Chain,
-    Target,
+    OwnInputs,
+    Reads,
+    SharedInputs,
     best_change,
     find_chains,
     reconstruct_producer,
 )
-from cswap_deploy.pruning.refit import Refit, refit
+from cswap_deploy.pruning.refit import Refit
 
 IMAGES = pictures(64, 9)[0]
 
@@ -75,7 +76,7 @@ def pruned_pair(
     mask_weight(layer, torch.tensor(gone))  # type: ignore[arg-type]
     inputs = layer.weight.shape[1]  # type: ignore[index, union-attr]
     kept = torch.tensor([i for i in range(inputs) if i not in gone])
-    done = refit(
+    done = fit(
         pruned, dense, {consumer: kept}, IMAGES, reconstruct=(consumer,) if reconstruct else ()
     )
     return pruned, dense, done
@@ -100,33 +101,79 @@ def test_less_is_lacking_on_images_never_seen(make: Callable[[], nn.Module]) -> 
     assert torch.equal(dense.module.stem.weight, helped.module.stem.weight)  # type: ignore[union-attr, arg-type]
 
 
-def test_one_change_is_the_ridge_solution_written_out() -> None:
-    """All taps, all positions, by loops: the least squares problem of the module's docstring."""
+@pytest.mark.parametrize("own", [False, True])
+def test_change_is_the_damped_least_squares_solution(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The problem of the module's docstring, written out by loops and solved directly."""
+    monkeypatch.setattr(producers, "ITERATIONS", 60)
     torch.manual_seed(2)
-    rows, taps, features, outputs = 50, 4, 3, 5
-    sees, slope = torch.randn(rows, taps, features), torch.rand(rows, taps)
-    read, lacking = torch.randn(taps, outputs), torch.randn(rows, outputs)
-    left, sizes, right = torch.linalg.svd(read, full_matrices=False)
-    few = DIRECTIONS
-    moves, aims = [], []
-    for k in range(few):
-        move = torch.zeros(rows, features + 1)
-        for r in range(rows):
-            for s in range(taps):
-                seen = torch.cat([sees[r, s], torch.ones(1)])
-                move[r] += slope[r, s] * sizes[k] * left[s, k] * seen
-        aim = lacking @ right[k]
-        moves.append(move - move.mean(0))
-        aims.append(aim - aim.mean())
-    u, y = torch.cat(moves).double(), torch.cat(aims).double()
-    gram = u.T @ u
-    pull = RIDGE * gram.diagonal().mean() * torch.eye(features + 1)
-    wanted = torch.linalg.solve(gram + pull, u.T @ y)
-    found = best_change(sees.clone(), slope, read, lacking)
+    rows, taps, features, units, outputs = 50, 4, 3, 2, 5
+    shape = (features, rows * taps, units) if own else (rows * taps, features)
+    seen, slope = torch.randn(shape), torch.rand(rows, taps, units)
+    read, lacking = torch.randn(taps, units, outputs), torch.randn(rows, outputs)
+    known = features + 1
+    moves = torch.zeros(rows, outputs, units * known, dtype=torch.float64)
+    for r in range(rows):
+        for s in range(taps):
+            for k in range(units):
+                at_tap = seen[:, r * taps + s, k] if own else seen[r * taps + s]
+                x = torch.cat([at_tap, torch.ones(1)])
+                part = slice(k * known, (k + 1) * known)
+                moves[r, :, part] += slope[r, s, k] * read[s, k, :, None] * x
+    far = (slope.square() * read.square().sum(2)).sum((0, 1))
+    variance = seen.var(1, correction=0).mean(0) if own else seen.var(0, correction=0).mean()
+    damping = (RIDGE * far * variance)[:, None].expand(units, known)
+    pull = torch.diag_embed(damping.flatten().double())
+    for k in range(units):
+        pull[k * known + features, k * known + features] = 1e-6 * far[k]
+    jacobian = (moves - moves.mean(0)).flatten(0, 1)
+    aim = (lacking - lacking.mean(0)).flatten().double()
+    wanted = torch.linalg.solve(jacobian.T @ jacobian + pull, jacobian.T @ aim).view(units, known)
+
+    twice = [torch.cat([v, v]) for v in (slope, lacking)]  # what is held out is what is solved for
+    reads = OwnInputs(torch.cat([seen, seen], 1)) if own else SharedInputs(torch.cat([seen, seen]))
+    found = best_change(reads, twice[0], read, twice[1], rows)
     assert found is not None
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
-    assert best_change(sees, torch.zeros_like(slope), read, lacking) is None
-    assert best_change(sees, slope, torch.zeros_like(read), lacking) is None
+
+    def left(change: Tensor) -> float:
+        """What is lacking, and the damping."""
+        change = change.double().flatten()
+        return float((aim - jacobian @ change).square().sum() + change @ pull @ change)
+
+    most = left(torch.zeros_like(wanted)) - left(wanted)
+    solved = torch.cat([found.weight, found.constant[:, None]], 1)
+    assert most > 5
+    assert left(torch.zeros_like(wanted)) - left(solved) == pytest.approx(most, rel=0.01)
+    assert best_change(reads, torch.zeros_like(twice[0]), read, twice[1], rows) is None
+    assert best_change(reads, twice[0], torch.zeros_like(read), twice[1], rows) is None
+
+
+@pytest.mark.parametrize("make", [BLOCKS["3x3, 3x3"], BLOCKS["depthwise, 1x1"]])
+def test_adjoint_is_the_transpose(make: Callable[[], nn.Module]) -> None:
+    graph = block(make)
+    (chain,) = find_chains(graph, ["second"])
+    reads = noted(graph, chain, torch.arange(8))
+    torch.manual_seed(0)
+    weight = torch.randn_like(reads.linear.adjoint(torch.zeros(1, 8)))
+    given = torch.randn(reads.exists.numel(), 8)
+    left = (reads.linear(weight) * given).sum()
+    torch.testing.assert_close(
+        left, (weight * reads.linear.adjoint(given)).sum(), rtol=1e-4, atol=0.1
+    )
+
+
+def noted(graph: Graph, chain: producers.Chain, units: Tensor) -> Reads:
+    """What the producer of a block reads, on all images."""
+    places = targets_of(graph, IMAGES, rows=64).places("second")
+    reads = Reads.of(graph, chain, places.where, units, None)
+    assert reads is not None
+    with torch.no_grad():
+        x = torch.tanh(graph.module.stem(IMAGES))  # type: ignore[operator]
+    for begin in (0, 40):  # in two parts of uneven size
+        part = slice(begin, min(begin + 40, len(IMAGES)))
+        reads.take(x[part], places.of(part), places.within(part, graph.device))
+    return reads
 
 
 def test_change_that_does_not_help_other_images_is_not_made() -> None:
@@ -135,23 +182,25 @@ def test_change_that_does_not_help_other_images_is_not_made() -> None:
     graph = block(BLOCKS["3x3, 3x3"]).on(module)
     (chain,) = find_chains(graph, ["second"])
     before = {k: v.clone() for k, v in module.state_dict().items()}
+    reads = noted(graph, chain, torch.arange(8))
+
+    def said() -> Tensor:
+        x = F.relu(module.norm(module.first(torch.tanh(module.stem(IMAGES)))))  # type: ignore[operator]
+        return laid_out(module.second(x), module.second)  # type: ignore[operator, arg-type]
+
     with torch.no_grad():
-        x = torch.tanh(module.stem(IMAGES))  # type: ignore[operator]
-        said = laid_out(module.second(chain.run(graph, x)), module.second)  # type: ignore[operator, arg-type]
-        where = draw(said.shape, 64)
-        wanted = at(said, where)
+        where = draw(said().shape, 64)
+        wanted = at(said(), where)
         noise = wanted + torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0))
-        target, units = Target(where, wanted), torch.arange(8)
         for rounding in (0, 1e-6, -1e-6):
-            nearly = replace(target, values=wanted * (1 + rounding))
-            done = reconstruct_producer(graph, chain, x, nearly, units=units)
+            done = reconstruct_producer(graph, chain, reads, wanted * (1 + rounding))
             assert not done, "nothing lacks"
         assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
-        reconstruct_producer(graph, chain, x, replace(target, values=noise), units=units)
+        reconstruct_producer(graph, chain, reads, noise)
     held_out = where.image >= len(IMAGES) - int(HELD_OUT * len(IMAGES))
     assert 0 < held_out.sum() < len(where) / 3
     with torch.no_grad():
-        now = at(laid_out(module.second(chain.run(graph, x)), module.second), where)  # type: ignore[operator, arg-type]
+        now = at(said(), where)
 
     def lacking(said: Tensor) -> float:
         return float((noise - said)[held_out].var(0).sum())
@@ -174,7 +223,7 @@ def test_inputs_that_the_producer_lost_stay_lost() -> None:
             width = layer.weight.shape[1]  # type: ignore[index, union-attr]
             kept[entry.layer] = torch.tensor([i for i in range(width) if i not in index])
     before = module.squeeze.weight.clone()  # type: ignore[operator, union-attr]
-    done = refit(pruned, graph, kept, images, reconstruct=kept)
+    done = fit(pruned, graph, kept, images, reconstruct=kept)
     assert done.producers == ("squeeze",)
     after = module.squeeze.weight  # type: ignore[union-attr]
     assert not after[:, [2, 7]].any()  # type: ignore[index]
@@ -208,7 +257,7 @@ def test_vit_neurons_are_reconstructed() -> None:
     def left(reconstruct: tuple[str, ...]) -> tuple[float, Refit]:
         pruned = dense.on(copy.deepcopy(module))
         mask_weight(pruned.module.get_submodule(name), torch.tensor(gone))  # type: ignore[arg-type]
-        done = refit(pruned, dense, {name: kept}, images, reconstruct=reconstruct)
+        done = fit(pruned, dense, {name: kept}, images, reconstruct=reconstruct)
         return distance(pruned, dense, images), done
 
     alone, _ = left(())
@@ -223,14 +272,3 @@ def test_wide_producers_are_left_alone() -> None:
     _, _, done = pruned_pair(wide, [1], reconstruct=True)
     assert done.producers == ()
     assert done.layers == ("second",)
-
-
-def test_chain_gives_the_consumers_input() -> None:
-    graph = block(BLOCKS["strided, 1x1"])
-    module = graph.module
-    (chain,) = find_chains(graph, ["second"])
-    assert isinstance(chain, Chain)
-    with torch.no_grad():
-        x = torch.tanh(module.stem(IMAGES))  # type: ignore[operator]
-        wanted = F.relu6(module.norm(module.first(x)))  # type: ignore[operator]
-        torch.testing.assert_close(chain.run(graph, x), wanted)

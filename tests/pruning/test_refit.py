@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import lively, pictures, small_cnn, small_vit, traced
+from small_networks import refitted as fit
 from torch import Tensor, nn
 
 from cswap_deploy.causal.interventions import Moments, ablation_values, fold, input_moments
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.units import Group, Reader, give_bias, input_sum, mask_weight
-from cswap_deploy.pruning.refit import MAX_FEATURES, MAX_ROWS, refit
+from cswap_deploy.pruning.refit import MAX_FEATURES
+from cswap_deploy.pruning.trials import MAX_ROWS
 
 CONSUMERS = {
     "linear": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
@@ -189,7 +191,7 @@ def test_refit_solves_the_normal_equations(reader: Any) -> None:
     gone = group.consumers[0].indices[1]
     kept = torch.tensor([i for i in range(6) if i not in gone])
     remove(graph.on(masked), group, 1)
-    done = refit(graph.on(masked), graph, {dense.consumer_name: kept}, IMAGES, ridge=0.02)
+    done = fit(graph.on(masked), graph, {dense.consumer_name: kept}, IMAGES, ridge=0.02)
     assert done.layers == (dense.consumer_name,)
     weight, bias = _by_hand(dense, kept.tolist(), ridge=0.02)
     torch.testing.assert_close(
@@ -264,7 +266,7 @@ def test_refit_recovers_a_duplicate(reader: Any) -> None:
     remove(graph.on(module), group, 1)
     assert (logits(module) - dense).abs().max() > 0.1
     kept = torch.tensor([i for i in range(6) if i not in gone])
-    refit(graph.on(module), graph, {module.consumer_name: kept}, IMAGES, ridge=1e-7)
+    fit(graph.on(module), graph, {module.consumer_name: kept}, IMAGES, ridge=1e-7)
     torch.testing.assert_close(logits(module), dense, rtol=0, atol=1e-4)
     other = torch.randn(5, 3, 9, 9, generator=torch.Generator().manual_seed(9))
     torch.testing.assert_close(
@@ -286,13 +288,13 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     before = (logits(masked, images) - logits(dense, images)).square().mean()
     alive = torch.tensor([i for i in range(12) if i not in (0, 3, 5)])
     everything = {"squeeze": alive, "project.0": alive, "classifier": torch.arange(10)}
-    done = refit(graph.on(masked), graph, everything, images)
+    done = fit(graph.on(masked), graph, everything, images)
     assert done.layers == ("squeeze", "project.0", "classifier"), "in order of execution"
     after = (logits(masked, images) - logits(dense, images)).square().mean()
     only = copy.deepcopy(dense)
     for unit in (0, 3, 5):
         remove(graph.on(only), groups["expand.0"], unit)
-    refit(graph.on(only), graph, {k: everything[k] for k in ("squeeze", "project.0")}, images)
+    fit(graph.on(only), graph, {k: everything[k] for k in ("squeeze", "project.0")}, images)
     without_last = (logits(only, images) - logits(dense, images)).square().mean()
     assert after < without_last < before
     assert after < before / 4
@@ -317,7 +319,7 @@ def test_no_gradient_anywhere(make: Any) -> None:
         c.layer: torch.tensor([i for u in c.indices[1:] for i in u]).sort().values
         for c in group.consumers
     }
-    refit(graph, dense, kept, images)
+    fit(graph, dense, kept, images)
     assert torch.is_grad_enabled()
     for side in (graph.module, dense.module):
         assert all(p.grad is None and p.grad_fn is None for p in side.parameters())
@@ -335,7 +337,7 @@ def test_layer_that_is_too_wide_is_skipped_and_named() -> None:
         graph = trace(module, images[:2])
         before = module[1].weight.detach().clone()
         kept = {"1": torch.arange(3 * size * size)}
-        done = refit(graph.on(copy.deepcopy(module)), graph, kept, images)
+        done = fit(graph.on(copy.deepcopy(module)), graph, kept, images)
         assert done.layers == (("1",) if fits else ())
         assert done.skipped == (() if fits else ("1",))
         assert torch.equal(module[1].weight, before), "the dense network is only read"
@@ -351,5 +353,5 @@ def test_sampled_positions_still_recover_a_duplicate() -> None:
     graph = trace(copy.deepcopy(module), images[:2])
     dense = logits(module, images)
     remove(graph.on(module), grouping(module), 1)
-    refit(graph.on(module), graph, {"reader": torch.tensor([0, 2, 3, 4, 5])}, images, ridge=1e-7)
+    fit(graph.on(module), graph, {"reader": torch.tensor([0, 2, 3, 4, 5])}, images, ridge=1e-7)
     torch.testing.assert_close(logits(module, images), dense, rtol=0, atol=1e-4)
