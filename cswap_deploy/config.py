@@ -148,14 +148,14 @@ class PruneConfig(Section):
     passes over the images, else adaptive within a budget (:func:`causal.cost.budgets`)."""
     scoring_samples: Annotated[int | Literal["auto"], Flag("Images for measuring.")] = "auto"
     """In each round, others each time. ``auto``: up to 256, fewer where exact costs too much."""
-    scoring_device: Annotated[Literal["cpu", "cuda"], Flag("Where effects are measured.")] = "cpu"
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Flag("Where.", "cpu|cuda:N", in_key=False)
+    ] = "auto"
     workers: Annotated[
         str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)
     ] = None
     memory_budget: Annotated[
-        ByteSize | None,
-        Field(ge=1),
-        Flag("For measuring, as 2GiB (a third of what is free).", "SIZE", in_key=False),
+        ByteSize | None, Field(ge=1), Flag("A third of what is free.", "SIZE", in_key=False)
     ] = None
     refit: Annotated[bool, Flag("Refit the layers behind removed units.")] = True
     refit_producers: Annotated[
@@ -212,8 +212,8 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if self.workers is not None and self.scoring_device != "cpu":
-            raise ValueError("workers measure on CPUs; scoring_device cuda is for this process")
+        if self.workers is not None and self.device.startswith("cuda"):
+            raise ValueError(f"workers measure on CPUs; device {self.device} is for this process")
         return self
 
 

@@ -33,6 +33,7 @@ from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
+from cswap_deploy.network.placing import device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
@@ -230,7 +231,7 @@ def prune(run: Run) -> PrunedFiles:
         | {
             "weights": run.loaded.spec.weights_sha256,
             "architecture": _architecture(run),
-            "measured_on": measured_on(config.scoring_device),
+            "measured_on": measured_on(device_for(config)),
         },
         settings=config.key() | {"seed": run.config.run.seed},
         tools=tool_versions("cswap-deploy", "torch", "timm", "scipy"),

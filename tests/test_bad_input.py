@@ -74,7 +74,7 @@ def test_unknown_criterion(refused: Refused) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_measuring_on_a_gpu_that_is_not_there(refused: Refused) -> None:
-    said = refused(4, "--scoring-device", "cuda")
+    said = refused(4, "--device", "cuda")
     assert "finds no GPU it can use" in said
     assert "or leave the flag out" in said
 

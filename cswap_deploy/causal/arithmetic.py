@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from cswap_deploy.errors import MissingDependencyError
-
 _Value = TypeVar("_Value")
 
 
@@ -47,29 +45,14 @@ def ieee_float32() -> Iterator[None]:
             operation.fp32_precision = setting
 
 
-def measured_on(device: torch.device | str) -> dict[str, str]:
+def measured_on(device: torch.device) -> dict[str, str]:
     """What of the hardware decides effects to the last bit: part of a measurement's key.
 
     Returns:
         ``device``: ``cpu``, or the GPU's name; ``arithmetic``: how float32 is multiplied.
-
-    Raises:
-        MissingDependencyError: There is no GPU, or PyTorch cannot use it.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        require_gpu()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "arithmetic": "IEEE float32"}
-
-
-def require_gpu() -> None:
-    """Refuse to measure on a GPU where there is none, or PyTorch cannot use it."""
-    if not torch.cuda.is_available():
-        raise MissingDependencyError(
-            f"--scoring-device cuda: PyTorch {torch.__version__} finds no GPU it can use",
-            fix="install a CUDA build of PyTorch and the driver, or leave the flag out",
-        )
 
 
 def _agreed(read: Callable[[], _Value]) -> _Value | None:

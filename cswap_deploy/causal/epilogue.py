@@ -63,10 +63,10 @@ class FusedEpilogue:
         x, z = kept[input_of(node)], kept[node]
         dim = channel_dim(layer)
         together = stack(values)
-        index = together.index.to(x.device)
+        index = together.index
         rest = x.index_select(dim if dim >= 0 else x.ndim + dim, index.flatten())
         if together.weights is not None:
-            rest = rest - mix(together.weights.to(x), x, dim)
+            rest = rest - mix(together.weights.to(x.dtype), x, dim)
         # (N, V * B, H, W) or (N, ..., V * B) -> the variants first
         rest = rest.unflatten(dim, tuple(index.shape)).movedim(1 if dim == 1 else -2, 0)
         constants = [constant_output(layer, v) for v in values]
@@ -79,7 +79,7 @@ class FusedEpilogue:
                 z,
                 rest,
                 layer.weight.detach()[:, index].movedim(1, 0),
-                constant=None if constants[0] is None else torch.stack(constants).to(x),  # type: ignore[arg-type]
+                constant=None if constants[0] is None else torch.stack(constants).to(x.dtype),  # type: ignore[arg-type]
                 window=window_of(node, layer),
                 epilogue=Epilogue(scale, shift, other, self.activation),
             )

@@ -14,6 +14,7 @@ from cswap_deploy.causal.tasks import OutputEffect
 from cswap_deploy.config import Task
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.placing import placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Experiment:
     graph: Graph
     """The network as it stands."""
     images: Tensor
-    """(N, C, H, W) float32."""
+    """(N, C, H, W) float32, in the host's memory."""
     labels: Tensor
     """(N,) int64, the true classes; without meaning where the task has none."""
     moments: Mapping[str, Moments] = field(default_factory=dict)
@@ -44,7 +45,7 @@ def independent(graph: Graph, images: Tensor) -> bool:
     Networks that normalise over the batch, for example, cannot run many variants in one batch.
     ``images`` are (N, C, H, W), real ones, N >= 4.
     """
-    few = images[:4]
+    few = placed(images[:4], graph.device)
     with torch.inference_mode():
         together = graph.run(few)[0]
         apart = torch.cat([graph.run(part)[0] for part in torch.split(few, 2)])

@@ -35,6 +35,7 @@ from cswap_deploy.causal.interventions import AblationValue, stack
 from cswap_deploy.causal.masked_forward import MaskedForward
 from cswap_deploy.network.graph import Env, Graph
 from cswap_deploy.network.nodes import batch_dim, bytes_of, input_of
+from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.units import Group, channel_dim
 
 DIRECTIONS = 2
@@ -93,15 +94,16 @@ def estimate_effects(
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in forwards]
     parts = (torch.split(values, count) for values in (experiment.images, experiment.labels))
     for images, labels in zip(*parts, strict=True):
-        part = _estimate_part(experiment, readers, images, labels, directions)
+        here, truth = placed(images, graph.device), placed(labels, graph.device)
+        part = _estimate_part(experiment, readers, here, truth, directions)
         for at, effects in enumerate(part):
             found[at].append(effects)
         if tick is not None:
             tick(len(images))
     return [
         FisherEstimate(
-            kl=torch.cat([kl for kl, _ in effects], 1).numpy(),
-            log_true=torch.cat([true for _, true in effects], 1).numpy(),
+            kl=placed(torch.cat([kl for kl, _ in effects], 1), HOST).numpy(),
+            log_true=placed(torch.cat([true for _, true in effects], 1), HOST).numpy(),
         )
         for effects in found
     ]
@@ -143,7 +145,7 @@ def _estimate_part(
             kl = sum((d.square() for d in fisher), start=first.square()) / 2
             yield kl, torch.zeros_like(kl)
             continue
-        kl = sum((d.square() for d in fisher), start=torch.zeros(())) / 2
+        kl = sum((d.square() for d in fisher), start=torch.zeros_like(first)) / 2
         yield kl, first - kl
 
 
@@ -222,7 +224,7 @@ def fisher_directions(logits: Tensor, labels: Tensor, count: int) -> list[Tensor
     """
     p = logits.double().softmax(-1)
     true = -p
-    true[torch.arange(len(labels)), labels] += 1
+    true[torch.arange(len(labels), device=p.device), labels] += 1
     wanted = min(count, p.shape[1] - 1)
     if p.shape[1] <= _EXACT_CLASSES:
         fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
@@ -244,7 +246,8 @@ def _largest(p: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         return p[:, :, None] * q - p[:, :, None] * (p[:, None, :] @ q)
 
     generator, size = torch.Generator().manual_seed(0), (p.shape[1], wanted + _OVERSAMPLED)
-    q = torch.randn(size, generator=generator, dtype=p.dtype).expand(len(p), -1, -1)
+    drawn = torch.randn(size, generator=generator, dtype=p.dtype)
+    q = placed(drawn, p.device).expand(len(p), -1, -1)
     for _ in range(1 + _SWEEPS):
         q = torch.linalg.qr(times(q)).Q
     values, rotation = torch.linalg.eigh(q.mT @ times(q))

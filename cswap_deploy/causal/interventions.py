@@ -30,7 +30,7 @@ from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.moments import CentredMoments
 from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import shift_output
-from cswap_deploy.network.placing import placed
+from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.unfolding import some_of
 from cswap_deploy.network.units import (
     Consumer,
@@ -65,14 +65,6 @@ class AblationValue:
     """(b, I) A, zero in the columns of B; ``None`` where it is zero everywhere."""
     constant: Tensor | None
     """(b,) c; ``None`` where it is zero."""
-
-    def to(self, device: torch.device) -> AblationValue:
-        """On another device."""
-        return AblationValue(
-            self.index.to(device),
-            None if self.weights is None else self.weights.to(device),
-            None if self.constant is None else self.constant.to(device),
-        )
 
 
 def stack(values: Sequence[AblationValue]) -> AblationValue:
@@ -125,13 +117,14 @@ class Moments:
 
 
 def ablation_values(
-    moments: Moments | None, indices: Iterable[Sequence[int]]
+    moments: Moments | None, indices: Iterable[Sequence[int]], *, device: torch.device = HOST
 ) -> list[AblationValue]:
     """What takes the place of each unit's inputs in a layer; zero where there are no moments.
 
-    Units of a group have equally many inputs.
+    Units of a group have equally many inputs. ``device`` is the network's.
     """
-    wanted = torch.tensor([list(index) for index in indices], dtype=torch.long)
+    listed = torch.tensor([list(index) for index in indices], dtype=torch.long)
+    wanted = placed(listed, device)
     if moments is None or not len(wanted):
         return [AblationValue(index, None, None) for index in wanted]
     return moments.ablation_values(wanted)
@@ -179,7 +172,9 @@ def input_moments(
                     sums[layer] = CentredMoments(rows.mean(0))
                 positions = x.reshape(len(x), -1, x.shape[-1])
                 if layer in joint and positions.shape[1] > per_image:  # the same of every image
-                    positions = positions[:, some_of(positions.shape[1], per_image)]
+                    positions = positions[
+                        :, placed(some_of(positions.shape[1], per_image), x.device)
+                    ]
                     rows = positions.reshape(-1, x.shape[-1])
                 rows = rows - sums[layer].centre
                 sums[layer].add(rows, *(rows,) * (layer in joint))

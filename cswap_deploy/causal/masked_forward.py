@@ -63,13 +63,12 @@ class MaskedForward:
         self.graph, self.group = graph, group
         self.effect = OutputEffect(task, graph.measured)
         self.units = np.asarray(units, dtype=np.int64)
-        device = next(graph.module.parameters()).device
         self.consumers: list[tuple[fx.Node, str, list[AblationValue]]] = []
         """Node, layer, and the ablation value of each unit there."""
         for consumer in group.consumers:
             found = moments.get(consumer.layer)
-            values = ablation_values(found, [consumer.indices[u] for u in units])
-            values = [value.to(device) for value in values]
+            indices = [consumer.indices[u] for u in units]
+            values = ablation_values(found, indices, device=graph.device)
             self.consumers += [(n, consumer.layer, values) for n in graph.readers(consumer.layer)]
         self._suffix = graph.suffix(node for node, _, _ in self.consumers)
         inside = set(self._suffix.nodes)

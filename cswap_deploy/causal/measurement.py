@@ -22,6 +22,7 @@ from cswap_deploy.causal.masked_forward import MaskedForward
 from cswap_deploy.causal.memory import Budget
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import bytes_of
+from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.units import Group
 
 MOST_IMAGES = 64
@@ -64,21 +65,18 @@ class LocalMeasurement:
         self,
         experiment: Experiment,
         *,
-        device: torch.device | None = None,
         fused: bool | None = None,
         together: bool = True,
     ) -> None:
-        """Copy the network to the device.
+        """Measure where the network is.
 
         Args:
             experiment: What to measure on.
-            device: Where to measure; the CPU, with no copy, unless given.
             fused: Use :mod:`causal.fanout`; on GPUs unless given.
             together: Whether images may share a batch; see :func:`experiment.independent`.
         """
         self._experiment, self._together = experiment, together
-        self._device = device or torch.device("cpu")
-        self._graph = experiment.graph if device is None else experiment.graph.to(device)
+        self._graph, self._device = experiment.graph, experiment.graph.device
         self._fused = fused if fused is not None else self._device.type == "cuda"
 
     @ieee_float32()
@@ -105,15 +103,15 @@ class LocalMeasurement:
         rounded = Bfloat16Graph(self._graph) if bfloat16 else None
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in forwards]
         for part, truth in _parts(forwards, images, labels, self._experiment.budget):
-            there = part.to(self._device), truth.to(self._device)
+            there = placed(part, self._device), placed(truth, self._device)
             for at, effects in self._measure_part(forwards, *there, rounded, tick):
                 found[at].append(effects)
         return [
             Effects(
                 group=forward.group.name,
                 units=forward.units,
-                true_class=torch.cat([xi for xi, _ in parts], 1).cpu().numpy(),
-                kl=torch.cat([kl for _, kl in parts], 1).cpu().numpy(),
+                true_class=placed(torch.cat([xi for xi, _ in parts], 1), HOST).numpy(),
+                kl=placed(torch.cat([kl for _, kl in parts], 1), HOST).numpy(),
             )
             for forward, parts in zip(forwards, found, strict=True)
         ]

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from cswap_deploy.errors import StageError
+from cswap_deploy.network.placing import HOST
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -37,10 +38,11 @@ class Budget:
     """Bytes of the largest value of one batch of variants; halved when memory runs out."""
 
     @classmethod
-    def of(cls, total: int | None = None) -> Budget:
-        """A budget; a third of what is free unless said."""
+    def of(cls, total: int | None = None, device: torch.device = HOST) -> Budget:
+        """A budget; a third of what is free, on the device, unless said."""
         if total is None:
-            total = free_memory() // _SHARE
+            free = free_memory() if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
+            total = free // _SHARE
         return cls(total, max(1, min(_VARIANT_BYTES, total // (2 * _LIVE))))
 
     @property

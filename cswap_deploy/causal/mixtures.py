@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cswap_deploy.network.placing import placed
+
 _LEAST = 0.5
 """Smallest weight of an image in its mixture."""
 
@@ -34,6 +36,7 @@ def lightly_mixed(images: Tensor, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     other = torch.randperm(len(images), generator=generator)
     own = _LEAST + (1 - _LEAST) * torch.rand(len(images), 1, 1, 1, generator=generator)
+    other, own = (placed(drawn, images.device) for drawn in (other, own))
     return torch.lerp(images[other], images, own)
 
 

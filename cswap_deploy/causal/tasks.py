@@ -39,6 +39,7 @@ from torch import Tensor
 from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.config import Task
 from cswap_deploy.network.outputs import Output
+from cswap_deploy.network.placing import placed
 
 _LEAST = 1e-7
 """Probabilities are kept so far from 0 and 1."""
@@ -87,7 +88,7 @@ class OutputEffect:
             drawn = (2.0 * signs - 1.0).to(base.dtype) / probes**0.5
         return [
             torch.cat([self._root(o, part, value) for o, value, part in self._split(base, one)], 1)
-            for one in drawn.to(base.device)
+            for one in placed(drawn, base.device)
         ]
 
     def _change(self, masked: Tensor, base: Tensor) -> Tensor:

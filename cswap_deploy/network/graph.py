@@ -23,7 +23,6 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from cswap_deploy.errors import ExportError, first_line
 from cswap_deploy.models.outputs import OUTPUT, tensors_alone
-from cswap_deploy.models.plain import copied
 from cswap_deploy.network.branches import streams_first
 from cswap_deploy.network.nodes import (
     CONSUMING,
@@ -35,7 +34,7 @@ from cswap_deploy.network.nodes import (
     size_at,
 )
 from cswap_deploy.network.outputs import Output, measured_outputs
-from cswap_deploy.network.placing import device_of
+from cswap_deploy.network.placing import device_of, moved
 from cswap_deploy.network.units import Consumer
 from cswap_deploy.progress import captured
 
@@ -117,7 +116,7 @@ class Graph:
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(copy.deepcopy(self.program), device)
-        return Graph(program, copied(self.module).to(device), self.output_names)
+        return Graph(program, moved(self.module, device), self.output_names)
 
     def readers(self, layer: str) -> Sequence[fx.Node]:
         """The convolution or linear nodes that read a layer's weight itself."""

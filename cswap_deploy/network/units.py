@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cswap_deploy.network.placing import HOST, placed
+
 Kind = Literal["channels", "heads", "neurons"]
 Consumer = nn.Conv2d | nn.Linear
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -137,7 +139,7 @@ def input_sum(layer: Consumer, indices: Tensor, values: Tensor) -> Tensor:
         return (columns.flatten(2).sum(2) if columns.ndim > 2 else columns) @ values
     per_group, rows = weight.shape[1], layer.out_channels // layer.groups
     total = weight.new_zeros(layer.out_channels)
-    for index, value in zip(indices.tolist(), values, strict=True):
+    for index, value in zip(placed(indices, HOST).tolist(), values, strict=True):
         group, slot = divmod(index, per_group)
         mine = slice(group * rows, (group + 1) * rows)
         total[mine] += weight[mine, slot].flatten(1).sum(1) * value

@@ -19,6 +19,7 @@ from torch import nn
 from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.errors import UsageError
 from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.units import Group
 from cswap_deploy.pruning.allocation import Values
 
@@ -117,7 +118,7 @@ def _norm(
         layer = layers.get(owner)
         if last != "weight" or not isinstance(layer, nn.Conv2d | nn.Linear) or side not in sides:
             continue
-        weight = layer.weight.detach().double()
+        weight = placed(layer.weight.detach(), HOST).double()
         for unit, positions in enumerate(member.indices):
             part = weight.index_select(member.dim, torch.tensor(positions, dtype=torch.int64))
             total[unit] += part.abs().pow(power).sum()

@@ -24,7 +24,7 @@ from cswap_deploy.pruning.prepare import Prepared
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Where effects are measured: this process, a GPU, or workers."""
+    """Where effects are measured: this process or workers."""
 
     measurements: MeasurementFactory = LocalMeasurement
     budget: Budget = field(default_factory=Budget.of)

@@ -17,6 +17,7 @@ from cswap_deploy.network.deletion import exact_groups
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.offsets import needs_bias, with_biases
+from cswap_deploy.network.placing import moved
 from cswap_deploy.network.selection import select
 from cswap_deploy.network.sizes import SizeModel, smallest
 from cswap_deploy.network.units import Group
@@ -64,6 +65,11 @@ class Prepared:
     def on(self, module: nn.Module) -> Self:
         """The same with another module of the architecture to mask."""
         return replace(self, graph=self.graph.on(module))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; the examples stay in the host's memory."""
+        dense = self.dense.to(device)
+        return replace(self, dense=dense, graph=dense.on(moved(self.module, device)))
 
     def copy(self) -> Self:
         """One more to use up: preparing takes seconds, a copy does not."""

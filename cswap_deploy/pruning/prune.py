@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from cswap_deploy.causal.arithmetic import require_gpu
 from cswap_deploy.causal.experiment import independent
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.memory import Budget, keep_freed_memory
@@ -20,6 +18,7 @@ from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import delete_removed
+from cswap_deploy.network.placing import HOST, device_for, moved
 from cswap_deploy.network.probabilities import give_outputs, giving_logits, output_kind
 from cswap_deploy.network.sizes import SizeModel
 from cswap_deploy.network.steadiness import require_steady
@@ -96,6 +95,9 @@ def prune(
     progress.begin("tracing the network", 0)
     with giving_logits(module, output_kind(module, images, calibration.task)):
         network = prepare(module, images, config)
+    device = device_for(config)
+    if device != HOST:
+        network = network.to(device)
     progress.end()
     for note in network.notes:
         progress.note(note)
@@ -105,7 +107,8 @@ def prune(
     with _backend(network, images, config, spec, progress, notes) as backend:
         job = Job(network, calibration, config, importance, seed, backend, progress)
         remove_in_rounds(job, state, rounds)
-    smaller = delete_removed(network.module, state.removed, network.groups, images[:8])
+    module = moved(network.module, HOST)
+    smaller = delete_removed(module, state.removed, network.groups, images[:8])
     plan = _plan(job, state)
     assert sum(p.numel() for p in smaller.parameters()) == plan.pruned.params
     return Pruned(give_outputs(smaller), plan, tuple(notes))
@@ -160,14 +163,13 @@ def _backend(
     network: Prepared, images: Tensor, config: PruneConfig, spec: ModelSpec | None,
     progress: Progress, notes: list[str],
 ) -> Iterator[Backend]:  # fmt: skip
-    """Where effects are measured: this process, its GPU, or workers; ``notes`` gets fallbacks."""
-    budget = Budget.of(config.memory_budget)
+    """Where effects are measured: this process or workers; ``notes`` gets fallbacks."""
+    device = network.graph.device
+    budget = Budget.of(config.memory_budget, device)
     if not network.together or (len(images) >= 4 and not independent(network.graph, images)):
         progress.note(_DEPENDENT)
         notes.append(_DEPENDENT)
         yield Backend(partial(LocalMeasurement, together=False), budget)
-    elif config.scoring_device == "cuda":
-        yield _gpu(config, budget)
     elif config.workers is None:
         yield Backend(budget=budget)
     else:
@@ -178,12 +180,3 @@ def _backend(
             yield Backend(pool.measurement, budget)
             if pool.lost:
                 notes.append(f"{pool.lost} worker(s) died; their pieces were measured again")
-
-
-def _gpu(config: PruneConfig, budget: Budget) -> Backend:
-    """Measures on the GPU, within a third of its free memory unless said."""
-    require_gpu()
-    free, _ = torch.cuda.mem_get_info()
-    own = Budget.of(config.memory_budget if config.memory_budget is not None else free // 3)
-    cuda = torch.device("cuda")
-    return Backend(lambda e: LocalMeasurement(replace(e, budget=own), device=cuda), budget)

@@ -22,6 +22,7 @@ from cswap_deploy.causal.tasks import OutputEffect
 from cswap_deploy.config import Task
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.units import Group
 from cswap_deploy.network.walk import Batches
 from cswap_deploy.progress import Phases, Silent
@@ -104,7 +105,8 @@ class Ground:
             effect.divergence(self._say(graph, part)[None], wanted)[0]
             for part, wanted in zip(self._parts(parts), self.said, strict=False)
         ]
-        return torch.cat([each.view(1 + _MIXTURES, -1).mean(0) for each in found]).cpu()
+        means = torch.cat([each.view(1 + _MIXTURES, -1).mean(0) for each in found])
+        return placed(means, HOST)
 
     def _say(self, graph: Graph, images: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -186,8 +188,9 @@ def remove(network: Prepared, gone: Units, moments: Mapping[str, Moments]) -> No
 
     ``moments`` are those of the consumers' inputs; empty for the ablation value zero.
     """
+    there = network.graph.device
     for layer, index in _inputs(network.groups, gone).items():
-        (value,) = ablation_values(moments.get(layer), [sorted(index)])
+        (value,) = ablation_values(moments.get(layer), [sorted(index)], device=there)
         fold(network.graph, layer, value)
 
 

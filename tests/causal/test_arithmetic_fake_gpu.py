@@ -14,6 +14,7 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.errors import MissingDependencyError
 from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.placing import HOST, device_named
 
 IMAGES, LABELS = pictures(4)
 IEEE = ("highest", False, "ieee", "ieee", "ieee")
@@ -79,13 +80,29 @@ def test_who_sets_one_operation_by_the_newer_interface_finds_it_again() -> None:
 def test_the_key_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    assert measured_on("cpu") == {"device": "cpu", "arithmetic": "IEEE float32"}
-    assert measured_on("cuda") == {"device": "NVIDIA L4", "arithmetic": "IEEE float32"}
+    assert measured_on(torch.device("cpu")) == {"device": "cpu", "arithmetic": "IEEE float32"}
+    assert measured_on(torch.device("cuda")) == {
+        "device": "NVIDIA L4",
+        "arithmetic": "IEEE float32",
+    }
 
 
 def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MissingDependencyError, match="--scoring-device cuda: PyTorch") as e:
-        measured_on("cuda")
+    with pytest.raises(MissingDependencyError, match="--device cuda: PyTorch") as e:
+        device_named("cuda")
     assert "finds no GPU it can use" in str(e.value)
     assert "leave the flag out" in e.value.fix
+
+
+def test_a_device_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_named("auto") == torch.device("cuda")
+    assert device_named("cuda:1") == torch.device("cuda:1")
+    assert device_named("cpu") == HOST
+    with pytest.raises(MissingDependencyError, match=r"cuda:2: PyTorch \S+ finds 2 GPUs") as e:
+        device_named("cuda:2")
+    assert e.value.fix == "pass cuda:0 to cuda:1, or leave the flag out"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_named("auto") == HOST

@@ -166,8 +166,7 @@ def test_fused_epilogues_give_the_same_effects(make, intervention) -> None:
     assert any(MaskedForward(graph, g, [0], moments, fused=True).epilogue for g in wanted)
     experiment = Experiment(graph, IMAGES, LABELS, moments)
     plain = LocalMeasurement(experiment, fused=False).effects(wanted)
-    device = torch.device("cpu")
-    fused = LocalMeasurement(experiment, fused=True, device=device).effects(wanted)
+    fused = LocalMeasurement(experiment, fused=True).effects(wanted)
     for a, b in zip(plain, fused, strict=True):
         np.testing.assert_allclose(b.kl, a.kl, rtol=1e-4, atol=1e-6, err_msg=a.group)
         np.testing.assert_allclose(b.true_class, a.true_class, rtol=1e-4, atol=1e-5)
