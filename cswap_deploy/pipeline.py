@@ -7,6 +7,8 @@ another machine and gone on with; a bundle is such a folder with all stages done
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from cswap_deploy.stages import PrunedFiles, Run, State
 
 Stage = Literal["prune", "export", "engine", "validate"]
+_EVALUATIONS, _EXPORTS = 4, 3
+"""Passes over the validation images, and times of tracing, that the stages after pruning take."""
 _ORDER: tuple[Stage, ...] = ("prune", "export", "engine", "validate")
 _TOOLS = (
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime",
@@ -128,7 +132,7 @@ def build(
 
 
 def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, Any]:
-    """What a build would do and how long measuring would take; nothing is written.
+    """What a build would do and how long it would take; nothing is written.
 
     Args:
         config: What to build and how.
@@ -136,7 +140,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
 
     Returns:
         Plain data: groups and units, what cannot be removed, the network's size, and the seconds
-        that measuring takes, from a few units timed on this machine.
+        that measuring, pruning and the whole build take, from what was timed on this machine.
 
     Raises:
         CswapError: What would fail early fails here too, with the same message.
@@ -146,6 +150,7 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
     from cswap_deploy.pruning.forecast import forecast_pruning
     from cswap_deploy.stages import load
 
+    begun = time.perf_counter()
     progress = progress if progress is not None else Silent()
     check_output(config.bundle_path())
     check_names(config, "validate")
@@ -166,8 +171,21 @@ def forecast(config: Config, *, progress: Progress | None = None) -> dict[str, A
         steps, task = loaded.spec.preprocessing, loaded.spec.task
         calibration = calibration_set(samples.calibration, steps, task=task)
         told |= forecast_pruning(loaded.module, calibration, config=config.prune)
+        told["build_seconds"] = round(time.perf_counter() - begun + _remaining(told, config))
         progress.end()
     return told
+
+
+def _remaining(told: Mapping[str, Any], config: Config) -> float:
+    """Seconds of a build after loading: pruning, two exports, evaluations, timing the engines.
+
+    A TensorRT build takes minutes more, which its builder alone knows.
+    """
+    one = told["pass_seconds"] / told["calibration_images"]
+    evaluated = _EVALUATIONS * one * told["validation_images"]
+    timed = 2 * one * config.measure.latency_runs * len(config.engine.target)
+    seconds: float = told["prune_seconds"] + _EXPORTS * told["tracing_seconds"] + evaluated + timed
+    return seconds
 
 
 def settings_of(folder: Path) -> Config:

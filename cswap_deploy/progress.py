@@ -25,6 +25,9 @@ class Phases(Protocol):
     def end(self) -> None:
         """The phase is over."""
 
+    def overall(self, part: float, left: float) -> None:
+        """How much of the whole stage is done (0 to 1), and how many seconds are left of it."""
+
 
 class Progress(Phases, Protocol):
     """Receives what a build is doing."""
@@ -58,6 +61,9 @@ class Silent:
         """Nothing."""
 
     def end(self) -> None:
+        """Nothing."""
+
+    def overall(self, part: float, left: float) -> None:
         """Nothing."""
 
 

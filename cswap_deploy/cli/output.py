@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cswap_deploy.records.amounts import fixed, percent, speed
+from cswap_deploy.records.amounts import duration, fixed, percent, speed
 
 if TYPE_CHECKING:
     from cswap_deploy.gate.budgets import BudgetResult
@@ -175,6 +175,7 @@ class _Teller:
         self._name = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._what = self._overall = ""
 
     def stage(self, name: str, detail: str = "") -> None:
         self.end()
@@ -182,6 +183,7 @@ class _Teller:
 
     def done(self, detail: str, *, reused: bool) -> None:
         self.end()
+        self._overall = ""
         how = " [dim](reused)[/]" if reused else ""
         self._console.print(
             f"[green]✓[/] [bold]{escape(self._name)}[/]{how} {escape(detail)}", soft_wrap=True
@@ -192,17 +194,19 @@ class _Teller:
 
     def begin(self, what: str, total: int) -> None:
         self.end()
+        self._what = escape(what)
         if not self._live:
-            self._console.print(f"  {escape(what)}", soft_wrap=True)
+            self._console.print(f"  {self._said()}", soft_wrap=True)
             return
         counted = total > 0
         bar = [BarColumn(bar_width=30), MofNCompleteColumn()] if counted else []
-        left: list[str | ProgressColumn] = [TimeRemainingColumn(), "left,"] if counted else []
+        own = counted and not self._overall  # the time of the whole stage says more
+        left: list[str | ProgressColumn] = [TimeRemainingColumn(), "left,"] if own else []
         self._bar = Progress(
             SpinnerColumn(), "{task.description}", *bar, _Rate(), *left, TimeElapsedColumn(),
             "so far", _Memory(), console=self._console, transient=True,
         )  # fmt: skip
-        self._task = self._bar.add_task(what, total=total if counted else None)
+        self._task = self._bar.add_task(self._said(), total=total if counted else None)
         self._bar.start()
 
     def advance(self, steps: int) -> None:
@@ -213,6 +217,14 @@ class _Teller:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
+
+    def overall(self, part: float, left: float) -> None:
+        self._overall = f"{percent(part, 0)} of the stage, {duration(left)} left: "
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=self._said())
+
+    def _said(self) -> str:
+        return self._overall + self._what
 
 
 class _Rate(ProgressColumn):

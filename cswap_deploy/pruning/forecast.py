@@ -1,4 +1,4 @@
-"""How long measuring effects will take, from a few units timed on this machine."""
+"""How long pruning will take, from a few units and forward passes timed on this machine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cswap_deploy.network.probabilities import giving_logits, output_kind
 from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import resolve
+from cswap_deploy.pruning.pace import expected_costs, macs_per_second
 from cswap_deploy.pruning.prepare import Prepared, prepare
 
 _GROUPS, _UNITS, _IMAGES = 6, 8, 16
@@ -37,9 +38,15 @@ def forecast_pruning(
     """
     images = calibration.images
     require_steady(module, images)
+    begun = time.perf_counter()
     with giving_logits(module, output_kind(module, images, calibration.task)):
         prepared = prepare(module, images, config)
-    resolved = resolve(config, prepared, len(images), importance_of(config.criterion))
+    preparing = time.perf_counter() - begun
+    importance = importance_of(config.criterion)
+    resolved = resolve(config, prepared, len(images), importance)
+    compares = importance.needs_images and config.select == "set"
+    costs = expected_costs(prepared, resolved, images=len(images), compares=compares)
+    forward = macs_per_second(prepared.graph, images)
     count = resolved.scoring_samples
     macs = loop_macs(
         prepared.graph, prepared.groups, images=count, rounds=config.rounds,
@@ -58,8 +65,15 @@ def forecast_pruning(
         "scoring_images": count,
         "measuring": resolved.measuring,
         "scoring_macs": macs,
-        "scoring_seconds": float(f"{macs / rate:.2g}"),
+        "scoring_seconds": _rounded(macs / rate),
+        "prune_seconds": _rounded(preparing + sum(map(sum, costs.values())) / forward),
+        "pass_seconds": _rounded(prepared.graph.macs(prepared.graph.nodes) * len(images) / forward),
+        "tracing_seconds": _rounded(preparing),
     }
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.2g}")
 
 
 def _macs_per_second(prepared: Prepared, few: Calibration) -> float:

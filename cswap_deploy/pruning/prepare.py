@@ -28,8 +28,8 @@ from cswap_deploy.records.plan import Size
 _ALIGNED = 8
 """Widths that are no multiple of this run slower than wider ones that are: on ONNX Runtime's CPU
 kernels (measured, benchmarks/LOG.md) as on tensor cores."""
-_TINY = 32
-"""``--round-to auto`` leaves smaller groups alone: a step of 8 would be over a quarter of them."""
+_SMALL, _ALIGNED_SMALL = 32, 4
+"""``--round-to auto`` aligns smaller groups to less: 8 would be over a quarter of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,8 @@ def _alignment(group: Group, round_to: int | str) -> int:
         return 1
     if isinstance(round_to, int):
         return min(round_to, group.units)
-    return 1 if group.units < _TINY or group.units % _ALIGNED else _ALIGNED
+    aligned = _ALIGNED_SMALL if group.units < _SMALL else _ALIGNED
+    return 1 if group.units % aligned else aligned
 
 
 def _check_reach(net: Prepared, config: PruneConfig) -> None:

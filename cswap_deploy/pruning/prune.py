@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from cswap_deploy.network.units import Group
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import Backend, Job
+from cswap_deploy.pruning.pace import Pace, expected_costs, macs_per_second
 from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.pruning.rounds import remove_in_rounds
 from cswap_deploy.pruning.state import RoundStore, State
@@ -105,8 +106,12 @@ def prune(
     if state.round:
         progress.note(f"going on after round {state.round} of an interrupted run")
     with _backend(network, images, config, spec, progress, notes) as backend:
-        job = Job(network, calibration, config, importance, seed, backend, progress)
-        remove_in_rounds(job, state, rounds)
+        job = Job(network, calibration, config, importance, seed, backend)
+        compares = importance.needs_images and config.select == "set"
+        costs = expected_costs(network, job.resolved, images=len(images), compares=compares)
+        costs = {kind: each[state.round :] for kind, each in costs.items()}
+        pace = Pace(progress, costs, macs_per_second(network.graph, images))
+        remove_in_rounds(replace(job, progress=pace), state, rounds)
     module = moved(network.module, HOST)
     smaller = delete_removed(module, state.removed, network.groups, images[:8])
     plan = _plan(job, state)

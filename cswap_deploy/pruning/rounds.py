@@ -132,6 +132,8 @@ class _Loop:
         )  # fmt: skip
 
     def _moments(self, graph: Graph) -> dict[str, Moments]:
+        where = f"round {self.state.round}/{self.job.resolved.rounds}"
+        self.job.progress.begin(f"looking at what layers read, {where}", 0)
         return input_moments(
             graph, consumers(self.job.network.groups), self.job.calibration.images,
             intervention=self.job.config.intervention, chunk=self.ground.batches.size,

@@ -34,15 +34,15 @@ Units = Mapping[str, Sequence[int]]
 """Group -> units by index."""
 MAX_ROWS = 65_536
 """Positions that the last refit uses at most."""
-_ROWS = 16_384
+ROWS = 16_384
 """Positions that the refit of a trial uses: every finalist gets one."""
-_ENOUGH = 256
+REFITTED = 256
 """Images that a candidate is refitted on, where there are more."""
-_JUDGES = 128
+JUDGES = 128
 """Images that evaluate a candidate, where there are more."""
-_TOGETHER = 32
+TOGETHER = 32
 """Images that are mixed with one another, and compared at once."""
-_MIXTURES = 2
+MIXTURES = 2
 """Mixed copies of each image that evaluates, beside the image itself."""
 _FEWEST = 8
 """Images that evaluate, however large their outputs."""
@@ -91,7 +91,7 @@ class Ground:
     @cached_property
     def trial_targets(self) -> Targets:
         """Of a trial's refit; shared by all trials of a run."""
-        return self.targets(self.batches.first(self._few), _ROWS)
+        return self.targets(self.batches.first(self._few), ROWS)
 
     @cached_property
     def said(self) -> list[Tensor]:
@@ -105,7 +105,7 @@ class Ground:
             effect.divergence(self._say(graph, part)[None], wanted)[0]
             for part, wanted in zip(self._parts(parts), self.said, strict=False)
         ]
-        means = torch.cat([each.view(1 + _MIXTURES, -1).mean(0) for each in found])
+        means = torch.cat([each.view(1 + MIXTURES, -1).mean(0) for each in found])
         return placed(means, HOST)
 
     def _say(self, graph: Graph, images: Tensor) -> Tensor:
@@ -117,17 +117,17 @@ class Ground:
     def _few(self) -> int:
         """Images to refit on; the others evaluate."""
         count = len(self.batches)
-        return max(count // 4, min(count // 2, _ENOUGH))
+        return max(count // 4, min(count // 2, REFITTED))
 
     def _parts(self, most: int | None = None) -> Iterator[Tensor]:
         """Images that evaluate, with their mixtures, some at a time."""
-        row = 8 * (1 + _MIXTURES) * sum(output.elements for output in self.dense.measured)
-        count = min(_JUDGES, max(_FEWEST, self.share // row), len(self.batches) - self._few)
-        together = max(1, min(_TOGETHER, self.share // row))
+        row = 8 * (1 + MIXTURES) * sum(output.elements for output in self.dense.measured)
+        count = min(JUDGES, max(_FEWEST, self.share // row), len(self.batches) - self._few)
+        together = max(1, min(TOGETHER, self.share // row))
         for begin in range(0, count, together)[:most]:
             part = slice(self._few + begin, self._few + min(begin + together, count))
             images = self.batches.take(part)
-            mixed = (lightly_mixed(images, seed=begin + seed) for seed in range(_MIXTURES))
+            mixed = (lightly_mixed(images, seed=begin + seed) for seed in range(MIXTURES))
             yield torch.cat([images, *mixed])
 
 

@@ -49,3 +49,13 @@ def speed(speedup: float, low: float | None, high: float | None) -> tuple[bool, 
     if low is None or high is None or not low <= 1 < high:
         return False, f"not faster: {times}"
     return False, f"not faster: {times}, within the noise: {low:.2f}x to {high:.2f}x"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
