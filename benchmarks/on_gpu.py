@@ -228,7 +228,7 @@ def engines(options: Options) -> dict[str, Any]:
         sessions = {}
         for label, module in (("dense", _random(name)), ("pruned", _cut(name, side, 8))):
             path = Path(folder) / f"{label}.onnx"
-            export_onnx(module, torch.randn(2, 3, side, side), path)
+            export_onnx(module, input_size=(3, side, side), path=path)
             sessions[label] = onnxruntime.InferenceSession(path, providers=[wanted])
         for batch in options.batches:
             images = torch.randn(batch, 3, side, side).numpy()
