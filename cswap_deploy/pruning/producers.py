@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.nodes import input_of
+from cswap_deploy.network.nodes import input_of, opname
 from cswap_deploy.network.offsets import needs_bias, scale_and_shift, shift_output
 from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import Positions, Window, laid_out, some_of, unfold, window_of
@@ -460,9 +460,7 @@ def _to_solve_on(image: Tensor) -> int:
 def _by_itself(node: fx.Node) -> bool:
     """Whether each output depends on the input at its own place only."""
     return _is_norm(node) or (
-        node.op == "call_function"
-        and len(node.all_input_nodes) == 1
-        and str(node.target).split(".")[1].removesuffix("_") in _POINTWISE
+        node.op == "call_function" and len(node.all_input_nodes) == 1 and opname(node) in _POINTWISE
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from cswap_deploy.causal.arithmetic import ieee_float32
 from cswap_deploy.causal.experiment import independent
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.causal.memory import Budget, keep_freed_memory
@@ -105,7 +106,7 @@ def prune(
     state = (rounds.load(network.module, most=config.rounds) if rounds else None) or State()
     if state.round:
         progress.note(f"going on after round {state.round} of an interrupted run")
-    with _backend(network, images, config, spec, progress, notes) as backend:
+    with ieee_float32(), _backend(network, images, config, spec, progress, notes) as backend:
         job = Job(network, calibration, config, importance, seed, backend)
         compares = importance.needs_images and config.select == "set"
         costs = expected_costs(network, job.resolved, images=len(images), compares=compares)

@@ -323,6 +323,11 @@ def _rounds(plan: PrunePlan) -> Section | None:
             f"Measured as far as decisions needed ({cost.measuring}): {cost.forwards:,} masked "
             f"forwards, {share} of those of every unit on all {cost.images:,} images."
         )
+    if estimated := sum(e.images == 0 for g in plan.groups for e in g.effects):
+        text.append(
+            f"The effects of {estimated:,} units are estimates alone: they lie far from where "
+            "units start to go, or the passes set aside for measuring were spent."
+        )
     layers = (
         ("Layers refitted in closed form, without training", plan.refitted),
         ("Layers whose own weights were reconstructed too (producers)", plan.producers),
