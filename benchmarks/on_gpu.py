@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -354,17 +353,13 @@ def machine(options: Options) -> dict[str, Any]:
     """What it ran on."""
     import torch
 
-    versions = {}
-    for tool in TOOLS:
-        try:
-            versions[tool] = metadata.version(tool)
-        except metadata.PackageNotFoundError:
-            continue
+    from cswap_deploy.stages import tool_versions
+
     there = options.device != "cpu" and torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if there else None,
         "cuda": torch.version.cuda, "python": sys.version.split()[0], "cores": os.cpu_count(),
-        "versions": versions,
+        "versions": tool_versions(*TOOLS),
     }  # fmt: skip
 
 

@@ -155,7 +155,7 @@ class PruneConfig(Section):
         str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)
     ] = None
     memory_budget: Annotated[
-        ByteSize | None, Field(ge=1), Flag("A third of what is free.", "SIZE", in_key=False)
+        ByteSize | None, Field(ge=1), Flag("As 2GiB; else a third of free.", "SIZE", in_key=False)
     ] = None
     refit: Annotated[bool, Flag("Refit the layers behind removed units.")] = True
     refit_producers: Annotated[

@@ -21,7 +21,7 @@ from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.units import Group
-from cswap_deploy.network.walk import every
+from cswap_deploy.network.walk import Batches
 from cswap_deploy.pruning.refit import Refit, refit, solvable
 from cswap_deploy.pruning.targets import Targets
 from cswap_deploy.pruning.trials import Ground
@@ -192,7 +192,7 @@ def measure_group(
 
 def targets_of(dense: Graph, images: Tensor, *, rows: int = 65_536, size: int = 64) -> Targets:
     """Of all layers of a network that can be refitted."""
-    batches = every(images, size, dense.device)
+    batches = Batches(images, torch.arange(len(images)), size, dense.device)
     return Targets(dense, solvable(dense), batches, rows, 1 << 30)
 
 
@@ -205,4 +205,5 @@ def refitted(
 
 def ground_of(dense: Graph, images: Tensor, task: Task = "classify") -> Ground:
     """What candidates are tried on, with all images in their order."""
-    return Ground(dense, every(images, 64, dense.device), 1 << 30, task)
+    batches = Batches(images, torch.arange(len(images)), 64, dense.device)
+    return Ground(dense, batches, 1 << 30, task)

@@ -136,6 +136,11 @@ class Graph:
         return device_of(self.module)
 
     @cached_property
+    def position(self) -> dict[fx.Node, int]:
+        """Node -> its place in :attr:`nodes`."""
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
     def alive(self) -> list[int]:
         """Bytes of the values of one image that are alive before each node runs."""
         found, alive = [], bytes_of(self.input)

@@ -50,9 +50,13 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(which of the M, the images) of each batch."""
-        for begin in range(0, len(self), self.size):
-            part = slice(begin, min(begin + self.size, len(self)))
+        for part in self.parts():
             yield part, self.take(part)
+
+    def parts(self) -> Iterator[slice]:
+        """Which of the M each batch has."""
+        for begin in range(0, len(self), self.size):
+            yield slice(begin, min(begin + self.size, len(self)))
 
     def take(self, part: slice) -> Tensor:
         """Some of the M images, on the device."""
@@ -85,7 +89,7 @@ class Walk:
             stops: In order of execution; none before what is held.
             hold: A node that is no later than the first stop.
         """
-        position = {node: i for i, node in enumerate(self.graph.nodes)}
+        position = self.graph.position
         goal = position[hold or stops[0]]
         if self.graph.alive[goal] * len(self.batches) > self.most_bytes:
             goal = self._at
@@ -106,12 +110,6 @@ class Walk:
             for part, images in self.batches:
                 yield part, {self.graph.input: images}
             return
-        size, waiting = self.batches.size, self._held[::-1]
-        self._held = []
-        for begin in range(0, len(self.batches), size):
-            yield slice(begin, min(begin + size, len(self.batches))), waiting.pop()
-
-
-def every(images: Tensor, size: int, device: torch.device) -> Batches:
-    """All images, as they come."""
-    return Batches(images, torch.arange(len(images)), size, device)
+        waiting, self._held = self._held[::-1], []
+        for part in self.batches.parts():
+            yield part, waiting.pop()

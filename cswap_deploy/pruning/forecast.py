@@ -13,10 +13,11 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
+from cswap_deploy.network.placing import device_for
 from cswap_deploy.network.probabilities import giving_logits, output_kind
 from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.pruning.importance import importance_of
-from cswap_deploy.pruning.job import resolve
+from cswap_deploy.pruning.job import Job
 from cswap_deploy.pruning.pace import expected_costs, macs_per_second
 from cswap_deploy.pruning.prepare import Prepared, prepare
 
@@ -40,12 +41,10 @@ def forecast_pruning(
     require_steady(module, images)
     begun = time.perf_counter()
     with giving_logits(module, output_kind(module, images, calibration.task)):
-        prepared = prepare(module, images, config)
+        prepared = prepare(module, images, config).to(device_for(config))
     preparing = time.perf_counter() - begun
-    importance = importance_of(config.criterion)
-    resolved = resolve(config, prepared, len(images), importance)
-    compares = importance.needs_images and config.select == "set"
-    costs = expected_costs(prepared, resolved, images=len(images), compares=compares)
+    job = Job(prepared, calibration, config, importance_of(config.criterion))
+    resolved, costs = job.resolved, expected_costs(job)
     forward = macs_per_second(prepared.graph, images)
     count = resolved.scoring_samples
     macs = loop_macs(
@@ -54,7 +53,7 @@ def forecast_pruning(
     )  # fmt: skip
     few = min(count, _IMAGES)
     part = replace(calibration, images=images[:few], labels=calibration.labels[:few])
-    rate = _macs_per_second(prepared, part)
+    rate = _masked_macs_per_second(prepared, part)
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
         "excluded": prepared.excluded,
@@ -76,7 +75,7 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.2g}")
 
 
-def _macs_per_second(prepared: Prepared, few: Calibration) -> float:
+def _masked_macs_per_second(prepared: Prepared, few: Calibration) -> float:
     """Speed of masked forwards, over a few groups from front to back."""
     graph, groups = prepared.graph, prepared.groups
     macs, seconds = 0, 0.0

@@ -43,6 +43,10 @@ class Resolved:
     """Masked forwards of the first round, one for each unit and image; later rounds may take
     ``cost.LATER_ROUNDS`` of it. ``None``: no limit."""
 
+    def called(self, number: int) -> str:
+        """What a round is called, ``round 2/4``."""
+        return f"round {number}/{self.rounds}"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -58,6 +62,11 @@ class Job:
     backend: Backend = field(default_factory=Backend)
     progress: Phases = field(default_factory=Silent)
     resolved: Resolved = field(init=False)
+
+    @property
+    def compares(self) -> bool:
+        """Whether rounds try several candidates; without images there is one."""
+        return self.importance.needs_images and self.config.select == "set"
 
     def __post_init__(self) -> None:
         found = resolve(self.config, self.network, len(self.calibration.images), self.importance)

@@ -21,12 +21,12 @@ from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import window_of
 from cswap_deploy.network.units import consumers, depthwise
 from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.job import Resolved
+from cswap_deploy.pruning.job import Job, Resolved
 from cswap_deploy.pruning.prepare import Prepared
-from cswap_deploy.pruning.producers import ITERATIONS, find_chains
+from cswap_deploy.pruning.producers import ITERATIONS, find_chains, rows_for
 from cswap_deploy.pruning.producers import MAX_FEATURES as MOST_READ
 from cswap_deploy.pruning.refit import MAX_FEATURES, solvable
-from cswap_deploy.pruning.trials import JUDGES, MAX_ROWS, MIXTURES, REFITTED, ROWS, TOGETHER
+from cswap_deploy.pruning.trials import MAX_ROWS, MIXTURES, ROWS, TOGETHER, images_apart
 
 Costs = Mapping[str, list[float]]
 """Kind of phase, the first word of what it is called -> the cost of each of them, in order."""
@@ -38,19 +38,13 @@ _CANDIDATES, _FROM_DENSE, _TRIED = 7, 3, 2
 _TIMED_IMAGES, _TIMED_SECONDS = 32, 0.5
 
 
-def expected_costs(network: Prepared, resolved: Resolved, *, images: int, compares: bool) -> Costs:
-    """What each phase of a pruning will cost.
-
-    Args:
-        network: Ready to be pruned.
-        resolved: How effects are measured.
-        images: Of the calibration set.
-        compares: Whether rounds try several candidates.
-    """
+def expected_costs(job: Job) -> Costs:
+    """What each phase of a pruning will cost."""
+    network, resolved, images = job.network, job.resolved, len(job.calibration.images)
     graph, rounds = network.graph, resolved.rounds
     one = graph.macs(graph.nodes)
-    few = max(images // 4, min(images // 2, REFITTED))
-    judged = (1 + MIXTURES) * min(JUDGES, images - few)
+    few, judges = images_apart(images)
+    judged = (1 + MIXTURES) * judges
     trial = one * (few + judged) + _refit_macs(graph, few, ROWS)
     screen = one * (1 + MIXTURES) * min(TOGETHER, images - few)
     trying = [_CANDIDATES * screen + _TRIED * trial] * rounds
@@ -61,8 +55,8 @@ def expected_costs(network: Prepared, resolved: Resolved, *, images: int, compar
     found = {
         "looking": [_LOOKING * one * images] * rounds,
         "measuring": _measuring(network, resolved),
-        "trying": trying if compares else [],
-        "refitting": [last] if compares else [last] * rounds,
+        "trying": trying if job.compares else [],
+        "refitting": [last] if job.compares else [last] * rounds,
     }
     if resolved.measuring == "adaptive":
         found["estimating"] = [_ESTIMATING * one * resolved.scoring_samples] * rounds
@@ -104,7 +98,7 @@ def _producer_macs(network: Prepared) -> float:
         taps = window_of(chain.consumer, consumer).taps
         features = layer.weight[0].numel()
         if features <= MOST_READ and not depthwise(layer):
-            rows = min(ROWS, (64 << 20) // (taps * features))
+            rows = rows_for(taps * features)
             total += 2 * (ITERATIONS + 1) * rows * taps * features * len(layer.weight)
     return total
 

@@ -67,7 +67,9 @@ class Prepared:
         return replace(self, graph=self.graph.on(module))
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; the examples stay in the host's memory."""
+        """The same on a device; itself where it is there. Examples stay in the host's memory."""
+        if device == self.graph.device:
+            return self
         dense = self.dense.to(device)
         return replace(self, dense=dense, graph=dense.on(moved(self.module, device)))
 

@@ -139,13 +139,8 @@ class SharedInputs:
 
     def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
         """See :class:`Linear`."""
-        some = self.values[: rows : max(1, rows // _ROWS)]
-        some = some - some.mean(0)
-        covariance = (some.T @ some).double() / len(some)
-        variance = covariance.diagonal().mean().clamp_min(1e-20)
-        covariance.diagonal().add_(ridge * variance)
-        factor = torch.linalg.cholesky(covariance)
-        return lambda g: torch.cholesky_solve(g.T.double(), factor).T.float(), variance.float()
+        factor, variance = _factored(self.values[: rows : max(1, rows // _ROWS)], ridge)
+        return lambda g: torch.cholesky_solve(g.T.double(), factor).T.float(), variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +162,27 @@ class OwnInputs:
 
     def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
         """See :class:`Linear`."""
-        some = self.values[:, : rows : max(1, rows // _ROWS)].permute(2, 0, 1)
-        some = some - some.mean(2, keepdim=True)
-        covariance = (some @ some.mT).double() / some.shape[2]
-        variance = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
-        covariance.diagonal(dim1=1, dim2=2).add_(ridge * variance[:, None])
-        factor = torch.linalg.cholesky(covariance)
+        some = self.values[:, : rows : max(1, rows // _ROWS)].permute(2, 1, 0)
+        factor, variance = _factored(some, ridge)
         return (
             lambda g: torch.cholesky_solve(g[..., None].double(), factor)[..., 0].float(),
-            variance.float(),
+            variance,
         )
+
+
+def _factored(rows: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """(..., n, F) rows -> the Cholesky factor of their damped covariance, and its mean variance."""
+    rows = rows - rows.mean(-2, keepdim=True)
+    covariance = (rows.mT @ rows).double() / rows.shape[-2]
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    variance = diagonal.mean(-1).clamp_min(1e-20)
+    diagonal.add_(ridge * variance[..., None])
+    return torch.linalg.cholesky(covariance), variance.float()
+
+
+def rows_for(each: int) -> int:
+    """How many rows of so many unfolded numbers a reconstruction uses."""
+    return max(1, min(_ROWS, _MOST_BYTES // (4 * each)))
 
 
 @dataclass(slots=True)
@@ -218,15 +224,14 @@ class Reads:
         layer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
         own, device = depthwise(layer), graph.device
         units = placed(units, device)
-        whole = inputs is None or own
         columns: Tensor | slice = slice(None) if inputs is None or own else placed(inputs, device)
         window, through = window_of(chain.producer, layer), window_of(chain.consumer, consumer)
-        reads = 1 if own else layer.weight.shape[1] if whole or inputs is None else len(inputs)
+        reads = 1 if own else layer.weight.shape[1] if inputs is None else len(inputs)
         features = window.taps * reads
         if features > MAX_FEATURES:
             return None
         each = through.taps * features * (len(units) if own else 1)
-        rows = some_of(len(where), max(1, min(_ROWS, _MOST_BYTES // (4 * each))))
+        rows = some_of(len(where), rows_for(each))
         count = len(rows) * through.taps
         shape = (window.taps, count, len(units)) if own else (count, features)
         return cls(
@@ -271,7 +276,7 @@ def reconstruct_producer(graph: Graph, chain: Chain, reads: Reads, wanted: Tenso
         wanted: (R, O), of the latter at all its positions; constants do not count.
     """
     producer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
-    units, columns = reads.units, slice(None) if reads.own else reads.columns
+    units, columns = reads.units, reads.columns
     now = producer.weight.detach()[units]
     part = now[:, columns].movedim(1, -1)
     weight = part.flatten(1)

@@ -96,10 +96,7 @@ def prune(
     config = _with_an_effect(config, calibration.task, progress, notes)
     progress.begin("tracing the network", 0)
     with giving_logits(module, output_kind(module, images, calibration.task)):
-        network = prepare(module, images, config)
-    device = device_for(config)
-    if device != HOST:
-        network = network.to(device)
+        network = prepare(module, images, config).to(device_for(config))
     progress.end()
     for note in network.notes:
         progress.note(note)
@@ -108,9 +105,7 @@ def prune(
         progress.note(f"going on after round {state.round} of an interrupted run")
     with ieee_float32(), _backend(network, images, config, spec, progress, notes) as backend:
         job = Job(network, calibration, config, importance, seed, backend)
-        compares = importance.needs_images and config.select == "set"
-        costs = expected_costs(network, job.resolved, images=len(images), compares=compares)
-        costs = {kind: each[state.round :] for kind, each in costs.items()}
+        costs = {kind: each[state.round :] for kind, each in expected_costs(job).items()}
         pace = Pace(progress, costs, macs_per_second(network.graph, images))
         remove_in_rounds(replace(job, progress=pace), state, rounds)
     module = moved(network.module, HOST)

@@ -100,7 +100,7 @@ def refit(
         "Accelerating Very Deep Convolutional Networks" (arXiv:1505.06798), section 3.3.
     """
     work = _Refitting(pruned, targets, kept, ridge, Walk(pruned, targets.batches, most_bytes))
-    place = {node: i for i, node in enumerate(pruned.nodes)}
+    place = pruned.position
     chains = {c.consumer_layer: c for c in find_chains(pruned, reconstruct)}
     solved: list[str] = []
     skipped: list[str] = []
@@ -110,11 +110,11 @@ def refit(
             node = pruned.readers(layer)[0]
             # A producer that is going to change must still be ahead when it does.
             ahead = [c.producer for c in chains.values() if place[c.producer] < place[node]]
-            work.hold = min([node, *ahead], key=place.__getitem__)
+            hold = min([node, *ahead], key=place.__getitem__)
             chain = chains.pop(layer, None)
-            done = work.solve(layer, chain)
+            done = work.solve(layer, hold, chain)
             if done and chain is not None and work.reconstruct(chain):
-                work.solve(layer)
+                work.solve(layer, hold)
                 producers.append(chain.producer_layer)
             (solved if done else skipped).append(layer)
             if tick is not None:
@@ -131,22 +131,23 @@ class _Refitting:
     kept: Mapping[str, Tensor]
     ridge: float | None
     walk: Walk
-    hold: fx.Node | None = None
-    """Where the walk goes on from next time."""
     wanted: Tensor | None = None
     """(R, O), of the layer that was solved last."""
     reads: Reads | None = None
     """What its producer reads."""
 
-    def solve(self, layer: str, chain: Chain | None = None) -> bool:
-        """Refit a layer; False where it is too wide. Notes what the producer of a chain reads."""
+    def solve(self, layer: str, hold: fx.Node, chain: Chain | None = None) -> bool:
+        """Refit a layer; False where it is too wide. Notes what the producer of a chain reads.
+
+        ``hold`` is where the walk goes on from next time.
+        """
         pruned, targets = self.pruned, self.targets
         system = _System(pruned, targets.dense, layer, self.kept[layer])
         if system.features > MAX_FEATURES:
             return False
         node, device = pruned.readers(layer)[0], targets.batches.device
-        places, self.wanted = targets.places(layer), targets.of(layer)
-        fresh = True
+        places, dense = targets.places(layer), targets.of(layer)
+        found: list[Tensor] = []
         stops = [node]
         self.reads = None
         if chain is not None:
@@ -154,29 +155,29 @@ class _Refitting:
                 pruned, chain, places.where, self.kept[layer], self.kept.get(chain.producer_layer)
             )
             stops = [chain.producer, node] if self.reads is not None else stops
-        for stop, part, env in self.walk.reach(stops, hold=self.hold):
+        for stop, part, env in self.walk.reach(stops, hold=hold):
             where = places.within(part, device)
             x = pruned.value(input_of(stop), env)
             if stop is not node:
                 assert self.reads is not None
                 self.reads.take(x, places.of(part), where)
                 continue
-            rows = places.of(part)
+            wanted = dense[places.of(part)]
             stream = stream_part(pruned, targets.dense, layer, env)
             if stream is not None:
-                if fresh:
-                    self.wanted, fresh = self.wanted.clone(), False
-                self.wanted[rows] -= rows_at(pruned, layer, stream, where)
+                wanted = wanted - rows_at(pruned, layer, stream, where)
             x = laid_out(x, system.layer, batch=batch_dim(input_of(node)) or 0)
-            system.add(x, where, self.wanted[rows])
+            system.add(x, where, wanted)
+            if self.reads is not None:
+                found.append(wanted)
+        self.wanted = torch.cat(found) if found else None
         system.solve(self.ridge)
         return True
 
     def reconstruct(self, chain: Chain) -> bool:
         """Give the layer's producer new weights, from what was noted when the layer was solved."""
-        if self.reads is None:
+        if self.reads is None or self.wanted is None:
             return False
-        assert self.wanted is not None
         return reconstruct_producer(self.pruned, chain, self.reads, self.wanted)
 
 

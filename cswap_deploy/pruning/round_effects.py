@@ -127,7 +127,7 @@ class RoundEffects:
 
     @property
     def _where(self) -> str:
-        return f"round {self.state.round}/{self.job.resolved.rounds}"
+        return self.job.resolved.called(self.state.round)
 
     def _thresholds(
         self, alive: Mapping[Group, list[int]], costs: Mapping[str, np.ndarray]

@@ -89,8 +89,6 @@ class _Loop:
         self.trials = Trials(network, state.removed, self.ground)
         self.first_moments: dict[str, Moments] = {}
         """Of the dense network; empty where the run goes on after an interruption."""
-        self.compares = job.importance.needs_images and job.config.select == "set"
-        """Whether several candidates are tried; without images there is one."""
 
     def round(self) -> None:
         """Measure, choose, remove and refit once."""
@@ -103,12 +101,12 @@ class _Loop:
         if not state.removed:
             self.first_moments = moments
         view = View(job.network.graph, job.network.groups, job.calibration, self.rng)
-        proposed = proposals(view) if self.compares else {}
+        proposed = proposals(view) if job.compares else {}
         effects = RoundEffects(job, state, goal, self._experiment(moments), allocations(proposed))
         values = job.importance.of(replace(view, measure=effects.measure))
         name = "effect" if job.importance.needs_images else job.config.criterion
         tried = {name: Ranking(values, per_saving=not job.importance.allocates)}
-        if self.compares:
+        if job.compares:
             tried = rankings(goal, values, proposed)
         choice = best_candidate(
             self.trials,
@@ -132,7 +130,7 @@ class _Loop:
         )  # fmt: skip
 
     def _moments(self, graph: Graph) -> dict[str, Moments]:
-        where = f"round {self.state.round}/{self.job.resolved.rounds}"
+        where = self.job.resolved.called(self.state.round)
         self.job.progress.begin(f"looking at what layers read, {where}", 0)
         return input_moments(
             graph, consumers(self.job.network.groups), self.job.calibration.images,

@@ -36,9 +36,9 @@ MAX_ROWS = 65_536
 """Positions that the last refit uses at most."""
 ROWS = 16_384
 """Positions that the refit of a trial uses: every finalist gets one."""
-REFITTED = 256
+_REFITTED = 256
 """Images that a candidate is refitted on, where there are more."""
-JUDGES = 128
+_JUDGES = 128
 """Images that evaluate a candidate, where there are more."""
 TOGETHER = 32
 """Images that are mixed with one another, and compared at once."""
@@ -49,6 +49,12 @@ _FEWEST = 8
 _SHARE = 4
 """One part in so many of the memory budget is for what is kept of the dense network, and as much
 for what a refit holds between layers."""
+
+
+def images_apart(count: int) -> tuple[int, int]:
+    """Of so many images: how many a candidate is refitted on, and how many others evaluate it."""
+    few = max(count // 4, min(count // 2, _REFITTED))
+    return few, min(_JUDGES, count - few)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,8 @@ class Ground:
     @cached_property
     def trial_targets(self) -> Targets:
         """Of a trial's refit; shared by all trials of a run."""
-        return self.targets(self.batches.first(self._few), ROWS)
+        few, _ = images_apart(len(self.batches))
+        return self.targets(self.batches.first(few), ROWS)
 
     @cached_property
     def said(self) -> list[Tensor]:
@@ -113,19 +120,14 @@ class Ground:
             said = [graph.run(part)[0] for part in torch.split(images, self.batches.size)]
         return torch.cat(said).double()
 
-    @property
-    def _few(self) -> int:
-        """Images to refit on; the others evaluate."""
-        count = len(self.batches)
-        return max(count // 4, min(count // 2, REFITTED))
-
     def _parts(self, most: int | None = None) -> Iterator[Tensor]:
         """Images that evaluate, with their mixtures, some at a time."""
         row = 8 * (1 + MIXTURES) * sum(output.elements for output in self.dense.measured)
-        count = min(JUDGES, max(_FEWEST, self.share // row), len(self.batches) - self._few)
+        few, judges = images_apart(len(self.batches))
+        count = min(judges, max(_FEWEST, self.share // row))
         together = max(1, min(TOGETHER, self.share // row))
         for begin in range(0, count, together)[:most]:
-            part = slice(self._few + begin, self._few + min(begin + together, count))
+            part = slice(few + begin, few + min(begin + together, count))
             images = self.batches.take(part)
             mixed = (lightly_mixed(images, seed=begin + seed) for seed in range(MIXTURES))
             yield torch.cat([images, *mixed])
