@@ -126,7 +126,7 @@ class PruneConfig(Section):
     ] = "cswap"
     """Fills in what is not given; see :data:`METHODS`."""
     criterion: Annotated[str, Flag("Importance: cswap, magnitude, lamp, random.")] = "cswap"
-    rounds: Annotated[int, Field(ge=1), Flag("Steps of measuring and removing.")] = 4
+    rounds: Annotated[int, Field(ge=1), Flag("Steps of measuring and removing.")] = 3
     exclude: Annotated[
         tuple[str, ...], Flag("Layers whose outputs stay, as 'layer4.*'; repeat.", metavar="GLOB")
     ] = ()

@@ -57,7 +57,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 7, "export": 5, "precision": 6, "engine": 6, "score": 5, "validate": 6,
+    "prune": 8, "export": 5, "precision": 6, "engine": 6, "score": 5, "validate": 6,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -196,17 +196,19 @@ def load(
     return loaded, samples
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrunedFiles:
     """``plan.json`` and ``pruned.safetensors`` in a folder."""
 
     folder: Path
     plan: PrunePlan
+    run: Run
 
-    def module(self, run: Run) -> nn.Module:
+    @cached_property
+    def module(self) -> nn.Module:
         """The pruned network, made from the dense architecture, the plan and the weights."""
-        example = run.calibration.images[:2]
-        return load_pruned(self.folder / WEIGHTS, self.plan, run.loaded.module, example)
+        example = self.run.calibration.images[:2]
+        return load_pruned(self.folder / WEIGHTS, self.plan, self.run.loaded.module, example)
 
 
 def prune(run: Run) -> PrunedFiles:
@@ -244,7 +246,7 @@ def prune(run: Run) -> PrunedFiles:
         f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters "
         f"({percent(plan.effective('params'), 1)} removed)",
     )
-    return PrunedFiles(folder, plan)
+    return PrunedFiles(folder, plan, run)
 
 
 def take_pruned(run: Run, folder: Path) -> PrunedFiles:
@@ -262,7 +264,7 @@ def take_pruned(run: Run, folder: Path) -> PrunedFiles:
             fix="put the same weights there, or prune again",
         )
     run.keys["prune"], run.stages["prune"] = record.prune_key, "reused"
-    return PrunedFiles(folder, read_plan(folder))
+    return PrunedFiles(folder, read_plan(folder), run)
 
 
 def _architecture(run: Run) -> dict[str, Any]:
@@ -286,7 +288,7 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
             tolerance=config.parity_tolerance,
         )  # fmt: skip
         record = export_networks(
-            pruned.module(run), run.loaded.module, config=config,
+            pruned.module, run.loaded.module, config=config,
             spec=run.loaded.spec, check=check, folder=out, progress=run.progress,
         )  # fmt: skip
         (out / "export.json").write_text(record.canonical_json())
@@ -394,7 +396,7 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
 
     def make(out: Path) -> None:
         record = scoring.score_networks(
-            run.evaluation, run.loaded.module, pruned.module(run), spec=spec, metric=metric,
+            run.evaluation, run.loaded.module, pruned.module, spec=spec, metric=metric,
             largest=run.config.engine.batch.max, folder=out,
         )  # fmt: skip
         (out / SCORE).write_text(record.canonical_json())
@@ -472,7 +474,7 @@ def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> T
         before.scores, loaded.module, loaded.spec, graphs.model.outputs, batch=BATCH
     )
     test = EngineTest(
-        before.pruned.module(run), reference,
+        before.pruned.module, reference,
         run.images(images_needed(config)), run.evaluation, config, loaded.spec.output_kind,
     )  # fmt: skip
     if not result.engine.runnable:

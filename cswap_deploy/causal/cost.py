@@ -13,7 +13,7 @@ BUDGET_MACS = 40_000_000_000_000
 CPU cores."""
 _EXACT_PASSES = 3
 """Up to so many passes over the calibration images effects are measured exactly."""
-_ADAPTIVE_PASSES = 20
+_ADAPTIVE_PASSES = 16
 """What adaptive measuring may take in all rounds."""
 _SECONDS_MACS = 500_000_000_000
 """Multiply-accumulates that take a few seconds on two cores: so many are never spared."""

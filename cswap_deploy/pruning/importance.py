@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from torch import nn
 
 from cswap_deploy.data.calibration import Calibration
@@ -111,16 +110,15 @@ def _norm(
     module: nn.Module, group: Group, power: int, sides: tuple[str, ...] = ("in", "out")
 ) -> np.ndarray:
     layers = dict(module.named_modules(remove_duplicate=False))
-    total = torch.zeros(group.units, dtype=torch.float64)
+    total = np.zeros(group.units)
     for member in group.members:
         owner, _, last = member.tensor.rpartition(".")
         side = "in" if member.dim == 1 else "out"
         layer = layers.get(owner)
         if last != "weight" or not isinstance(layer, nn.Conv2d | nn.Linear) or side not in sides:
             continue
-        weight = placed(layer.weight.detach(), HOST).double()
-        for unit, positions in enumerate(member.indices):
-            part = weight.index_select(member.dim, torch.tensor(positions, dtype=torch.int64))
-            total[unit] += part.abs().pow(power).sum()
-    values: np.ndarray = total.pow(1 / power).numpy()
+        weight = placed(layer.weight.detach(), HOST).double().movedim(member.dim, 0)
+        at = weight.flatten(1).abs().pow(power).sum(1).numpy()
+        total += [at[list(positions)].sum() for positions in member.indices]
+    values: np.ndarray = total ** (1 / power)
     return values / max(float(values.mean()), 1e-30)

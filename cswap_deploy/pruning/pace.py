@@ -26,6 +26,7 @@ from cswap_deploy.pruning.prepare import Prepared
 from cswap_deploy.pruning.producers import ITERATIONS, find_chains, rows_for
 from cswap_deploy.pruning.producers import MAX_FEATURES as MOST_READ
 from cswap_deploy.pruning.refit import MAX_FEATURES, solvable
+from cswap_deploy.pruning.rounds import LOOKED
 from cswap_deploy.pruning.trials import MAX_ROWS, MIXTURES, ROWS, TOGETHER, images_apart
 
 Costs = Mapping[str, list[float]]
@@ -53,7 +54,7 @@ def expected_costs(job: Job) -> Costs:
     last = 3 * one * images + _refit_macs(graph, images, MAX_ROWS)
     last += _producer_macs(network)
     found = {
-        "looking": [_LOOKING * one * images] * rounds,
+        "looking": [_LOOKING * one * min(images, LOOKED)] * rounds,
         "measuring": _measuring(network, resolved),
         "trying": trying if job.compares else [],
         "refitting": [last] if job.compares else [last] * rounds,

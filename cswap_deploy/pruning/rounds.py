@@ -48,6 +48,9 @@ from cswap_deploy.pruning.trials import (
 )
 from cswap_deploy.records.plan import RoundLog
 
+LOOKED = 256
+"""Images that moments are taken on, where there are more. They decide what stands in for a unit
+while it is measured; once it is gone, what is left is refitted on all images."""
 _FORWARD = 8
 """One part in so many of the memory budget is for the values of one forward."""
 
@@ -133,7 +136,8 @@ class _Loop:
         where = self.job.resolved.called(self.state.round)
         self.job.progress.begin(f"looking at what layers read, {where}", 0)
         return input_moments(
-            graph, consumers(self.job.network.groups), self.job.calibration.images,
+            graph, consumers(self.job.network.groups),
+            self.job.calibration.images[self.order[:LOOKED]],
             intervention=self.job.config.intervention, chunk=self.ground.batches.size,
         )  # fmt: skip
 

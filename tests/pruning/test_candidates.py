@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data import Calibration
 from cswap_deploy.data.sampling import balanced_order
+from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import consumers
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.allocation import Goal, Limits, Ranking, Removal, Values
@@ -331,6 +333,29 @@ def test_only_the_best_of_the_screened_candidates_are_refitted(
     tried.clear()  # without ablation values nothing but the refit makes up for what is gone
     best_candidate(trials, sets, {}, refits=True, progress=Silent())
     assert tried == list(sets.values())
+
+
+def test_screening_leaves_the_network_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = ready(small_cnn)
+    moments = input_moments(
+        prepared.graph, consumers(prepared.groups), IMAGES, intervention="predicted", chunk=64
+    )
+    gone = {g.name: [0, 2] for g in prepared.groups}
+    dense = prepared.dense  # what candidates from the dense network are screened on
+    for network in (prepared, replace(prepared, graph=dense)):
+        before = copy.deepcopy(network.module.state_dict())
+        trials = Trials(network, {}, ground_of(dense, IMAGES))
+        effect = trials.screen(gone, moments)
+        assert effect > 0
+        assert trials.screen(gone, moments) == effect
+        masked = network.on(copy.deepcopy(network.module))
+        remove(masked, gone, moments)
+        assert effect == float(trials.ground.divergence(masked.graph, parts=1).mean())
+        with monkeypatch.context() as m:
+            m.setattr(Graph, "run", lambda *a, **k: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                trials.screen(gone, moments)
+        assert all(torch.equal(v, before[k]) for k, v in network.module.state_dict().items())
 
 
 # --- from the dense network ----------------------------------------------------------------------
