@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cswap_deploy.causal.fisher import DIRECTIONS
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import Group
 
@@ -19,8 +18,6 @@ _SECONDS_MACS = 500_000_000_000
 """Multiply-accumulates that take a few seconds on two cores: so many are never spared."""
 MOST_IMAGES = 256
 FEWEST_IMAGES = 8
-_ADAPTIVE_IMAGES = 14
-"""On which adaptive measuring measures a unit, on average, about."""
 LATER_ROUNDS = 0.3
 """Part of the units that a round after the first measures again, about."""
 
@@ -34,16 +31,9 @@ def measuring_macs(graph: Graph, groups: Iterable[Group]) -> int:
     return total
 
 
-def loop_macs(
-    graph: Graph, groups: Iterable[Group], *, images: int, rounds: int, adaptive: bool = False
-) -> int:
-    """Multiply-accumulates of the whole loop, about."""
-    per_image = measuring_macs(graph, groups)
-    if not adaptive:
-        return round(per_image * images * (1 + LATER_ROUNDS * (rounds - 1)))
-    estimate = graph.macs(graph.nodes) * images * (1 + 2 * (1 + DIRECTIONS))
-    measured = per_image * min(images, _ADAPTIVE_IMAGES)
-    return round(measured * (1 + LATER_ROUNDS * (rounds - 1)) + estimate * rounds)
+def loop_macs(graph: Graph, groups: Iterable[Group], *, images: int, rounds: int) -> int:
+    """Multiply-accumulates of measuring exactly in all rounds, about."""
+    return round(measuring_macs(graph, groups) * images * (1 + LATER_ROUNDS * (rounds - 1)))
 
 
 def budgets(graph: Graph, *, images: int) -> tuple[int, int]:

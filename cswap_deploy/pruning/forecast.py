@@ -1,16 +1,12 @@
-"""How long pruning will take, from a few units and forward passes timed on this machine."""
+"""How long pruning will take, from operation counts and forward passes timed on this machine."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from cswap_deploy.causal.cost import loop_macs
-from cswap_deploy.causal.experiment import Experiment
-from cswap_deploy.causal.measurement import LocalMeasurement
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.network.placing import device_for
@@ -19,9 +15,7 @@ from cswap_deploy.network.steadiness import require_steady
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import Job
 from cswap_deploy.pruning.pace import expected_costs, macs_per_second
-from cswap_deploy.pruning.prepare import Prepared, prepare
-
-_GROUPS, _UNITS, _IMAGES = 6, 8, 16
+from cswap_deploy.pruning.prepare import prepare
 
 
 def forecast_pruning(
@@ -46,14 +40,7 @@ def forecast_pruning(
     job = Job(prepared, calibration, config, importance_of(config.criterion))
     resolved, costs = job.resolved, expected_costs(job)
     forward = macs_per_second(prepared.graph, images)
-    count = resolved.scoring_samples
-    macs = loop_macs(
-        prepared.graph, prepared.groups, images=count, rounds=config.rounds,
-        adaptive=resolved.measuring == "adaptive",
-    )  # fmt: skip
-    few = min(count, _IMAGES)
-    part = replace(calibration, images=images[:few], labels=calibration.labels[:few])
-    rate = _masked_macs_per_second(prepared, part)
+    phases = {kind: sum(each) / forward for kind, each in costs.items()}
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
         "excluded": prepared.excluded,
@@ -61,11 +48,10 @@ def forecast_pruning(
         "params": prepared.dense_size.params,
         "macs": prepared.dense_size.macs,
         "rounds": config.rounds,
-        "scoring_images": count,
+        "scoring_images": resolved.scoring_samples,
         "measuring": resolved.measuring,
-        "scoring_macs": macs,
-        "scoring_seconds": _rounded(macs / rate),
-        "prune_seconds": _rounded(preparing + sum(map(sum, costs.values())) / forward),
+        "scoring_seconds": _rounded(phases["measuring"] + phases.get("estimating", 0)),
+        "prune_seconds": _rounded(preparing + sum(phases.values())),
         "pass_seconds": _rounded(prepared.graph.macs(prepared.graph.nodes) * len(images) / forward),
         "tracing_seconds": _rounded(preparing),
     }
@@ -73,19 +59,3 @@ def forecast_pruning(
 
 def _rounded(seconds: float) -> float:
     return float(f"{seconds:.2g}")
-
-
-def _masked_macs_per_second(prepared: Prepared, few: Calibration) -> float:
-    """Speed of masked forwards, over a few groups from front to back."""
-    graph, groups = prepared.graph, prepared.groups
-    macs, seconds = 0, 0.0
-    for group in groups[:: max(1, len(groups) // _GROUPS)]:
-        units = range(min(_UNITS, group.units))
-        readers = [n for c in group.consumers for n in graph.readers(c.layer)]
-        experiment = Experiment(graph, few.images, few.labels, task=few.task)
-        measurement = LocalMeasurement(experiment, together=prepared.together)
-        begun = time.perf_counter()
-        measurement.effects({group: units})
-        seconds += time.perf_counter() - begun
-        macs += graph.macs(graph.suffix(readers).nodes) * len(units) * len(few.images)
-    return macs / seconds
