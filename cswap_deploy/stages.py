@@ -23,7 +23,7 @@ from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
 from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.onnx import BATCH
-from cswap_deploy.export.stage import Graphs, export_networks
+from cswap_deploy.export.stage import DENSE, Graphs, export_network
 from cswap_deploy.measure import score as scoring
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
@@ -41,7 +41,7 @@ from cswap_deploy.pruning.state import RoundStore
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
 from cswap_deploy.records.files import require_files
-from cswap_deploy.records.graphs import SCORE, ExportRecord, PrecisionRecord, Score
+from cswap_deploy.records.graphs import SCORE, PrecisionRecord, Score
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import DenseCheck, Device
 from cswap_deploy.records.plan import PrunePlan
@@ -57,7 +57,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 8, "export": 5, "precision": 6, "engine": 6, "score": 5, "validate": 6,
+    "prune": 8, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 6,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -113,6 +113,17 @@ class Run:
             "preprocessing": self.loaded.spec.preprocessing.model_dump(mode="json"),
             "task": self.loaded.spec.task,
         }
+
+    @cached_property
+    def network_key(self) -> dict[str, Any]:
+        """For the keys of stages that see the dense network: its weights, and what, beside them,
+        decides what it computes."""
+        spec = self.loaded.spec
+        found: dict[str, Any] = {"name": spec.name, "arguments": spec.arguments}
+        if spec.source == "factory":  # its forward can change while its weights stay
+            graph = trace(self.loaded.module, self.calibration.images[:2])
+            found = {"graph": sha256_text(graph.code)}
+        return {"weights": spec.weights_sha256, "architecture": found}
 
     def stage(
         self,
@@ -230,11 +241,8 @@ def prune(run: Run) -> PrunedFiles:
         "prune",
         make,
         inputs=run.calibration_key
-        | {
-            "weights": run.loaded.spec.weights_sha256,
-            "architecture": _architecture(run),
-            "measured_on": measured_on(device_for(config)),
-        },
+        | run.network_key
+        | {"measured_on": measured_on(device_for(config))},
         settings=config.key() | {"seed": run.config.run.seed},
         tools=tool_versions("cswap-deploy", "torch", "timm", "scipy"),
     )
@@ -267,55 +275,50 @@ def take_pruned(run: Run, folder: Path) -> PrunedFiles:
     return PrunedFiles(folder, read_plan(folder), run)
 
 
-def _architecture(run: Run) -> dict[str, Any]:
-    """What, beside the weights, decides what a network computes."""
-    spec = run.loaded.spec
-    if spec.source != "factory":
-        return {"name": spec.name, "arguments": spec.arguments}
-    # A user's forward can change while its weights stay; the graph shows it.
-    graph = trace(run.loaded.module, run.calibration.images[:2])
-    return {"graph": sha256_text(graph.code)}
-
-
 def export(run: Run, pruned: PrunedFiles) -> Graphs:
     """Both networks as ONNX; the pruned one in the number formats that the engine is to have."""
-    config = run.config.export
+    config, spec = run.config.export, run.loaded.spec
     run.progress.stage("export", f"ONNX opset {config.graph_opset}")
+    weights = {"pruned": run.keys["prune"], "weights": sha256_file(pruned.folder / WEIGHTS)}
+    graphs = Graphs.exported(
+        _exported(run, "export", MODEL, lambda: pruned.module, weights),
+        # apart: the next ratio finds it
+        _exported(run, "export/dense", DENSE, lambda: run.loaded.module, run.network_key),
+    )
+    run.fallbacks += graphs.model.notes
+    run.done(
+        "export",
+        f"{mebibytes(graphs.model.size_bytes)}, {graphs.model.nodes} nodes, "
+        f"{'logits' if spec.task == 'classify' else 'outputs'} within "
+        f"{max(p.max_abs for p in graphs.parity):.1e}",
+    )
+    return graphs if config.precision == "fp32" else narrow(run, graphs)
+
+
+def _exported(
+    run: Run, stage: str, name: str, module: Callable[[], nn.Module], weights: Mapping[str, str]
+) -> Path:
+    """The folder of one network's graph, ``MODEL`` or ``DENSE``."""
+    config, spec = run.config.export, run.loaded.spec
 
     def make(out: Path) -> None:
         check = partial(
-            check_graph, spec=run.loaded.spec, images=run.images(max(PARITY_BATCHES)),
+            check_graph, spec=spec, images=run.images(max(PARITY_BATCHES)),
             tolerance=config.parity_tolerance,
         )  # fmt: skip
-        record = export_networks(
-            pruned.module, run.loaded.module, config=config,
-            spec=run.loaded.spec, check=check, folder=out, progress=run.progress,
-        )  # fmt: skip
-        (out / "export.json").write_text(record.canonical_json())
+        run.progress.begin(f"exporting the {'dense' if name == DENSE else 'pruned'} network", 0)
+        export_network(module(), name, config=config, spec=spec, check=check, folder=out)
+        run.progress.end()
 
-    folder = run.stage(
-        "export",
+    return run.stage(
+        stage,
         make,
-        inputs={
-            "pruned": run.keys["prune"],
-            "weights": sha256_file(pruned.folder / WEIGHTS),
-            "outputs": list(run.loaded.spec.outputs),
-        },
+        inputs=run.calibration_key | {**weights, "outputs": list(spec.outputs)},
         settings=config.export_key(),
         tools=tool_versions(
             "cswap-deploy", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime"
         ),
     )
-    record = read_value(folder / "export.json", ExportRecord)
-    run.fallbacks += record.model.notes
-    run.done(
-        "export",
-        f"{mebibytes(record.model.size_bytes)}, {record.model.nodes} nodes, "
-        f"{'logits' if run.loaded.spec.task == 'classify' else 'outputs'} within "
-        f"{max(p.max_abs for p in record.parity):.1e}",
-    )
-    graphs = Graphs.exported(folder, record)
-    return graphs if config.precision == "fp32" else narrow(run, graphs)
 
 
 def narrow(run: Run, graphs: Graphs) -> Graphs:

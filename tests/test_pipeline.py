@@ -197,13 +197,13 @@ def test_stages_one_at_a_time_give_what_build_gives(
     shutil.copytree(folder, elsewhere)
     shutil.rmtree(folder)
     for entry in store.iterdir():
-        if not (entry / "files" / "dense.onnx").exists():
+        if not (entry / "files" / "export.json").exists():
             shutil.rmtree(entry)
     with monkeypatch.context() as patch:  # another version of a tool exports again
         another_version_of("onnxscript", patch)
         done = command("export", elsewhere, "--store", store, "--json")
     assert done.code == 0, done.err
-    assert done.json()["stages"] == {"prune": "reused", "export": "run"}
+    assert done.json()["stages"] == {"prune": "reused", "export": "run", "export/dense": "run"}
     assert "measuring" not in done.err
     assert without_times(read_plan(elsewhere)) == without_times(read_plan(made.bundle))
     for name in ("model.onnx", "pruned.safetensors"):
@@ -298,10 +298,17 @@ def test_more_timed_calls_validate_again_and_no_more(
 
 def test_another_opset_exports_again_and_no_more(made: Made, store: Path, tmp_path: Path) -> None:
     built = build(made, store, tmp_path / "a", until="export", opset=20)
-    assert built.stages == {"prune": "reused", "export": "run"}
+    assert built.stages == {"prune": "reused", "export": "run", "export/dense": "run"}
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(built.path / "model.onnx")
     assert [o.version for o in graph.opset_import if o.domain == ""] == [20]
+
+
+def test_another_ratio_does_not_export_the_dense_network_again(
+    made: Made, store: Path, tmp_path: Path
+) -> None:
+    built = build(made, store, tmp_path / "a", until="export", ratio=0.2)
+    assert built.stages == {"prune": "run", "export": "run", "export/dense": "reused"}
 
 
 def test_a_damaged_store_entry_is_made_again_and_said(
@@ -333,7 +340,7 @@ def test_a_network_in_memory_is_built_afresh_to_the_same_result(
     kept |= {"store": store, "ratio": 0.4}
     known = load_config(model="SmallNet", output=tmp_path / "known", **kept)
     stages = pipeline.build(known, module=module, until="export").stages
-    assert stages == {"prune": "reused", "export": "reused"}
+    assert stages == {"prune": "reused", "export": "reused", "export/dense": "reused"}
 
     kept |= {name: Path(kept[name]) for name in ("data", "validation_data")}
     bundle = cswap_deploy.build(module, resume=False, output=tmp_path / "own", **kept)

@@ -12,15 +12,16 @@ from cswap_deploy.config import ExportConfig
 from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.export.precision import ROUNDED
 from cswap_deploy.export.simplify import simplify_onnx
-from cswap_deploy.progress import Progress
+from cswap_deploy.records.bundle import MODEL
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.graphs import ExportRecord, PrecisionRecord
 from cswap_deploy.records.measurements import Parity, PrecisionResult
 from cswap_deploy.records.model import ModelSpec
+from cswap_deploy.records.value import read_value
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.session import Session
 
-MODEL, DENSE = "model.onnx", "dense.onnx"
+DENSE, RECORD = "dense.onnx", "export.json"
 ParityCheck = Callable[[nn.Module, Path, str], Parity]
 """Compares a network with its graph, whose name the report shows; raises ``ExportError`` where
 their outputs differ by more than the tolerance."""
@@ -44,11 +45,15 @@ class Graphs:
     """``None`` for float32."""
 
     @classmethod
-    def exported(cls, folder: Path, record: ExportRecord) -> Graphs:
-        """The float32 graphs in the folder that :func:`export_networks` filled."""
-        float32 = record.model.model_copy(update={"path": folder / MODEL})
-        dense = record.dense.model_copy(update={"path": folder / DENSE})
-        return cls(folder, float32, float32, dense, record.parity)
+    def exported(cls, folder: Path, dense_folder: Path) -> Graphs:
+        """The float32 graphs in the folders that :func:`export_network` filled."""
+        read = {f: read_value(f / RECORD, ExportRecord) for f in (folder, dense_folder)}
+        float32, dense = (
+            record.graph.model_copy(update={"path": at / record.graph.path})
+            for at, record in read.items()
+        )
+        parity = tuple(p for record in read.values() for p in record.parity)
+        return cls(folder, float32, float32, dense, parity)
 
     def narrowed(self, folder: Path, record: PrecisionRecord) -> Graphs:
         """The same with the narrowed graph in a folder."""
@@ -63,43 +68,34 @@ class Graphs:
         return OnnxSession(self.model.path, threads=None), "the same graph in ONNX Runtime"
 
 
-def export_networks(
-    pruned: nn.Module, dense: nn.Module, *, config: ExportConfig, spec: ModelSpec,
-    check: ParityCheck, folder: Path, progress: Progress,
-) -> ExportRecord:  # fmt: skip
-    """Export both networks and simplify the graphs; each pass is checked against PyTorch.
+def export_network(
+    module: nn.Module, name: str, *, config: ExportConfig, spec: ModelSpec,
+    check: ParityCheck, folder: Path,
+) -> None:  # fmt: skip
+    """Export a network and simplify the graph; each pass is checked against PyTorch.
 
     Args:
-        pruned: Becomes ``model.onnx``.
-        dense: Becomes ``dense.onnx``, whose parity is checked after simplification alone.
+        module: The network.
+        name: ``MODEL`` or ``DENSE``, the file; the latter is checked once simplified, not before.
         config: Gives the opset.
         spec: Gives the input's size and the outputs' names.
         check: Compares a graph with its network.
-        folder: Existing, empty; the two graphs are left there.
-        progress: Told of each export.
-
-    Returns:
-        The record, with paths relative to ``folder``.
+        folder: Existing, empty; the graph and its record, :class:`ExportRecord`, are left there.
 
     Raises:
-        ExportError: torch does not export a network, or a pass changed its outputs.
+        ExportError: torch does not export the network, or a pass changed its outputs.
         MissingDependencyError: onnxsim or onnxruntime is absent.
     """
-    graphs: dict[str, OnnxArtifact] = {}
-    parities = []
-    for what, module, name in (("pruned", pruned, MODEL), ("dense", dense, DENSE)):
-        progress.begin(f"exporting the {what} network", 0)
-        path, opset = folder / f"exported-{name}", config.graph_opset
-        exported = export_onnx(
-            module, input_size=spec.preprocessing.input_size, path=path, opset=opset,
-            outputs=spec.outputs,
-        )  # fmt: skip
-        graph = simplify_onnx(exported, path=folder / name)
-        progress.end()
-        steps = {"exported": exported, "simplified": graph}
-        if name == DENSE:
-            steps = {"dense, simplified": graph}
-        parities += [check(module, g.path, f"ONNX, {step}") for step, g in steps.items()]
-        path.unlink()
-        graphs[name] = graph.model_copy(update={"path": Path(name)})
-    return ExportRecord(model=graphs[MODEL], dense=graphs[DENSE], parity=tuple(parities))
+    path = folder / f"exported-{name}"
+    exported = export_onnx(
+        module, input_size=spec.preprocessing.input_size, path=path, opset=config.graph_opset,
+        outputs=spec.outputs,
+    )  # fmt: skip
+    graph = simplify_onnx(exported, path=folder / name)
+    steps = {"exported": exported, "simplified": graph}
+    if name == DENSE:
+        steps = {"dense, simplified": graph}
+    parity = tuple(check(module, g.path, f"ONNX, {step}") for step, g in steps.items())
+    path.unlink()
+    record = ExportRecord(graph=graph.model_copy(update={"path": Path(name)}), parity=parity)
+    (folder / RECORD).write_text(record.canonical_json())

@@ -16,11 +16,9 @@ SCORE = "score.json"
 
 
 class ExportRecord(Value):
-    """``export.json``: both networks as float32 graphs, and their parity with PyTorch."""
+    """``export.json``: a network as a float32 graph, and its parity with PyTorch."""
 
-    model: OnnxArtifact
-    """The pruned network."""
-    dense: OnnxArtifact
+    graph: OnnxArtifact
     parity: tuple[Parity, ...]
 
 
