@@ -57,7 +57,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 8, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 6,
+    "prune": 9, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 6,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 

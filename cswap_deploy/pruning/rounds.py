@@ -165,8 +165,8 @@ class _Loop:
     def _or_from_dense(self, choice: Choice, goal: Goal, view: View) -> Choice:
         """The candidate of the last round, or one from the dense network on, which undoes all.
 
-        What saw no image does not fit the images by chance: the measured candidate must be better
-        than it could be by luck.
+        Only where it is better beyond chance: a trial, refitted on few images, flatters what leaves
+        all layers alike, and the last refit then makes less of it (benchmarks/LOG.md).
         """
         job = self.job
         other = best_from_dense(
@@ -175,7 +175,7 @@ class _Loop:
         )  # fmt: skip
         assert choice.trial is not None
         assert other.trial is not None
-        if less_beyond_chance(choice.trial.effect, other.trial.effect):
+        if not less_beyond_chance(other.trial.effect, choice.trial.effect):
             return choice
         network = job.network
         network.module.load_state_dict(network.dense.module.state_dict())

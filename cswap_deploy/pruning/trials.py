@@ -39,7 +39,7 @@ ROWS = 16_384
 """Positions that the refit of a trial uses: every finalist gets one."""
 _REFITTED = 256
 """Images that a candidate is refitted on, where there are more."""
-_JUDGES = 128
+_JUDGES = 256
 """Images that evaluate a candidate, where there are more."""
 TOGETHER = 32
 """Images that are mixed with one another, and compared at once."""

@@ -24,6 +24,7 @@ from cswap_deploy.data.sampling import balanced_order
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import consumers
 from cswap_deploy.progress import Silent
+from cswap_deploy.pruning import rounds
 from cswap_deploy.pruning.allocation import Goal, Limits, Ranking, Removal, Values
 from cswap_deploy.pruning.candidates import (
     best_candidate,
@@ -382,8 +383,19 @@ class Watched(RoundStore):
         self.removed.append(copy.deepcopy(state.removed))
 
 
-def test_last_round_can_undo_the_earlier_ones() -> None:
-    """Here the best candidate is one from the dense network on: it alone shapes the result."""
+@pytest.mark.parametrize("better", [False, True])
+def test_last_round_can_undo_the_earlier_ones(
+    better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A candidate from the dense network on, where it is better beyond chance, alone shapes the
+    result."""
+    asked_about = []
+
+    def said(one: torch.Tensor, other: torch.Tensor) -> bool:
+        asked_about.append((one, other))
+        return better
+
+    monkeypatch.setattr(rounds, "less_beyond_chance", said)
     pixels, labels = small_models.pictures(64)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.25)
     truth = torch.from_numpy(labels)
@@ -401,6 +413,12 @@ def test_last_round_can_undo_the_earlier_ones() -> None:
         progress=Silent(),
     )  # fmt: skip
     last = result.plan.rounds[-1]
+    [(from_dense, of_the_loop)] = asked_about
+    if not better:
+        assert last.kl == pytest.approx(float(of_the_loop.mean()))
+        assert not str(last.candidate).endswith("from dense")
+        return
+    assert last.kl == pytest.approx(float(from_dense.mean()))
     assert last.candidate == "magnitude, uniform, from dense", "choose a network where one wins"
     first, second = watched.removed
     back = {(n, u) for n, units in first.items() for u in units if u not in second.get(n, [])}
