@@ -21,7 +21,6 @@ from cswap_deploy.causal.interventions import Moments, ablation_values, fold
 from cswap_deploy.causal.mixtures import lightly_mixed
 from cswap_deploy.causal.tasks import OutputEffect
 from cswap_deploy.config import Task
-from cswap_deploy.models.plain import copied
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.units import Group
@@ -162,7 +161,7 @@ class Trials:
             moments: Of the consumers' inputs, for the ablation values.
             refits: Whether the rest is refitted.
         """
-        network, done = self.network.on(copied(self.network.module)), None
+        network, done = self.network.copy(), None
         remove(network, gone, moments)
         if refits:
             removed = {
