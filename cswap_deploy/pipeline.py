@@ -70,7 +70,7 @@ class Built:
         told = {
             "ratio_requested": plan.ratio_requested,
             "ratio_of": plan.ratio_of,
-            "ratio_effective": {of: plan.effective(of) for of in ("params", "channels", "macs")},
+            "ratio_effective": plan.removed,
             "dense": plan.dense.model_dump(),
             "pruned": plan.pruned.model_dump(),
         }
@@ -235,7 +235,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         validation=samples.validation.spec,
         shared_images=samples.shared_images,
         dense_checks=run.dense_checks,
-        ratio_effective={of: plan.effective(of) for of in ("params", "channels", "macs")},
+        ratio_effective=plan.removed,
         dense=plan.dense,
         pruned=plan.pruned,
         onnx=graphs.model.model_copy(update={"path": Path(MODEL)}),

@@ -25,6 +25,7 @@ from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import DENSE, Graphs, export_network
 from cswap_deploy.measure import score as scoring
+from cswap_deploy.measure.aim import aim_at
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
 from cswap_deploy.measure.evaluate import Evaluation
@@ -57,7 +58,7 @@ from cswap_deploy.targets import (
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 9, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 6,
+    "prune": 10, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 6,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -177,9 +178,6 @@ def tool_versions(*packages: str) -> dict[str, str]:
     return found
 
 
-# --- the stages ----------------------------------------------------------------------------------
-
-
 def load(
     config: Config, module: nn.Module | None, progress: Progress
 ) -> tuple[LoadedModel, Samples]:
@@ -225,13 +223,14 @@ class PrunedFiles:
 def prune(run: Run) -> PrunedFiles:
     """Measure, remove, refit."""
     config = run.config.prune
-    run.progress.stage("prune", f"{percent(config.ratio, 0)} of {config.ratio_of}")
+    run.progress.stage("prune", config.aim)
+    aim = aim_at(run.config, run.loaded.spec, run.images)
 
     def make(out: Path) -> None:
         rounds = RoundStore(run.store, run.keys["prune"], resume=run.config.run.resume)
         done = prune_network(
             run.loaded.module, run.calibration, config=config, seed=run.config.run.seed,
-            spec=run.loaded.spec, rounds=rounds, progress=run.progress,
+            spec=run.loaded.spec, rounds=rounds, device=aim, progress=run.progress,
         )  # fmt: skip
         run.fallbacks += done.notes
         (out / PLAN).write_text(done.plan.model_dump_json(indent=1))
@@ -240,9 +239,9 @@ def prune(run: Run) -> PrunedFiles:
     folder = run.stage(
         "prune",
         make,
-        inputs=run.calibration_key
-        | run.network_key
-        | {"measured_on": measured_on(device_for(config))},
+        inputs={"aim": aim and aim.key, "measured_on": measured_on(device_for(config))}
+        | run.calibration_key
+        | run.network_key,
         settings=config.key() | {"seed": run.config.run.seed},
         tools=tool_versions("cswap-deploy", "torch", "timm", "scipy"),
     )
@@ -281,9 +280,9 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
     run.progress.stage("export", f"ONNX opset {config.graph_opset}")
     weights = {"pruned": run.keys["prune"], "weights": sha256_file(pruned.folder / WEIGHTS)}
     graphs = Graphs.exported(
-        _exported(run, "export", MODEL, lambda: pruned.module, weights),
+        _exported(run, MODEL, lambda: pruned.module, weights),
         # apart: the next ratio finds it
-        _exported(run, "export/dense", DENSE, lambda: run.loaded.module, run.network_key),
+        _exported(run, DENSE, lambda: run.loaded.module, run.network_key),
     )
     run.fallbacks += graphs.model.notes
     run.done(
@@ -296,7 +295,7 @@ def export(run: Run, pruned: PrunedFiles) -> Graphs:
 
 
 def _exported(
-    run: Run, stage: str, name: str, module: Callable[[], nn.Module], weights: Mapping[str, str]
+    run: Run, name: str, module: Callable[[], nn.Module], weights: Mapping[str, str]
 ) -> Path:
     """The folder of one network's graph, ``MODEL`` or ``DENSE``."""
     config, spec = run.config.export, run.loaded.spec
@@ -311,7 +310,7 @@ def _exported(
         run.progress.end()
 
     return run.stage(
-        stage,
+        "export" if name == MODEL else "export/dense",
         make,
         inputs=run.calibration_key | {**weights, "outputs": list(spec.outputs)},
         settings=config.export_key(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cswap_deploy.models.listing import TESTED
 from cswap_deploy.models.torchvision_shim import import_timm
@@ -91,6 +93,17 @@ def lively(module: nn.Module, images: Tensor) -> nn.Module:
         hook.remove()
     _calm(module, images)
     return module
+
+
+def counted_macs(module: nn.Module, images: Tensor) -> int:
+    """PyTorch's own count, for one image."""
+    module = copy.deepcopy(module)
+    for layer in module.modules():
+        if hasattr(layer, "fused_attn"):  # the counter does not know the fused kernel of the CPU
+            layer.fused_attn = False
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(images[:1])
+    return counter.get_total_flops() // 2
 
 
 def _settle(

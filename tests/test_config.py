@@ -88,7 +88,10 @@ def test_the_environment_names_defaults_that_a_file_and_arguments_win_over(
             "--hardware-compat: Input should be 'none', 'ampere+' or 'same-cc'",
         ),
         ({"colour": 1}, "--colour: Extra inputs are not permitted"),
-        ({"ratio_of": "bytes"}, "--ratio-of: Input should be 'params', 'channels' or 'macs'"),
+        (
+            {"ratio_of": "bytes"},
+            "--ratio-of: Input should be 'params', 'channels', 'macs'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -99,7 +99,7 @@ class Moments:
 
     def ablation_values(self, index: Tensor) -> list[AblationValue]:
         """What takes the place of each unit's inputs; ``index`` is (U, b)."""
-        if self._inverse is None:
+        if self._inverse is None or index.shape[1] == len(self.mean):  # nothing left to predict by
             return [AblationValue(own, None, self.mean[own]) for own in index]
         found: list[AblationValue] = []
         at_once = max(1, _SOLVED_AT_ONCE // max(1, index.shape[1] * len(self.mean)))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from cswap_deploy.network.nodes import CONSUMING, ancestors, batched
+from cswap_deploy.network.nodes import CONSUMING, ancestors, batch_dim, batched, opname
 
 _aten = torch.ops.aten
 
 LAYOUT = {_aten.permute.default}
 
-_SAME = {_aten.dropout.default, _aten.clone.default, _aten.contiguous.default}
+_SAME = {"dropout", "clone", "contiguous"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,16 @@ def branch_of(node: fx.Node) -> Branch | None:
         if len(users) != 1:
             return None
         (user,) = users
-        if user.target is _aten.add.Tensor and not user.kwargs:
+        if opname(user) == "add" and not user.kwargs:  # in place, too
             others = [a for a in user.all_input_nodes if a is not path[-1]]
             if len(others) == 1 and shape_of(user) and shape_of(others[0]) == shape_of(path[-1]):
                 return Branch(tuple(path), user, others[0])
             return None
         if not (
-            user.target in _SAME | LAYOUT
+            user.target in LAYOUT
+            or opname(user) in _SAME
             or (user.target is _aten.batch_norm.default and user.args[0] is path[-1])
-            or (user.target is _aten.mul.Tensor and _scales(user, path[-1]))
+            or (opname(user) == "mul" and _scales(user, path[-1]))
         ):
             return None
         path.append(user)
@@ -77,7 +78,10 @@ def streams_first(nodes: list[fx.Node]) -> list[fx.Node]:
 def _scales(node: fx.Node, value: fx.Node) -> bool:
     """Whether a product is with something that does not depend on the images."""
     others = [a for a in node.all_input_nodes if a is not value]
-    return len(others) == 1 and others[0].op == "placeholder" and len(node.all_input_nodes) == 2
+    return (
+        len(others) == 1 and len(node.all_input_nodes) == 2 and not shape_of(others[0])
+        and batch_dim(others[0]) is None
+    )  # fmt: skip
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -21,7 +21,12 @@ from cswap_deploy.errors import ArtifactError, PruneError, first_line
 from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.models.plain import copied, plain
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.groups import find_groups
+from cswap_deploy.network.residual import (
+    delete_branch,
+    find_structure,
+    removed_branches,
+    silence,
+)
 from cswap_deploy.network.units import (
     CONVOLUTIONS,
     Attribute,
@@ -40,6 +45,10 @@ _ROUNDING = 1e-5
 """Relative change of the pixels that does to the outputs what rounding in every layer may do."""
 _TRIES = 3
 """Sets of units that masking and deleting must agree on."""
+_BREAKS = (
+    RuntimeError, IndexError, AssertionError, ValueError, TypeError, KeyError, AttributeError,
+)  # fmt: skip
+"""What a forward raises that does not fit what was deleted."""
 _FIX = "use the model the plan was made for, with the same timm version"
 
 
@@ -54,7 +63,7 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
     Raises:
         ArtifactError: The plan does not fit this architecture.
     """
-    found = {g.name: g for g in find_groups(trace(copied(module), example)).groups}
+    found = {g.name: g for g in find_structure(trace(copied(module), example)).groups}
     removed, groups = {}, []
     for entry in plan.groups:
         group = found.get(entry.name)
@@ -85,9 +94,12 @@ def remove_units(
         PruneError: A group would lose all its units.
     """
     lost: dict[str, dict[int, set[int]]] = {}
+    groups = list(groups)
+    branches = removed_branches(removed, groups)
+    names = {branch.name for branch in branches}
     for group in groups:
         gone = set(removed.get(group.name, ()))
-        if not gone:
+        if not gone or group.kind == "branch" or names & {*group.within}:
             continue
         if len(gone) == group.units:
             raise PruneError(f"all {group.units} units of {group.name} would go")
@@ -105,6 +117,8 @@ def remove_units(
         for alias in every[name]:
             _set(module, alias, shrunk)
             _resize(module.get_submodule(alias.rpartition(".")[0]))
+    for branch in branches:
+        delete_branch(module, branch)
 
 
 def _count_down(owner: nn.Module, attribute: Attribute, units: int) -> None:
@@ -259,6 +273,7 @@ def exact_groups(
         The groups that can be trusted, and the reason against each other one.
     """
     counted: list[Group] = []
+    kept: list[Group] = []
     excluded: dict[str, str] = {}
     learned: dict[tuple[object, ...], tuple[str, ...] | str] = {}
     for group in groups:
@@ -271,8 +286,12 @@ def exact_groups(
         else:
             chosen = tuple(a for a in group.attributes if a.name in found)
             counted.append(replace(group, attributes=chosen))
-    kept, inexact = _exact(module, example, counted)
-    return kept, excluded | inexact
+    branches = [g for g in counted if g.kind == "branch"]
+    for some in ([g for g in counted if g.kind != "branch"], branches):
+        exact, inexact = _exact(module, example, some)
+        kept += exact
+        excluded |= inexact
+    return kept, excluded
 
 
 def _exact(
@@ -324,6 +343,9 @@ def _fault_of(module: nn.Module, example: Tensor, groups: Sequence[Group], seed:
         for g in groups
     }
     for group in groups:
+        if group.kind == "branch":
+            silence(masked, group)
+            continue
         for reader in group.consumers:
             index = torch.tensor([i for u in removed[group.name] for i in reader.indices[u]])
             mask_weight(masked.get_submodule(reader.layer), index)  # type: ignore[arg-type]
@@ -331,7 +353,7 @@ def _fault_of(module: nn.Module, example: Tensor, groups: Sequence[Group], seed:
     try:
         remove_units(masked, removed, groups)
         difference, scale = _difference(want, _outputs(masked, example))
-    except (RuntimeError, IndexError, AssertionError, ValueError, TypeError, KeyError) as err:
+    except _BREAKS as err:
         return f"deleting units breaks the network: {first_line(err)}"
     if not difference <= TOLERANCE * max(1.0, scale):
         return (

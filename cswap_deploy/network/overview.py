@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import exact_groups
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.groups import find_groups
+from cswap_deploy.network.residual import find_structure
 from cswap_deploy.network.selection import producers
 
 
@@ -25,7 +25,7 @@ def describe_groups(module: nn.Module, example: Tensor) -> dict[str, Any]:
         ExportError: The network cannot be traced.
     """
     graph = trace(copied(module), example)
-    structure = find_groups(graph)
+    structure = find_structure(graph)
     groups, inexact = exact_groups(module, torch.randn_like(example), structure.groups)
     return {
         "groups": [

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cswap_deploy.network.placing import HOST, placed
 
-Kind = Literal["channels", "heads", "neurons"]
+Kind = Literal["channels", "heads", "neurons", "branch"]
 Consumer = nn.Conv2d | nn.Linear
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -61,6 +61,15 @@ class Attribute:
         return f"{self.module}.{self.name}"
 
 
+class Emptied(NamedTuple):
+    """A module that a removed residual branch leaves without work."""
+
+    module: str
+    """Dotted name."""
+    nothing: bool
+    """Whether it gives zero then; else what it is given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """The units of one coupled set of layers."""
@@ -79,6 +88,16 @@ class Group:
     scores, that leave with each unit."""
     attributes: tuple[Attribute, ...] = ()
     """Numbers in the network's modules that change with the units."""
+    emptied: tuple[Emptied, ...] = ()
+    """Of a residual branch: what becomes of its modules when it is deleted."""
+    silenced: tuple[str, ...] = ()
+    """Of a residual branch: its last layer, and the norm behind it; zero where it is masked."""
+    within: tuple[str, ...] = ()
+    """Residual branches that take the whole group along."""
+
+    def holds(self, layer: str) -> bool:
+        """Whether a layer goes with this residual branch."""
+        return any(f"{layer}.".startswith(f"{module}.") for module, _ in self.emptied)
 
     @property
     def units(self) -> int:
@@ -88,13 +107,17 @@ class Group:
 
 def members_of(module: nn.Module, group: Group) -> Iterator[Member]:
     """A group's members in a network, with the biases that its layers have there."""
+    listed = {member.tensor for member in group.members}
     for member in group.members:
         yield member
         owner, _, last = member.tensor.rpartition(".")
-        layer = module.get_submodule(owner)
-        outputs = isinstance(layer, LAYERS) and member.dim == int(isinstance(layer, TRANSPOSED))
-        if outputs and last == "weight" and layer.bias is not None:
-            yield Member(f"{owner}.bias".lstrip("."), 0, member.indices)
+        layer, bias = module.get_submodule(owner), f"{owner}.bias".lstrip(".")
+        if last != "weight" or not isinstance(layer, LAYERS) or layer.bias is None:
+            continue
+        if group.kind == "branch" and bias not in listed:
+            yield Member(bias, member.dim, member.indices)
+        elif member.dim == int(isinstance(layer, TRANSPOSED)):
+            yield Member(bias, 0, member.indices)
 
 
 def consumers(groups: Iterable[Group]) -> list[str]:

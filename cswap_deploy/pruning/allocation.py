@@ -18,6 +18,10 @@ Removal = dict[str, list[int]]
 _NEAR = 0.005
 """How near a round comes to its target, as a fraction of it, before steps that go too far are
 replaced by smaller ones."""
+_LEAST_MS = 1e-6
+_DEPTH = {"no branches": np.inf, "branches sooner": 1 / 4, "branches first": 1 / 16}
+"""What effects of whole branches are multiplied with, for candidates of their own. A branch's is
+that of all its units together, and units' own add up to far less than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,33 @@ class Goal:
 
     def remaining(self, group: Group) -> list[int]:
         """The units of a group that are still there, ascending."""
+        if any(self.removed.get(branch) for branch in group.within):
+            return []
         gone = set(self.removed.get(group.name, ()))
         return [u for u in range(group.units) if u not in gone]
+
+    @property
+    def layers(self) -> list[Group]:
+        """The groups of units that lie beside one another; an allocation speaks of no branches."""
+        return [g for g in self.groups if g.kind != "branch"]
+
+    def worth(self, group: str, units: Sequence[int]) -> float:
+        """What units of one group save now, above zero.
+
+        Of latency no less than half of their share in what all of the group's save: with padded
+        widths one step saves nothing, and the next what both are worth.
+        """
+        found = self.sizes.saving(group, units, self.of)
+        if self.of == "latency":
+            there = self.sizes.left(group)
+            share = self.sizes.saving(group, range(there), self.of) * len(units) / max(there, 1)
+            return max(found, share / 2, _LEAST_MS)
+        return max(found, 1)
 
     def uniform(self, values: Values) -> Ranking:
         """The order of ``values`` within each group, and the same fraction of every group."""
         places = {}
-        for group in self.groups:
+        for group in self.layers:
             alive = len(self.remaining(group))
             places[group.name] = (group.units - alive + (np.arange(alive) + 0.5)) / group.units
         return self._in_order(values, places)
@@ -76,13 +100,18 @@ class Goal:
 
         The latter are an importance that is compared as it is over all groups.
         """
-        sizes = {g.name: np.sort(allocation[g.name][self.remaining(g)]) for g in self.groups}
+        sizes = {g.name: np.sort(allocation[g.name][self.remaining(g)]) for g in self.layers}
         return self._in_order(values, sizes)
+
+    def branches_times(self, values: Values, factor: float) -> Values:
+        """The same, with those of whole branches scaled."""
+        whole = {g.name for g in self.groups} - {g.name for g in self.layers}
+        return {n: (v + 1e-12) * factor if n in whole else v for n, v in values.items()}
 
     def _in_order(self, values: Values, spread: Values) -> Ranking:
         """What is spread over the remaining units of each group, in the order of ``values``."""
-        found = {g.name: np.zeros(g.units) for g in self.groups}
-        for group in self.groups:
+        found = {g.name: np.full(g.units, np.inf) for g in self.groups}
+        for group in self.layers:
             alive = np.array(self.remaining(group), dtype=np.int64)
             order = np.argsort(values[group.name][alive], kind="stable")
             found[group.name][alive[order]] = spread[group.name]
@@ -90,10 +119,18 @@ class Goal:
 
     def by_effect(self, effects: Values, allocations: Mapping[str, Values]) -> dict[str, Ranking]:
         """Rankings by measured effects: as they are, uniform, and with each allocation."""
-        return {"effect": Ranking(effects), "effect, uniform": self.uniform(effects)} | {
-            f"effect, {name}": self.layer_adaptive(effects, values)
-            for name, values in allocations.items()
-        }
+        found = {"effect": Ranking(effects)}
+        if len(self.layers) < len(self.groups):
+            for name, factor in _DEPTH.items():
+                found[f"effect, {name}"] = Ranking(self.branches_times(effects, factor))
+        return (
+            found
+            | {"effect, uniform": self.uniform(effects)}
+            | {
+                f"effect, {name}": self.layer_adaptive(effects, values)
+                for name, values in allocations.items()
+            }
+        )
 
     def candidates(self, rankings: Mapping[str, Ranking]) -> dict[str, Removal]:
         """What each ranking removes; one that removes the same as an earlier one is left out."""
@@ -114,7 +151,7 @@ class Goal:
         sizes = self.sizes.copy()
         gone: Removal = {}
 
-        def take(group: str, units: list[int]) -> int:
+        def take(group: str, units: list[int]) -> float:
             sizes.remove(group, units)
             gone.setdefault(group, []).extend(units)
             return sizes.size().amount(self.of)
@@ -125,8 +162,8 @@ class Goal:
         for group, units in self._steps(ranking):
             if left <= target + (near if waiting else 0):
                 break
-            if group in waiting:
-                continue
+            if group in waiting or sizes.saving(group, units, self.of) <= 0:
+                continue  # what a branch took along saves nothing
             over = target - (left - sizes.saving(group, units, self.of))
             nearest = not self.split and not waiting and over <= left - target
             if over <= near or nearest:
@@ -153,13 +190,13 @@ class Goal:
             at, highest = 0, -np.inf
             while len(alive) - at - size >= self.limits.floors[group.name]:
                 units = queue[at : at + size]
-                worth = len(units)
-                if ranking.per_saving:
-                    worth = self.sizes.saving(group.name, units, self.of)
-                cost = float(sum(values[u] for u in units)) / max(worth, 1)
+                worth = self.worth(group.name, units) if ranking.per_saving else len(units)
+                cost = float(sum(values[u] for u in units)) / worth
                 # Within a group a later step never precedes an earlier one, whatever is rounded.
                 highest = max(cost, highest)
-                steps.append((highest, position, at, group.name, units))
+                # Of what costs the same, whole branches first.
+                place = position - len(self.groups) * (group.kind == "branch")
+                steps.append((highest, place, at, group.name, units))
                 at, size = at + size, alignment
         steps.sort(key=lambda step: step[:3])
         return [(name, units) for *_, name, units in steps]

@@ -18,6 +18,8 @@ PROPOSERS = "magnitude", "lamp"
 and as no image chose them, their candidates do not fit the calibration images by chance."""
 _FINALISTS = 2
 """Candidates that are tried after the screening."""
+_NONE = 1e-6
+"""An effect (nats) that is float32's rounding: the first of such candidates is as good as any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,13 @@ class Choice:
     """Moments of the consumers' inputs in the network that it was proposed for."""
     trial: Trial | None
     """What came of it; ``None`` where it was not tried."""
+    goal: Goal
+    ranking: Ranking
+    """Which removes it for the goal's target."""
+
+    def at(self, target: float) -> Choice:
+        """What the same ranking removes for another target."""
+        return replace(self, gone=replace(self.goal, target=target).choose(self.ranking))
 
     @property
     def effect(self) -> float | None:
@@ -56,10 +65,12 @@ def rankings(goal: Goal, effects: Values, proposed: Mapping[str, Values]) -> dic
 
 
 def best_candidate(
-    trials: Trials, candidates: Mapping[str, Removal], moments: Mapping[str, Moments],
+    trials: Trials, goal: Goal, rankings: Mapping[str, Ranking], moments: Mapping[str, Moments],
     *, refits: bool, progress: Phases, always: bool = False,
 ) -> Choice:  # fmt: skip
-    """The candidate with the least effect of its own; a single one is tried only if ``always``.
+    """Of what rankings remove, the candidate with the least effect of its own.
+
+    A single one is tried only if ``always``.
 
     Successive halving: all are screened on few images, and the first few of them tried.
     ``moments`` and ``refits`` are those of :meth:`Trials.trial`.
@@ -68,15 +79,16 @@ def best_candidate(
         Jamieson & Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
         Optimization" (arXiv:1502.07943).
     """
+    candidates = goal.candidates(rankings)
     count = len(candidates)
     if (count == 1 and not always) or not trials.ground.possible:
         name = next(iter(candidates))
-        return Choice(name, candidates[name], moments, None)
+        return Choice(name, candidates[name], moments, None, goal, rankings[name])
     finalists = list(candidates)
     progress.begin(f"trying {count} candidate{'s' if count > 1 else ''}", count)
     # What is not folded into other weights is far worse before the refit than after it.
     if count > _FINALISTS and moments:
-        values = {name: trials.screen(gone, moments) for name, gone in candidates.items()}
+        values = {n: max(trials.screen(gone, moments), _NONE) for n, gone in candidates.items()}
         finalists = sorted(values, key=lambda name: values[name])[:_FINALISTS]
         progress.advance(count - _FINALISTS)
     tried: dict[str, Trial] = {}
@@ -84,8 +96,8 @@ def best_candidate(
         tried[name] = trials.trial(candidates[name], moments, refits=refits)
         progress.advance(1)
     progress.end()
-    best = min(tried, key=lambda name: float(tried[name].effect.mean()))
-    return Choice(best, candidates[best], moments, tried[best])
+    best = min(tried, key=lambda name: max(float(tried[name].effect.mean()), _NONE))
+    return Choice(best, candidates[best], moments, tried[best], goal, rankings[best])
 
 
 def best_from_dense(
@@ -103,9 +115,9 @@ def best_from_dense(
         whole.restore(name, units)
     start = replace(goal, sizes=whole, removed={})
     proposed = _by_weights(start, proposals(replace(view, graph=network.dense)))
-    candidates = start.candidates({f"{name}, from dense": r for name, r in proposed.items()})
     return best_candidate(
-        Trials(network, {}, trials.ground), candidates, moments,
+        Trials(network, {}, trials.ground), start,
+        {f"{name}, from dense": ranking for name, ranking in proposed.items()}, moments,
         refits=True, progress=progress, always=True,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ def forecast_pruning(
     return {
         "groups": {g.name: f"{g.units} {g.kind}" for g in prepared.groups},
         "excluded": prepared.excluded,
-        "units": prepared.sizes.units,
+        "units": prepared.dense_size.units,
         "params": prepared.dense_size.params,
         "macs": prepared.dense_size.macs,
         "rounds": config.rounds,

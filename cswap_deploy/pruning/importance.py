@@ -97,6 +97,8 @@ def importance_of(criterion: str) -> Importance:
 
 
 def _lamp(module: nn.Module, group: Group) -> np.ndarray:
+    if group.kind == "branch":
+        return np.full(group.units, np.inf)
     squares = _norm(module, group, 2) ** 2
     squares[_norm(module, group, 1, sides=("in",)) == 0] = 0.0  # nothing reads it: it is gone
     order = np.argsort(squares, kind="stable")
@@ -109,6 +111,8 @@ def _lamp(module: nn.Module, group: Group) -> np.ndarray:
 def _norm(
     module: nn.Module, group: Group, power: int, sides: tuple[str, ...] = ("in", "out")
 ) -> np.ndarray:
+    if group.kind == "branch":  # its weights say nothing of what it does to the stream
+        return np.full(group.units, np.inf)
     layers = dict(module.named_modules(remove_duplicate=False))
     total = np.zeros(group.units)
     for member in group.members:

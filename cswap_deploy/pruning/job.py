@@ -20,6 +20,7 @@ from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.progress import Phases, Silent
 from cswap_deploy.pruning.importance import Importance
 from cswap_deploy.pruning.prepare import Prepared
+from cswap_deploy.pruning.timing import TimedDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Job:
     seed: int = 0
     backend: Backend = field(default_factory=Backend)
     progress: Phases = field(default_factory=Silent)
+    device: TimedDevice | None = None
+    """Where latency is the aim: measures what rounds have come to."""
     resolved: Resolved = field(init=False)
 
     @property

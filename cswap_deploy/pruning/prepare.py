@@ -15,9 +15,9 @@ from cswap_deploy.errors import PruneError
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import exact_groups
 from cswap_deploy.network.graph import Graph, trace
-from cswap_deploy.network.groups import find_groups
 from cswap_deploy.network.offsets import needs_bias, with_biases
 from cswap_deploy.network.placing import moved
+from cswap_deploy.network.residual import find_structure
 from cswap_deploy.network.selection import select
 from cswap_deploy.network.sizes import SizeModel, smallest
 from cswap_deploy.network.units import Group
@@ -88,12 +88,13 @@ def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:
 
     Raises:
         ExportError: The network cannot be traced.
-        PruneError: Nothing can be removed, or the ratio is out of reach; says the range.
+        PruneError: Nothing can be removed, or the ratio is out of reach; says the range. One of
+            latency is checked later (:func:`check_reach`).
     """
     example = images[:2].contiguous()
     base = copied(module)
     dense = trace(base, example)
-    structure = find_groups(dense)
+    structure = find_structure(dense, branches=_branches_go(config))
     asked = select(dense, structure.groups, exclude=config.exclude, include=config.include)
     groups, inexact = exact_groups(base, torch.randn_like(example), asked.groups)
     changed = {c.layer for g in groups for c in g.consumers} | set(solvable(dense))
@@ -116,18 +117,24 @@ def prepare(module: nn.Module, images: Tensor, config: PruneConfig) -> Prepared:
         limits=_limits(groups, config.round_to),
         example=example, together=trusted.together, notes=asked.notes,
     )  # fmt: skip
-    _check_reach(prepared, config)
+    if config.ratio_of != "latency":
+        check_reach(prepared, config)
     return prepared
+
+
+def _branches_go(config: PruneConfig) -> bool:
+    """Only where effects rank, and what is left is refitted: nothing else makes up for a branch."""
+    return config.branches and config.refit and config.criterion == "cswap"
 
 
 def _limits(groups: list[Group], round_to: int | str) -> Limits:
     alignments = {g.name: _alignment(g, round_to) for g in groups}
-    floors = {g.name: min(alignments[g.name], g.units) for g in groups}
+    floors = {g.name: 0 if g.kind == "branch" else alignments[g.name] for g in groups}
     return Limits(alignments, floors, split=round_to == "auto")
 
 
 def _alignment(group: Group, round_to: int | str) -> int:
-    if group.kind == "heads":
+    if group.kind in ("heads", "branch"):
         return 1
     if isinstance(round_to, int):
         return min(round_to, group.units)
@@ -135,7 +142,8 @@ def _alignment(group: Group, round_to: int | str) -> int:
     return 1 if group.units % aligned else aligned
 
 
-def _check_reach(net: Prepared, config: PruneConfig) -> None:
+def check_reach(net: Prepared, config: PruneConfig) -> None:
+    """Fail where a ratio cannot be met; a :class:`PruneError` says the range."""
     of, ratio, floors = config.ratio_of, config.ratio, net.limits.floors
     total = net.dense_size.amount(of)
     most = 1 - smallest(net.sizes, net.groups, floors).amount(of) / total
@@ -146,11 +154,17 @@ def _check_reach(net: Prepared, config: PruneConfig) -> None:
         if g.units > floors[g.name]
     ]
     least = min(savings, default=0) / total
-    if ratio > most or ratio < least / 2:
-        what = {"params": "parameters", "channels": "units", "macs": "MACs"}[of]
+    if of == "latency" and ratio > most:
+        raise PruneError(
+            f"a speed-up of {1 / (1 - ratio):.2f}x cannot be reached: without all that may go, "
+            f"this network would be {1 / (1 - most):.2f}x as fast, as far as its nodes tell",
+            fix=f"pass --speedup {np.floor(100 / (1 - most) * 0.9) / 100:g} or less",
+        )
+    if of != "latency" and (ratio > most or ratio < least / 2):
+        what = {"params": "parameters", "channels": "units"}.get(of, "MACs")
         raise PruneError(
             f"--ratio {ratio:g} of the {what} cannot be met: this network can lose "
-            f"{least:.2%} to {most:.2%} of its {total:,} {what}",
+            f"{least:.2%} to {most:.2%} of its {total:,.0f} {what}",
             fix=f"pass a ratio from {least:.4f} to {np.floor(most * 1e4) / 1e4:.4f}, or 0 to "
             "export the dense model",
         )

@@ -16,7 +16,7 @@ from cswap_deploy.causal.memory import Budget, keep_freed_memory
 from cswap_deploy.causal.ray_workers import Recipe, pool_of
 from cswap_deploy.config import PruneConfig, Task
 from cswap_deploy.data.calibration import Calibration
-from cswap_deploy.errors import UsageError
+from cswap_deploy.errors import PruneError, UsageError
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import delete_removed
 from cswap_deploy.network.placing import HOST, device_for, moved
@@ -28,9 +28,10 @@ from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import Backend, Job
 from cswap_deploy.pruning.pace import Pace, expected_costs, macs_per_second
-from cswap_deploy.pruning.prepare import Prepared, prepare
+from cswap_deploy.pruning.prepare import Prepared, check_reach, prepare
 from cswap_deploy.pruning.rounds import remove_in_rounds
 from cswap_deploy.pruning.state import RoundStore, State
+from cswap_deploy.pruning.timing import NARROWED, TimedDevice, latency_model
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.records.plan import GroupPlan, PrunePlan
 
@@ -58,6 +59,7 @@ def prune(
     seed: int = 0,
     spec: ModelSpec | None = None,
     rounds: RoundStore | None = None,
+    device: TimedDevice | None = None,
     progress: Progress,
 ) -> Pruned:
     """Prune a network to its ratio, without training.
@@ -70,6 +72,7 @@ def prune(
         seed: Of the importance ``random``.
         spec: How workers can build the network again; without it there are none.
         rounds: Where finished rounds are kept; the latest one is gone on from.
+        device: What a ratio of latency is about.
         progress: Told of phases, and of what the user should know.
 
     Raises:
@@ -96,15 +99,18 @@ def prune(
     config = _with_an_effect(config, calibration.task, progress, notes)
     progress.begin("tracing the network", 0)
     with giving_logits(module, output_kind(module, images, calibration.task)):
-        network = prepare(module, images, config).to(device_for(config))
+        network = prepare(module, images, config)
     progress.end()
+    if config.ratio_of == "latency":
+        network, config = _aimed_at(network, device, config, progress)
+    network = network.to(device_for(config))
     for note in network.notes:
         progress.note(note)
     state = (rounds.load(network.module, most=config.rounds) if rounds else None) or State()
     if state.round:
         progress.note(f"going on after round {state.round} of an interrupted run")
     with ieee_float32(), _backend(network, images, config, spec, progress, notes) as backend:
-        job = Job(network, calibration, config, importance, seed, backend)
+        job = Job(network, calibration, config, importance, seed, backend, device=device)
         costs = {kind: each[state.round :] for kind, each in expected_costs(job).items()}
         pace = Pace(progress, costs, macs_per_second(network.graph, images))
         remove_in_rounds(replace(job, progress=pace), state, rounds)
@@ -113,6 +119,32 @@ def prune(
     plan = _plan(job, state)
     assert sum(p.numel() for p in smaller.parameters()) == plan.pruned.params
     return Pruned(give_outputs(smaller), plan, tuple(notes))
+
+
+def _aimed_at(
+    network: Prepared, device: TimedDevice | None, config: PruneConfig, progress: Progress
+) -> tuple[Prepared, PruneConfig]:
+    """The network with the device's latency model, and the ratio that comes to what is asked."""
+    if device is None:
+        raise UsageError(
+            "a speed-up or a latency needs a target that runs here",
+            fix="run `cswap-deploy build`, whose first --target is the one that is aimed at",
+        )
+    progress.begin(f"timing networks of {NARROWED + 1} widths", 0)
+    network.sizes.latency = latency_model(network, device)
+    progress.end()
+    timed = {"latency_ms": network.sizes.size().latency_ms}
+    network = replace(network, dense_size=network.dense_size.model_copy(update=timed))
+    if config.max_latency is not None:
+        dense = network.dense_size.amount("latency")
+        if dense <= config.max_latency:
+            raise PruneError(
+                f"--max-latency {config.max_latency:g}ms: the dense network takes {dense:.3g} ms",
+                fix="pass --ratio 0 to build it as it is, or a lower latency",
+            )
+        config = config.model_copy(update={"ratio": 1 - config.max_latency / dense})
+    check_reach(network, config)
+    return network, config
 
 
 def _with_an_effect(
@@ -150,7 +182,8 @@ def _plan(job: Job, state: State) -> PrunePlan:
 
 
 def _group_plan(group: Group, state: State) -> GroupPlan:
-    gone = set(state.removed.get(group.name, ()))
+    taken = any(state.removed.get(branch) for branch in group.within)
+    gone = set(range(group.units) if taken else state.removed.get(group.name, ()))
     return GroupPlan(
         name=group.name, kind=group.kind, units=group.units,
         kept=tuple(u for u in range(group.units) if u not in gone),

@@ -65,7 +65,8 @@ class RoundEffects:
 
     def _adaptively(self, measurement: EffectMeasurement) -> list[Effects]:
         job, progress, images = self.job, self.job.progress, len(self.experiment.images)
-        alive = {g: self.goal.remaining(g) for g in self.goal.groups}
+        there = {g: self.goal.remaining(g) for g in self.goal.groups}
+        alive = {g: units for g, units in there.items() if units}
         units = sum(map(len, alive.values()))
         if job.resolved.measuring == "bf16":
             progress.begin(f"measuring in bfloat16, {self._where}", units)
@@ -133,9 +134,8 @@ class RoundEffects:
         self, alive: Mapping[Group, list[int]], costs: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Group -> the costs between what the candidates remove and what they keep."""
-        values = {}
+        values = {g.name: np.zeros(g.units) for g in self.goal.groups}
         for group, units in alive.items():
-            values[group.name] = np.zeros(group.units)
             values[group.name][units] = costs[group.name]
         rankings = {"effect": Ranking(values)}
         if self.job.config.select == "set":
@@ -156,10 +156,10 @@ class RoundEffects:
         """The most that a unit of a group costs, per what it saves, where others of it go."""
         goal = self.goal
         worth = [
-            float(values[name][units].mean()) / max(goal.sizes.saving(name, units[:1], goal.of), 1)
+            float(values[name][units].mean()) / goal.worth(name, units[:1])
             for name, units in gone.items()
         ]
-        return max(worth, default=0.0) * goal.sizes.saving(group.name, [0], goal.of)
+        return max(worth, default=0.0) * goal.worth(group.name, [0])
 
     def _wanted(
         self, costs: Mapping[Group, np.ndarray], old: Mapping[Group, set[int]]
@@ -175,7 +175,7 @@ class RoundEffects:
             share = _NARROW * (1 - goal.target / goal.sizes.size().amount(goal.of))
             if share <= 0:  # a coarse step went past this target already
                 return {}
-            worth = {g: costs[g] / goal.sizes.saving(g.name, [0], goal.of) for g in goal.groups}
+            worth = {g: costs[g] / goal.worth(g.name, [0]) for g in goal.groups}
             there = [worth[g][u] for g in goal.groups for u in goal.remaining(g)]
             limit = np.quantile(there, min(1.0, share))
             wanted = {g: {u for u in units if worth[g][u] <= limit} for g, units in old.items()}

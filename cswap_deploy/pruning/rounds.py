@@ -22,7 +22,10 @@ from cswap_deploy.causal.experiment import Experiment
 from cswap_deploy.causal.interventions import Moments, input_moments
 from cswap_deploy.causal.mixtures import half_mixed
 from cswap_deploy.data.sampling import balanced_order
+from cswap_deploy.errors import PruneError
+from cswap_deploy.network.deletion import remove_units
 from cswap_deploy.network.graph import Graph
+from cswap_deploy.network.placing import HOST, moved
 from cswap_deploy.network.units import consumers
 from cswap_deploy.network.walk import Batches, images_at_once
 from cswap_deploy.pruning.allocation import Goal, Ranking
@@ -38,6 +41,7 @@ from cswap_deploy.pruning.importance import View
 from cswap_deploy.pruning.job import Job
 from cswap_deploy.pruning.round_effects import RoundEffects
 from cswap_deploy.pruning.state import RoundStore, State
+from cswap_deploy.pruning.timing import TimedDevice
 from cswap_deploy.pruning.trials import (
     MAX_ROWS,
     Ground,
@@ -53,6 +57,10 @@ LOOKED = 256
 while it is measured; once it is gone, what is left is refitted on all images."""
 _FORWARD = 8
 """One part in so many of the memory budget is for the values of one forward."""
+_NEAR = 0.03
+"""How far below the speed-up that is asked for a network may stay, as a fraction of it."""
+_ATTEMPTS = 4
+"""At a latency, with a target that is corrected each time."""
 
 
 def remove_in_rounds(job: Job, state: State, saved: RoundStore | None = None) -> State:
@@ -92,6 +100,8 @@ class _Loop:
         self.trials = Trials(network, state.removed, self.ground)
         self.first_moments: dict[str, Moments] = {}
         """Of the dense network; empty where the run goes on after an interruption."""
+        self.slower = 1.0
+        """Latency as measured last over what the model says, of the dense network's each."""
 
     def round(self) -> None:
         """Measure, choose, remove and refit once."""
@@ -112,14 +122,13 @@ class _Loop:
         if job.compares:
             tried = rankings(goal, values, proposed)
         choice = best_candidate(
-            self.trials,
-            goal.candidates(tried),
-            moments,
-            refits=job.config.refit,
-            progress=job.progress,
+            self.trials, goal, tried, moments, refits=job.config.refit, progress=job.progress
         )
         if last and state.round > 1 and choice.trial is not None and job.config.refit:
             choice = self._or_from_dense(choice, goal, view)
+        fraction = None
+        if job.device is not None:
+            choice, fraction = self._at_the_latency(choice, job.device)
         self._remove(choice, last)
         state.rounds.append(
             RoundLog(
@@ -128,8 +137,57 @@ class _Loop:
                 removed=sum(map(len, choice.gone.values())),
                 params=job.network.sizes.size().params,
                 candidate=choice.name, kl=choice.effect,
+                speedup=None if fraction is None else 1 / fraction,
                 seconds=round(time.perf_counter() - begun, 2),
             )
+        )  # fmt: skip
+
+    def _at_the_latency(self, choice: Choice, device: TimedDevice) -> tuple[Choice, float | None]:
+        """The candidate at the size at which it really has the latency that is asked.
+
+        Weights do not count for that, so nothing is refitted meanwhile. In the last round the
+        candidate is timed, and its target corrected by what the model is off, until it is near. The
+        round before is timed once, for the model.
+
+        Returns:
+            The candidate, and what it takes of the dense network's time; ``None`` in the rounds
+            before.
+
+        Raises:
+            PruneError: It stays slower than asked.
+        """
+        job, tried = self.job, []
+        to_go = job.resolved.rounds - self.state.round
+        if to_go > 1:
+            return choice, None
+        wanted = 1 - job.config.ratio * self.state.round / job.resolved.rounds
+        dense = job.network.dense_size.amount("latency")
+        for attempt in range(1 if to_go else _ATTEMPTS):
+            job.progress.begin(f"timing what is left, try {attempt + 1}", 0)
+            sizes, removed = choice.goal.sizes.copy(), dict(choice.goal.removed)
+            for name, units in choice.gone.items():
+                sizes.remove(name, units)
+                removed[name] = [*removed.get(name, ()), *units]
+            smaller = moved(job.network.module, HOST)
+            remove_units(smaller, removed, job.network.groups)
+            fraction = device.fraction(smaller)
+            job.progress.end()
+            self.slower = fraction * dense / sizes.size().amount("latency")
+            tried.append((fraction, choice))
+            if abs(fraction - wanted) <= _NEAR / 2 * wanted:
+                break
+            if attempt + 1 < _ATTEMPTS and not to_go:
+                choice = choice.at(dense * wanted / self.slower)
+        enough = [each for each in tried if each[0] <= wanted * (1 + _NEAR)]
+        if enough or to_go:
+            fraction, choice = max(enough or tried, key=lambda each: each[0])
+            return choice, fraction
+        best = min(fraction for fraction, _ in tried)
+        raise PruneError(
+            f"a speed-up of {1 / wanted:.2f}x was not reached: the networks that the model took "
+            f"for one were at most {1 / best:.2f}x as fast as the dense one, as measured",
+            fix=f"pass --speedup {(1 - _NEAR) / best:.2f} or less"
+            if best < 1 - _NEAR else "pass --ratio 0 to build the dense network",
         )  # fmt: skip
 
     def _moments(self, graph: Graph) -> dict[str, Moments]:
@@ -144,10 +202,11 @@ class _Loop:
     def _goal(self, last: bool) -> Goal:
         network, config = self.job.network, self.job.config
         total = network.dense_size.amount(config.ratio_of)
+        part = self.state.round / self.job.resolved.rounds
         return Goal(
             network.groups, network.limits, network.sizes, self.state.removed, config.ratio_of,
-            target=total * (1 - config.ratio * self.state.round / self.job.resolved.rounds),
-            split=network.limits.split and last,
+            target=total * (1 - config.ratio * part) / self.slower,
+            split=last and (network.limits.split or config.ratio_of == "latency"),
         )  # fmt: skip
 
     def _experiment(self, moments: Mapping[str, Moments]) -> Experiment:

@@ -88,6 +88,6 @@ class RoundStore:
 
     def _key(self, round_: int) -> str:
         return stage_key(
-            "round", version=7, inputs={"prune": self._prune_key}, settings={"round": round_},
+            "round", version=8, inputs={"prune": self._prune_key}, settings={"round": round_},
             tools={},
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from cswap_deploy.network.branches import LAYOUT, Branch, branch_of, shape_of
 from cswap_deploy.network.graph import Env, Graph
-from cswap_deploy.network.nodes import batch_dim, shape_in
+from cswap_deploy.network.nodes import ancestors, batch_dim, shape_in
 from cswap_deploy.network.unfolding import Positions, at, draw, laid_out
 from cswap_deploy.network.units import channel_dim
 from cswap_deploy.network.walk import Batches
@@ -168,6 +168,10 @@ def to_layer(graph: Graph, branch: Branch, stream: Tensor) -> Tensor:
 def _through(graph: Graph, branch: Branch, value: Tensor) -> Tensor:
     env: Env = {branch.path[0]: value}
     for node in branch.path[1:]:
+        for source in {*node.all_input_nodes} - {*env, *graph.bound}:
+            # A scale that is a parameter in another shape.
+            for step in sorted(ancestors(source) - {*graph.bound}, key=graph.position.__getitem__):
+                env[step] = graph.execute(step, env)
         env[node] = graph.execute(node, env)
     found: Tensor = env[branch.path[-1]]
     return found

@@ -23,6 +23,7 @@ from cswap_deploy.causal.tasks import OutputEffect
 from cswap_deploy.config import Task
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.placing import HOST, placed
+from cswap_deploy.network.residual import removed_branches, silence
 from cswap_deploy.network.units import Group
 from cswap_deploy.network.walk import Batches
 from cswap_deploy.progress import Phases, Silent
@@ -221,11 +222,14 @@ def refit_behind(
         progress: Told of each layer.
     """
     graph = network.graph
+    branches = removed_branches(removed, network.groups)
+    for branch in branches:
+        silence(graph.module, branch)
     lost = _inputs(network.groups, removed)
     changed = set(graph.suffix(n for layer in lost for n in graph.readers(layer)).nodes)
     kept = {}
     for name in solvable(graph):
-        if graph.readers(name)[0] not in changed:
+        if graph.readers(name)[0] not in changed or any(b.holds(name) for b in branches):
             continue
         layer = graph.layer(name)
         inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features

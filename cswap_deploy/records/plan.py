@@ -43,7 +43,7 @@ class GroupPlan(Value):
 
     name: str
     """Name of the group's root layer."""
-    kind: Literal["channels", "heads", "neurons"]
+    kind: Literal["channels", "heads", "neurons", "branch"]
     units: int
     kept: tuple[int, ...]
     """Indices of the units that stay, ascending, in the dense model's numbering."""
@@ -59,10 +59,17 @@ class Size(Value):
     params: int
     macs: int
     """Multiply-accumulates for one image."""
+    latency_ms: float | None = None
+    """Of a call on the device that was aimed at, as its latency model says; ``None`` without."""
 
-    def amount(self, of: RatioOf) -> int:
+    def amount(self, of: RatioOf) -> float:
         """The quantity a ratio speaks of."""
-        return {"params": self.params, "channels": self.units, "macs": self.macs}[of]
+        found = {
+            "params": self.params, "channels": self.units, "macs": self.macs,
+            "latency": self.latency_ms,
+        }[of]  # fmt: skip
+        assert found is not None, "no latency model"
+        return found
 
 
 class RoundLog(Value):
@@ -85,6 +92,9 @@ class RoundLog(Value):
     """Its effect as a whole after the refit: mean KL divergence from the dense network (nats), or
     what takes its place for the plan's task, on calibration images that the refit did not see;
     ``None`` where it was not measured."""
+    speedup: float | None = None
+    """Of the network after this round over the dense one, measured in turn on the device that was
+    aimed at; ``None`` where it was not measured."""
     seconds: float
 
 
@@ -104,7 +114,7 @@ class ScoringCost(Value):
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[5] = 5
+    schema_version: Literal[5, 6] = 6
     settings: dict[str, Any]
     """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
     task: Task = "classify"
@@ -154,6 +164,14 @@ class PrunePlan(Value):
             images=int(self.settings["scoring_samples"]), forwards=forwards,
             forwards_exact=sum(r.forwards_exact for r in self.rounds),
         )  # fmt: skip
+
+    @property
+    def removed(self) -> dict[RatioOf, float]:
+        """What a ratio can be of -> the fraction really removed; latency where it was an aim."""
+        known: list[RatioOf] = ["params", "channels", "macs"]
+        if self.dense.latency_ms is not None:
+            known.append("latency")
+        return {of: self.effective(of) for of in known}
 
     def effective(self, of: RatioOf) -> float:
         """The fraction really removed."""

@@ -47,7 +47,10 @@ _SET_TO = {
     "mean": "set to its mean",
     "predicted": "set to its conditional mean given the other units of its layer",
 }
-_PER = {"params": " for each parameter saved", "macs": " for each MAC saved", "channels": ""}
+_PER = {
+    "params": " for each parameter saved", "macs": " for each MAC saved", "channels": "",
+    "latency": " for each millisecond saved",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

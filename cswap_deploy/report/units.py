@@ -26,6 +26,7 @@ RATIO_WORDS: dict[RatioOf, str] = {
     "params": "parameters",
     "channels": "units (channels, heads, neurons)",
     "macs": "MACs",
+    "latency": "latency",
 }
 
 

@@ -33,13 +33,7 @@ class OnnxSession(Session):
             Exception: One of :func:`refusals`, where the runtime refuses the graph.
         """
         ort, wanted = require_provider(device), PROVIDERS[device]
-        self.threads = threads or usable_cores()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 4  # what it has to say comes as an exception
-        # Workers that spin while idle disturb the session timed next to this one, and on a busy
-        # machine themselves: two threads, load 6 on 2 cores, ViT-Ti at 32 px: 10 ms against 2 ms.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options, self.threads = session_options(ort, threads)
         source = graph if isinstance(graph, bytes) else os.fspath(graph)
         self._session: Any = ort.InferenceSession(
             source, options, providers=[wanted], disabled_optimizers=_HARMFUL
@@ -73,6 +67,17 @@ class OnnxSession(Session):
             words = own_words(err)
             what = f"onnxruntime refused a batch of shape {images.shape}, {images.dtype}: "
             raise StageError(what + " ".join(words), log=words) from err
+
+
+def session_options(ort: Any, threads: int | None) -> tuple[Any, int]:
+    """Options of every session, and its threads: as many as the process has cores unless given."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads = threads or usable_cores()
+    options.log_severity_level = 4  # what it has to say comes as an exception
+    # Workers that spin while idle disturb the session timed next to this one, and on a busy
+    # machine themselves: two threads, load 6 on 2 cores, ViT-Ti at 32 px: 10 ms against 2 ms.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options, threads
 
 
 def require_provider(device: Literal["cpu", "cuda"]) -> Any:

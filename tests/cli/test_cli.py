@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., "Ran"]
 HERE = Path(__file__).parents[1]
-OFF = {"--no-pretrained", "--no-refit", "--fresh"}
+OFF = {"--no-pretrained", "--no-refit", "--no-branches", "--fresh"}
 HEAVY = (
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime", "tensorrt",
     "tensorrt_rtx", "matplotlib", "scipy", "datasets", "safetensors", "pydantic",
@@ -93,6 +93,7 @@ def test_a_command_has_the_flags_of_its_sections(command: Command, name: str) ->
     assert shown_flags(text) - wanted - own <= {
         "--no-pretrained",
         "--no-refit",
+        "--no-branches",
         "--fresh",
         "--batch",
     }
@@ -201,11 +202,13 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(
     done = command("build", *flags, "--dry-run", "--json", "-o", output)
     assert done.code == 0, done.err
     told = done.json()
-    assert (told["params"], told["units"], told["rounds"]) == (14_533, 80, 2)
+    assert (told["params"], told["units"], told["rounds"]) == (14_533, 81, 2)
     assert told["scoring_images"] == 25
     assert told["scoring_seconds"] > 0
     assert told["calibration_images"] == 100
-    assert sorted(told["groups"].values()) == ["16 channels", "32 channels", "32 channels"]
+    assert sorted(told["groups"].values()) == [
+        "1 branch", "16 channels", "32 channels", "32 channels",
+    ]  # fmt: skip
     assert not output.exists()
     assert not (tmp_path / "store").exists()
 

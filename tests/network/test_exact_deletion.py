@@ -7,9 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from random_weights import MATRIX, lively, matrix_network
+from random_weights import MATRIX, counted_macs, lively, matrix_network
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cswap_deploy.causal.interventions import ablation_values, fold, input_moments
 from cswap_deploy.config import PruneConfig
@@ -45,9 +44,9 @@ def test_masked_and_deleted_networks_answer_alike(name: str) -> None:
         prepared.sizes.remove(group, units)
     size = prepared.sizes.size()
     assert size.params == sum(p.numel() for p in smaller.parameters())
-    assert size.macs == counted_macs(smaller)
+    assert size.macs == counted_macs(smaller, IMAGES)
     assert prepared.dense_size.params == sum(p.numel() for p in module.parameters())
-    assert prepared.dense_size.macs == counted_macs(module)
+    assert prepared.dense_size.macs == counted_macs(module, IMAGES)
 
     # Plan and weights alone give the same network again.
     plan = PrunePlan(
@@ -107,17 +106,6 @@ def assert_every_group_counts(prepared: Prepared) -> None:
 def logits(module: nn.Module) -> Tensor:
     with torch.no_grad():
         return module(IMAGES)
-
-
-def counted_macs(module: nn.Module) -> int:
-    """PyTorch's own count, for one image."""
-    module = copy.deepcopy(module)
-    for layer in module.modules():
-        if hasattr(layer, "fused_attn"):  # the counter does not know the fused kernel of the CPU
-            layer.fused_attn = False
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(IMAGES[:1])
-    return counter.get_total_flops() // 2
 
 
 def test_plan_for_another_architecture_is_refused() -> None:

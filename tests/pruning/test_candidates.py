@@ -39,7 +39,9 @@ from cswap_deploy.pruning.trials import Trials, less_beyond_chance, refit_behind
 
 IMAGES, LABELS = pictures(40)
 CALIBRATION = Calibration(IMAGES, LABELS)
-SETTINGS = {"rounds": 2, "scoring_samples": 10, "round_to": 1, "measuring": "exact"}
+SETTINGS = {
+    "rounds": 2, "scoring_samples": 10, "round_to": 1, "measuring": "exact", "branches": False,
+}  # fmt: skip
 
 
 def asked(**settings: Any) -> PruneConfig:
@@ -221,6 +223,19 @@ def test_all_importances_propose_as_they_are_uniform_and_together() -> None:
     assert counted == {"effect", "magnitude"}
 
 
+def test_branches_are_proposed_by_their_effect_alone_and_beside_it_nothing_but_width() -> None:
+    prepared = prepare(small_cnn(), IMAGES, asked(branches=True))
+    (branch,) = [g.name for g in prepared.groups if g.kind == "branch"]
+    start = replace(goal(prepared, left=0.5), limits=prepared.limits)
+    proposed = proposals(view(prepared))
+    effects = random_values(prepared, 0) | {branch: np.array([1e-9])}
+    found = {n: start.choose(r) for n, r in rankings(start, effects, proposed).items()}
+    assert branch not in found["effect, no branches"]
+    assert {name for name, units in found.items() if branch in units} == {
+        "effect", "effect, branches sooner", "effect, branches first",
+    }  # fmt: skip
+
+
 def test_by_unit_nothing_is_tried_and_the_same_is_measured() -> None:
     by_unit = run(small_cnn(), rounds=1, select="unit", refit=False).plan
     assert [(log.candidate, log.kl) for log in by_unit.rounds] == [("effect", None)]
@@ -315,7 +330,10 @@ def test_only_the_best_of_the_screened_candidates_are_refitted(
     moments = input_moments(
         prepared.graph, consumers(prepared.groups), IMAGES, intervention="predicted", chunk=64
     )
-    sets = {str(n): {g.name: list(range(n)) for g in prepared.groups} for n in (3, 1, 2)}
+    start = goal(prepared, left=0.6)
+    given = {str(seed): Ranking(random_values(prepared, seed)) for seed in (3, 1, 2)}
+    sets = start.candidates(given)
+    assert len(sets) == 3
     tried = []
 
     def trial(self: Trials, gone: Removal, *args: Any, **settings: Any) -> Any:
@@ -325,14 +343,14 @@ def test_only_the_best_of_the_screened_candidates_are_refitted(
     whole = Trials.trial
     monkeypatch.setattr(Trials, "trial", trial)
     trials = Trials(prepared, {}, ground_of(prepared.dense, IMAGES))
-    choice = best_candidate(trials, sets, moments, refits=True, progress=Silent())
+    choice = best_candidate(trials, start, given, moments, refits=True, progress=Silent())
     by_screening = sorted(sets, key=lambda name: trials.screen(sets[name], moments))
     assert tried == [sets[name] for name in by_screening[:2]]
     effects = {n: whole(trials, sets[n], moments).effect for n in by_screening[:2]}
     assert choice.name == min(effects, key=lambda name: float(effects[name].mean()))
     assert choice.effect == float(effects[choice.name].mean())
     tried.clear()  # without ablation values nothing but the refit makes up for what is gone
-    best_candidate(trials, sets, {}, refits=True, progress=Silent())
+    best_candidate(trials, start, given, {}, refits=True, progress=Silent())
     assert tried == list(sets.values())
 
 

@@ -117,7 +117,8 @@ def test_channels_that_meet_padding_stay_by_name_and_the_rest_is_pruned() -> Non
         "second.2.0": "8 of its 16 units stay: meets values whose size is fixed"
     }
     groups = {g.name: g for g in prepared.groups}
-    assert groups.keys() == {"stem.0", "first.0.0", "second.0.0"}
+    assert groups.keys() == {"stem.0", "first.0.0", "second.0.0", "first"}
+    assert groups["first"].kind == "branch"
     # The stream goes on between the padding.
     assert {m.tensor for m in groups["stem.0"].members} >= {"second.2.0.weight", "linear.weight"}
     result = pruned(module, ratio=0.3)

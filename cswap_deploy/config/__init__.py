@@ -8,13 +8,11 @@ and the stage's key in the store are made from the field; a new setting is one f
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
-    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,13 +20,19 @@ from pydantic import (
     model_validator,
 )
 
+from cswap_deploy.config.prune import METHODS, PruneConfig, RatioOf
 from cswap_deploy.errors import UsageError
 from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
+
+__all__ = [
+    "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config", "DataConfig",
+    "EngineConfig", "ExportConfig", "MeasureConfig", "ModelConfig", "Precision", "PruneConfig",
+    "RatioOf", "RunConfig", "Task", "flat", "load_config", "sections",
+]  # fmt: skip
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
 """Names a TOML file of defaults; a file given with ``--config`` and flags win over it."""
 
-RatioOf = Literal["params", "channels", "macs"]
 Task = Literal["classify", "binary", "features", "dense", "detect", "any"]
 """What a network's outputs are. ``classify``: (N, classes), of which one is right. ``binary``:
 (N, K) logits of independent yes or no. ``dense``: maps (N, classes, H, W). ``features``,
@@ -40,18 +44,6 @@ convolutions in bfloat16 with 22."""
 DROP_LIMITS: dict[str, float] = {
     "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
 }  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {
-    "cswap": {
-        "intervention": "predicted", "effect": "kl", "mix": True, "select": "set", "refit": True,
-        "refit_producers": True,
-    },
-    "paper": {
-        "intervention": "zero", "effect": "true-class", "mix": False, "select": "unit",
-        "refit": False, "refit_producers": False, "rounds": 16,
-    },
-}  # fmt: skip
-"""What ``--method`` stands for; a setting of its own wins. ``paper`` is the method as published
-(arXiv:2510.18636), ``cswap`` the best that was measured (benchmarks/LOG.md)."""
 
 
 class ModelConfig(Section):
@@ -105,116 +97,13 @@ class DataConfig(Section):
     ] = None
     class_map: Annotated[Path | None, Flag("Class index of a name.", metavar="FILE")] = None
     """A JSON object, or the names in the order of the classes: a JSON list, a text of lines."""
-    calibration_samples: Annotated[int, Field(ge=1), Flag("Images to prune on.")] = 1024
+    calibration_samples: Annotated[int, Field(ge=1), Flag("To prune on.")] = 1024
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
     to compare candidates on."""
-    validation_samples: Annotated[int, Field(ge=1), Flag("Images to test on.")] = 2000
+    validation_samples: Annotated[int, Field(ge=1), Flag("To test on.")] = 2000
     allow_overlap: Annotated[bool, Flag("Both may share images.")] = False
     allow_chance: Annotated[bool, Flag("Go on at chance level.")] = False
     """Build although the dense network is no better than guessing (``measure.chance``)."""
-
-
-class PruneConfig(Section):
-    """How units are measured, chosen and removed, and how the rest makes up for them."""
-
-    title = "Pruning"
-
-    ratio: Annotated[float, Field(ge=0, lt=1), Flag("Fraction to remove.", common=True)] = 0.4
-    ratio_of: Annotated[RatioOf, Flag("What the ratio is a fraction of.", common=True)] = "params"
-    method: Annotated[
-        Literal["cswap", "paper"], Flag("The best measured, or as published.", in_key=False)
-    ] = "cswap"
-    """Fills in what is not given; see :data:`METHODS`."""
-    criterion: Annotated[str, Flag("Importance: cswap, magnitude, lamp, random.")] = "cswap"
-    rounds: Annotated[int, Field(ge=1), Flag("Steps of measuring and removing.")] = 3
-    exclude: Annotated[
-        tuple[str, ...], Flag("Layers whose outputs stay, as 'layer4.*'; repeat.", metavar="GLOB")
-    ] = ()
-    include: Annotated[
-        tuple[str, ...], Flag("Only these may lose outputs; repeat.", metavar="GLOB")
-    ] = ()
-    round_to: Annotated[int | Literal["auto"], Flag("Multiple to which widths are kept.")] = "auto"
-    effect: Annotated[Literal["kl", "true-class"], Flag("What ranks the units.")] = "kl"
-    intervention: Annotated[
-        Literal["predicted", "mean", "zero"], Flag("What a unit is set to.", expert=True)
-    ] = "predicted"
-    measuring: Annotated[
-        Literal["auto", "exact", "bf16", "adaptive"],
-        Flag("How thoroughly."),
-    ] = "auto"
-    """``exact``: every unit on every image. ``adaptive``: until its side of the threshold is
-    certain (:mod:`causal.adaptive`). ``bf16``: every unit on every image in bfloat16, then in
-    float32 where that leaves its side open. ``auto``: exact where that takes seconds or a few
-    passes over the images, else adaptive within a budget (:func:`causal.cost.budgets`)."""
-    scoring_samples: Annotated[int | Literal["auto"], Flag("Images for measuring.")] = "auto"
-    """In each round, others each time. ``auto``: up to 256, fewer where exact costs too much."""
-    device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Flag("Where.", "cpu|cuda:N", in_key=False)
-    ] = "auto"
-    workers: Annotated[
-        str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)
-    ] = None
-    memory_budget: Annotated[
-        ByteSize | None, Field(ge=1), Flag("As 2GiB; else a third of free.", "SIZE", in_key=False)
-    ] = None
-    refit: Annotated[bool, Flag("Refit the layers behind removed units.")] = True
-    refit_producers: Annotated[
-        bool, Flag("In the last round also reconstruct producers.", expert=True)
-    ] = True
-    select: Annotated[
-        Literal["set", "unit"], Flag("Compare candidates as a whole, or single units.", expert=True)
-    ] = "set"
-    """``unit``: what has the least effect by itself goes. ``set``: several rankings and
-    allocations propose candidates, and the one with the least effect as a whole goes."""
-    mix: Annotated[bool, Flag("Measure on lightly mixed images too.", expert=True)] = True
-    """Every second image is lightly mixed with another: a network knows its training images by
-    heart, and few units seem to matter there."""
-    error_rate: Annotated[
-        float, Field(gt=0, lt=1), Flag("Of wrong sides in adaptive measuring.", expert=True)
-    ] = 0.05
-    alpha: Annotated[
-        float, Field(gt=0, lt=1), Flag("False-discovery rate of the verdicts.", expert=True)
-    ] = 0.05
-    min_effect: Annotated[
-        float, Field(ge=0), Flag("Smallest effect that counts for a verdict.", expert=True)
-    ] = 0.01
-
-    @model_validator(mode="before")
-    @classmethod
-    def _method(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            preset = METHODS.get(str(given.get("method", "cswap")), {})
-            return preset | {name: v for name, v in given.items() if v is not None}
-        return given
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _where(cls, value: Any) -> Any:
-        text = str(value) if isinstance(value, int) else value
-        if isinstance(text, str) and not re.fullmatch(r"[1-9]\d*|ray://\S+:\d+", text):
-            raise ValueError("must be a number above zero, or ray://HOST:PORT")
-        return text
-
-    @field_validator("round_to", "scoring_samples")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be 1 or more, or auto")
-        return value
-
-    @field_validator("memory_budget", mode="wrap")
-    @classmethod
-    def _size(cls, value: Any, read: Any) -> Any:
-        try:
-            return read(value)
-        except ValidationError as err:
-            raise ValueError("is no amount of memory; write 512MiB, 2GiB or bytes") from err
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if self.workers is not None and self.device.startswith("cuda"):
-            raise ValueError(f"workers measure on CPUs; device {self.device} is for this process")
-        return self
 
 
 class ExportConfig(Section):

@@ -1,0 +1,240 @@
+"""Latency of a network from its widths: a model of one device, fitted to what its nodes take.
+
+The dense network and a few narrowed in known ways are run on the device, with every node timed.
+Each dimension of a node's values is then known as a function of one group's width: the only one
+that changes as it does, rounded up where the runtime pads. A node takes
+
+    a + b * multiply-accumulates + c * elements + d * inputs read + e * (the first, where what it
+    reads is no multiple of eight),    all >= 0
+
+with the same coefficients for all nodes of its kind (operator, kernel, size of the picture). So
+what is bound by its launch, by arithmetic, by memory or by odd widths is each told for what it is.
+What the whole call takes for each millisecond of its nodes is fitted too.
+
+Source: latency of a network as a sum over what its layers take by themselves, measured: Cai et al.
+2019, "ProxylessNAS" (arXiv:1812.00332), section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cswap_deploy.network.units import Group
+from cswap_deploy.runtime.node_times import NodeTime
+
+_FEATURES = 5
+_EVEN = 8
+"""Kernels for inputs that are no multiple of this are slower."""
+Widths = Mapping[str, int]
+"""Group -> units that are left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One network on the device."""
+
+    widths: Widths
+    nodes: Sequence[NodeTime]
+    """Their names start with the dotted name of the module that they belong to, ``layer1.0/Relu``,
+    and are the same in all networks."""
+    ms: float
+    """Of the whole call, without a profiler."""
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Milliseconds of a call, for any widths. N nodes with at most D dimensions."""
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    which: np.ndarray
+    """(N, D) which group's width each dimension follows."""
+    slope: np.ndarray
+    """(N, D): a dimension is its slope times the width, and a constant, rounded up."""
+    constant: np.ndarray
+    """(N, D)."""
+    padded: np.ndarray
+    """(N, D) to what multiple it is rounded up."""
+    outer: np.ndarray
+    """(N,) so many of the dimensions are the output's; the others are summed over."""
+    coefficients: np.ndarray
+    """(N, F) of :func:`_features`."""
+    branch: np.ndarray
+    """(N,) which group, a residual branch, takes the node along; -1 for none."""
+    whole: tuple[float, float] = (1.0, 1.0)
+    """What a call without the profiler takes for each millisecond of a node's constant part, most
+    of which is the profiler's own, and of the rest."""
+
+    def ms(self, widths: Widths) -> float:
+        """Of a network with so many units left in each group."""
+        return float(self.each(widths).sum())
+
+    def each(self, widths: Widths) -> np.ndarray:
+        """(N,) what the nodes take, ms."""
+        left = np.array([widths.get(name, 1) for name in self.groups], dtype=float)
+        sizes = self.slope * left[self.which] + self.constant
+        sizes = np.ceil(sizes / self.padded - 1e-6) * self.padded
+        there = np.where(self.branch < 0, 1.0, left[self.branch] > 0)
+        parts = _features(sizes, self.outer) * self.coefficients * there[:, None]
+        found: np.ndarray = self.whole[0] * parts[:, 0] + self.whole[1] * parts[:, 1:].sum(1)
+        return found
+
+
+def fit_latency(timed: Sequence[Timed], groups: Sequence[Group]) -> LatencyModel:
+    """A model of some networks of one architecture, the dense one first.
+
+    Nodes that a narrowed network does not have are taken as they are in the others.
+
+    Args:
+        timed: Networks.
+        groups: All groups of the architecture.
+    """
+    names = [node.name for node in timed[0].nodes]
+    of = {group.name: at for at, group in enumerate(groups)}
+    series = np.array([[t.widths.get(g.name, g.units) for t in timed] for g in groups], dtype=float)
+    lookup = [_known(t.nodes, names) for t in timed]
+    rows = [[each[name] for each in lookup if name in each] for name in names]
+    dims = [[_dims(node) for node in nodes] for nodes in rows]
+    most = max(len(d) for each in dims for d in each)
+    shape = (len(names), most)
+    which, slope = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+    constant, padded = np.ones(shape), np.ones(shape)
+    outer = np.array([len(nodes[0].outputs[0]) if nodes[0].outputs else 0 for nodes in rows])
+    kinds: dict[object, list[int]] = defaultdict(list)
+    for at, name in enumerate(names):
+        seen = [k for k, each in enumerate(lookup) if name in each]
+        near = _near(name, groups)
+        for d in range(min(map(len, dims[at]))):
+            values = np.array([sizes[d] for sizes in dims[at]], dtype=float)
+            which[at, d], slope[at, d], constant[at, d], padded[at, d] = _follows(
+                values, series[:, seen], near
+            )
+        kinds[_kind(rows[at][0], slope[at])].append(at)
+    coefficients = np.zeros((len(names), _FEATURES))
+    for alike in kinds.values():
+        known = np.ones((sum(len(rows[at]) for at in alike), most))
+        for row, sizes in enumerate(each for at in alike for each in dims[at]):
+            known[row, : len(sizes)] = sizes
+        times = np.array([node.ms for at in alike for node in rows[at]])
+        outers = np.repeat(outer[alike], [len(rows[at]) for at in alike])
+        coefficients[alike] = _nonnegative(_features(known, outers), times)
+    model = LatencyModel(
+        tuple(names), tuple(g.name for g in groups), which, slope, constant, padded, outer,
+        coefficients, np.array([_branch(name, groups, of) for name in names]),
+    )  # fmt: skip
+    alone = [replace(model, whole=part) for part in ((1.0, 0.0), (0.0, 1.0))]
+    parts = np.array([[m.ms(t.widths) for m in alone] for t in timed])
+    first, second = _nonnegative(parts, np.array([t.ms for t in timed]))
+    return replace(model, whole=(float(first), float(second)))
+
+
+def _known(nodes: Sequence[NodeTime], names: Sequence[str]) -> dict[str, NodeTime]:
+    """Name -> node; what the dense network does not have counts as the node that it follows.
+
+    With odd widths a runtime puts in changes of layout, for one.
+    """
+    found: dict[str, NodeTime] = {}
+    own = set(names)
+    for node in nodes:
+        name = node.name if node.name in own else node.name.partition(">")[0]
+        if name in found:
+            found[name] = found[name]._replace(ms=found[name].ms + node.ms)
+        elif name in own:
+            found[name] = node
+    return found
+
+
+def _features(sizes: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """(N, F): one, multiply-accumulates, elements, inputs read, and the second with odd inputs."""
+    rows, place = np.arange(len(sizes)), np.arange(sizes.shape[1])
+    elements = np.where(place < outer[:, None], sizes, 1.0).prod(1)
+    macs = sizes.prod(1)
+    product = macs > elements
+    channels = sizes[rows, np.where(outer == 4, 1, np.maximum(outer - 1, 0))]
+    first = sizes[rows, np.minimum(outer, sizes.shape[1] - 1)]
+    odd = product & (first % _EVEN > 0)
+    read = np.where(product, macs / np.maximum(channels, 1), 0.0)
+    return np.stack([np.ones(len(sizes)), macs, elements, read, macs * odd], 1)
+
+
+def _kind(node: NodeTime, slope: np.ndarray) -> object:
+    """Nodes whose times follow the same law."""
+    fixed = tuple(d for d, s in zip(_dims(node), slope, strict=False) if s == 0 and d > 1)
+    return node.op, len(node.inputs), fixed if "Conv" in node.op else (fixed, node.name)
+
+
+def _dims(node: NodeTime) -> list[int]:
+    """Of the first output; then of a filter all but its outputs, or what a product sums over."""
+    out = list(node.outputs[0]) if node.outputs else []
+    if len(node.inputs) < 2:
+        return out
+    x, other = node.inputs[:2]
+    if "Conv" in node.op and len(other) > 2:
+        return [*out, *other[1:]]
+    if any(kind in node.op for kind in ("MatMul", "Gemm", "Attention")) and len(x) > 1:
+        return [*out, x[-1]]
+    return out
+
+
+def _follows(
+    values: np.ndarray, series: np.ndarray, near: Sequence[int]
+) -> tuple[int, float, float, float]:
+    """The group whose width a dimension follows: (which, slope, constant, padded to)."""
+    if np.ptp(values) == 0:
+        return 0, 0.0, float(values[0]), 1.0
+    best, found = np.inf, (0, 0.0, float(values[0]), 1.0)
+    for at in sorted(range(len(series)), key=near.__getitem__):
+        if np.ptp(series[at]) == 0:
+            continue
+        slope, constant = np.polyfit(series[at], values, 1)
+        # What is padded is a whole multiple of the width before.
+        whole = max(1.0, np.round(values.max() / series[at].max()))
+        for a, c, pad in ((slope, constant, 1.0), (whole, 0.0, 8.0), (whole, 0.0, 16.0)):
+            off = float(np.abs(np.ceil((a * series[at] + c) / pad - 1e-6) * pad - values).max())
+            off = float(np.abs(a * series[at] + c - values).max()) if pad == 1 else off
+            if off < best - 1e-6 and a > 0:
+                best, found = off, (at, float(a), float(c), pad)
+        if best < 1e-6:
+            break
+    which, slope, constant, pad = found
+    return which, round(slope, 9), round(constant, 6), pad
+
+
+def _near(name: str, groups: Sequence[Group]) -> list[int]:
+    """For each group how little its name shares with a node's: of two that fit, the nearer."""
+    own = name.partition("/")[0].split(".")
+
+    def apart(group: Group) -> int:
+        best = 0
+        for layer in (group.name, *(reader.layer for reader in group.consumers)):
+            parts = layer.split(".")
+            same = next((i for i, (a, b) in enumerate(zip(own, parts, strict=False)) if a != b),
+                        min(len(own), len(parts)))  # fmt: skip
+            best = max(best, same)
+        return -best
+
+    return [apart(group) for group in groups]
+
+
+def _branch(name: str, groups: Iterable[Group], of: Mapping[str, int]) -> int:
+    scope, found = name.partition("/")[0], -1
+    for group in groups:
+        if group.kind == "branch" and group.holds(scope):
+            found = of[group.name]
+    return found
+
+
+def _nonnegative(features: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Coefficients that are no less than zero; errors count as noise that grows with time."""
+    from scipy.optimize import nnls
+
+    scale = features.max(0)
+    scale[scale == 0] = 1.0
+    weight = np.maximum(times, 1e-6) ** -0.5
+    found, _ = nnls(features / scale * weight[:, None], times * weight)
+    result: np.ndarray = found / scale
+    return result

@@ -1,0 +1,146 @@
+"""Pruning to a latency, on a device that is made up: its law is known, and not to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from small_networks import pictures, small_cnn, small_vit
+from torch import nn
+
+from cswap_deploy.config import PruneConfig
+from cswap_deploy.data import Calibration
+from cswap_deploy.errors import PruneError, UsageError
+from cswap_deploy.progress import Silent
+from cswap_deploy.pruning.prune import Pruned, prune
+from cswap_deploy.runtime.node_times import GraphTimes, NodeTime
+
+IMAGES, LABELS = pictures(40)
+
+
+class MadeUpDevice:
+    """A fake: a layer takes what its multiply-accumulates say, and the whole call a bit more."""
+
+    def __init__(self, *, per_mac: float = 1e-6, fixed: float = 0.02, off: float = 1.0) -> None:
+        self.per_mac, self.fixed, self.off = per_mac, fixed, off
+        self.calls = 0
+        self.dense = 0.0
+
+    def time(self, modules: Sequence[nn.Module]) -> list[GraphTimes]:
+        found = [self._time(module) for module in modules]
+        self.dense = found[0].ms
+        return found
+
+    def fraction(self, module: nn.Module) -> float:
+        self.calls += 1
+        return self._time(module).ms / self.dense * self.off
+
+    def _time(self, module: nn.Module) -> GraphTimes:
+        nodes: list[NodeTime] = []
+        hooks = []
+        for name, layer in module.named_modules():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+
+            def note(layer: nn.Module, args: Any, out: Any, name: str = name) -> None:
+                weight = layer.weight
+                positions = out.numel() // out.shape[-1 if weight.ndim == 2 else 1]
+                op = "Gemm" if weight.ndim == 2 else "Conv"
+                shapes = (tuple(args[0].shape), tuple(weight.shape)), (tuple(out.shape),)
+                ms = self.fixed + self.per_mac * weight.numel() * positions
+                nodes.append(NodeTime(f"{name}/{op}", op, ms, *shapes))
+
+            hooks.append(layer.register_forward_hook(note))
+        with torch.no_grad():
+            module(IMAGES[:1])
+        for hook in hooks:
+            hook.remove()
+        return GraphTimes(nodes, sum(node.ms for node in nodes))
+
+
+def run(module: nn.Module, device: MadeUpDevice | None, **settings: Any) -> Pruned:
+    config = PruneConfig(
+        **({"rounds": 2, "scoring_samples": 10, "round_to": 1, "measuring": "exact"} | settings)
+    )
+    return prune(
+        module, Calibration(IMAGES, LABELS), config=config, device=device, progress=Silent()
+    )
+
+
+@pytest.mark.parametrize("make", [small_cnn, small_vit])
+@pytest.mark.parametrize("off", [1.0, 1.06])
+def test_the_speed_up_is_reached_as_measured_even_where_the_model_is_off(
+    make: Any, off: float
+) -> None:
+    device = MadeUpDevice(off=off, fixed=0.001)
+    result = run(make(), device, speedup=1.4)
+    reached = result.plan.rounds[-1].speedup
+    assert reached is not None
+    assert reached == pytest.approx(1.4, rel=0.03)
+    assert reached == pytest.approx(1 / device.fraction(result.module), rel=1e-6)
+    assert result.plan.ratio_of == "latency"
+    assert result.plan.dense.latency_ms == pytest.approx(device.dense, rel=0.03)
+    assert result.plan.removed["latency"] > 0.2
+
+
+def test_a_latency_is_a_speed_up_of_what_was_timed() -> None:
+    device = MadeUpDevice(fixed=0.001)
+    result = run(small_cnn(), device, max_latency=f"{0.7 * device.time([small_cnn()])[0].ms:.6f}ms")
+    assert result.plan.rounds[-1].speedup == pytest.approx(1 / 0.7, rel=0.03)
+
+
+def test_where_time_is_launches_depth_goes() -> None:
+    """Nothing but whole branches saves any time here."""
+    device = MadeUpDevice(per_mac=1e-12, fixed=0.1)
+    result = run(small_vit(), device, speedup=1.15)
+    gone = [g.name for g in result.plan.groups if g.kind == "branch" and not g.kept]
+    assert gone
+
+
+def test_out_of_reach_is_refused_with_the_range() -> None:
+    with pytest.raises(PruneError, match="cannot be reached") as failed:
+        run(small_cnn(), MadeUpDevice(fixed=0.5), speedup=3.0)
+    assert failed.value.fix is not None
+    wanted = float(failed.value.fix.split("--speedup ")[1].split()[0])
+    assert 1 < wanted < 3
+
+
+def test_what_stays_slower_as_measured_is_refused_with_what_was_reached() -> None:
+    """A device on which the model is wrong: nothing that is removed saves anything."""
+    device = MadeUpDevice(fixed=0.001)
+    device.fraction = lambda module: 1.02  # type: ignore[method-assign]
+    with pytest.raises(PruneError, match=r"1\.40x was not reached.*0\.98x") as failed:
+        run(small_cnn(), device, speedup=1.4)
+    assert failed.value.fix == "pass --ratio 0 to build the dense network"
+
+
+def test_a_latency_that_the_dense_network_has_is_refused() -> None:
+    with pytest.raises(PruneError, match="the dense network takes"):
+        run(small_cnn(), MadeUpDevice(), max_latency=1e6)
+
+
+def test_without_a_device_it_is_refused() -> None:
+    with pytest.raises(UsageError, match="needs a target"):
+        run(small_cnn(), None, speedup=1.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"speedup": 1.5, "ratio": 0.4}, {"speedup": 1.5, "max_latency": 3.0},
+        {"speedup": 1.5, "ratio_of": "params"}, {"max_latency": "4ms", "ratio_of": "macs"},
+    ],
+)  # fmt: skip
+def test_two_aims_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="are one aim"):
+        PruneConfig(**settings)
+
+
+def test_an_aim_survives_being_written_down() -> None:
+    asked = PruneConfig(speedup=1.6)
+    assert asked.ratio_of == "latency"
+    assert asked.ratio == pytest.approx(1 - 1 / 1.6)
+    assert PruneConfig(**asked.model_dump(mode="json")) == asked
+    assert PruneConfig(max_latency="4.5ms").max_latency == 4.5
