@@ -246,7 +246,8 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         metric=score.metric,
         targets=results,
         scoring=plan.scoring,
-        settings=run.config.settings(),
+        # A latency that was asked for is a ratio once the dense network was timed.
+        settings=run.config.settings() | {"ratio": plan.settings["ratio"]},
         versions=stages.tool_versions(*_TOOLS),
         device=run.device,
         fallbacks=tuple(dict.fromkeys([*run.loaded.notes, *run.fallbacks, *run.store.damaged])),

@@ -122,12 +122,14 @@ class Console:
             print(json.dumps(told))
             return
         effective, of = told["ratio_effective"], told["ratio_of"]
+        asked = f"{percent(effective[of], 2)} of {of} (asked {percent(told['ratio_requested'], 2)})"
+        if of == "latency":
+            asked = f"for {1 / (1 - told['ratio_requested']):.2f}x the speed"
         self.err.print()
         self._line(
             "[bold]removed[/]",
-            f"{percent(effective[of], 2)} of {of} (asked {percent(told['ratio_requested'], 2)}); "
-            f"params {percent(effective['params'], 1)}, MACs {percent(effective['macs'], 1)}, "
-            f"units {percent(effective['channels'], 1)}",
+            f"{asked}; params {percent(effective['params'], 1)}, "
+            f"MACs {percent(effective['macs'], 1)}, units {percent(effective['channels'], 1)}",
         )
         pruned = told["ratio_requested"] > 0
         for target in told.get("targets", ()):

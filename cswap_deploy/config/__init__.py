@@ -327,7 +327,7 @@ class Config(BaseModel):
         if self.run.output is not None:
             return self.run.output
         name = self.model.model.replace(":", "-").replace("/", "-")
-        return Path(f"{name}-{self.prune.ratio:g}")
+        return Path(f"{name}-{self.prune.label}")
 
 
 def sections() -> dict[str, type[Section]]:

@@ -171,3 +171,10 @@ class PruneConfig(Section):
         if self.max_latency is not None:
             return f"at most {self.max_latency:g} ms"
         return f"{self.ratio:.0%} of {self.ratio_of}"
+
+    @property
+    def label(self) -> str:
+        """The same in a folder's name."""
+        if self.speedup is not None:
+            return f"{self.speedup:g}x"
+        return f"{self.ratio:g}" if self.max_latency is None else f"{self.max_latency:g}ms"

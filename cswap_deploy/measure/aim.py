@@ -106,23 +106,27 @@ def aim_at(
 def _named(nodes: Sequence[NodeTime], path: Path) -> list[NodeTime]:
     """Nodes under names that do not depend on what else is in a graph.
 
-    A node of the graph has its own. One that the runtime made of several is named after the last
-    of them, and what it put between them after the node before.
+    A node of the graph has its own. One that the runtime made of several has that of the one that
+    does its work, as a convolution's with what was fused behind it; and what it put between them is
+    named after the node before.
     """
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     own = {node.name for node in graph.node}
-    makes = {output: node.name for node in graph.node for output in node.output}
+    makes = {output: node for node in graph.node for output in node.output}
     found: list[NodeTime] = []
     seen: dict[str, int] = {}
     before = "start"
     for node in nodes:
-        tensor = node.name.removesuffix(_BLOCKED)
+        last = makes.get(node.name.removesuffix(_BLOCKED))
         if node.name in own or "/" in node.name:
             name = before = node.name
-        elif tensor in makes:
-            name = before = makes[tensor]
+        elif last is not None:
+            first: Any = last
+            while first is not None and first.op_type != node.op:
+                first = next((makes[i] for i in first.input if i in makes), None)
+            name = before = (last if first is None else first).name
         else:
             name = f"{before}>{node.op}"
         seen[name] = seen.get(name, 0) + 1

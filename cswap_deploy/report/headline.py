@@ -41,10 +41,13 @@ def summary(manifest: Manifest) -> str:
     name, of, reached = manifest.model.name, manifest.ratio_of, manifest.ratio_effective
     text = f"{name} was exported dense: no removal was asked for."
     if manifest.ratio_requested > 0:
-        kinds = sorted(reached, key=lambda kind: kind != of)
+        kinds = sorted((k for k in reached if k != "latency"), key=lambda kind: kind != of)
         got = ", ".join(f"{c.percent(reached[kind])} of the {RATIO_WORDS[kind]}" for kind in kinds)
         asked = f"{c.percent(manifest.ratio_requested)} of the {RATIO_WORDS[of]}"
         text = f"{name}: {asked} were to be removed; removed were {got}."
+        if of == "latency":
+            faster = 1 / (1 - manifest.ratio_requested)
+            text = f"{name} was to become {faster:.2f}x as fast; removed were {got}."
     for where, change in scored(manifest)[:1]:
         text += (
             f" Top-1 went from {c.top1(change.dense.top1)} to {c.top1(change.pruned.top1)} on "
