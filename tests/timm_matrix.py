@@ -32,11 +32,10 @@ RATIO = 0.2
 WIDE = 12_000_000
 """Parameters from which a network is not refitted: that costs the cube of a layer's width."""
 MOST_REFUSED = 6
-REFUSED = dict.fromkeys(
-    ("convnextv2_atto", "gmlp_ti16_224"),
-    r"has no structure that can be removed\n.* across channels",
-)
+REFUSED: dict[str, str] = {}
 """Name -> regular expression of the reason, where a refusal is right."""
+COARSE = frozenset({"convnextv2_atto", "gmlp_ti16_224"})
+"""Nothing but whole residual branches can leave: a ratio is met within half of one."""
 
 _NAMES = """
     cait_xxs24_224 caformer_s18 coat_lite_tiny coatnet_pico_rw_224 convit_tiny convmixer_768_32
