@@ -261,7 +261,9 @@ def settings(case: Case, model: Model) -> PruneConfig:
     if case.method in PRESETS:
         return PruneConfig(method=case.method, **asked)
     # Natively a peer's units become zero; with the refit they are removed as the package does.
-    return PruneConfig(intervention="mean" if case.refit else "zero", **asked)
+    # A peer ranks units; what it would make of whole branches, nobody has said.
+    intervention = "mean" if case.refit else "zero"
+    return PruneConfig(intervention=intervention, branches=False, **asked)
 
 
 def ranking(values: Values, case: Case, model: Model, prepared: Prepared) -> Values:

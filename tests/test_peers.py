@@ -31,7 +31,7 @@ import bench_accuracy  # noqa: E402
 import peers  # noqa: E402
 from small_networks import CLASSES, lively, pictures, small_cnn, small_vit  # noqa: E402
 
-SETTINGS = PruneConfig(ratio=0.3, ratio_of="channels", round_to=1)
+SETTINGS = PruneConfig(ratio=0.3, ratio_of="channels", round_to=1, branches=False)
 NEEDS_BATCH_NORM = {"bn-scale"}
 NO_GROUPED = {"fpgm"}
 
@@ -309,7 +309,7 @@ def test_a_plain_ranking_ignores_what_a_unit_costs(prepared: dict[str, Prepared]
 
 
 def ready_by_parameters(module: nn.Module, images: Tensor) -> Prepared:
-    return prepare(module, images, PruneConfig(ratio=0.1, round_to=1))
+    return prepare(module, images, PruneConfig(ratio=0.1, round_to=1, branches=False))
 
 
 def result(**changes: object) -> accuracy_results.Result:

@@ -118,7 +118,7 @@ def _group(graph: Graph, layer: str, branch: Branch, emptied: tuple[Emptied, ...
 def _name(emptied: Sequence[Emptied], layer: str) -> str:
     """The block, or the sub-layer that ends the branch; no layer, whose own units have its name."""
     last = next(path for path, nothing in emptied if nothing or len(emptied) == 1)
-    return last if last != layer else layer.rpartition(".")[0] or f"{layer} and before"
+    return last if last != layer else f"{layer} and before"
 
 
 def _descendants(graph: Graph, first: fx.Node) -> set[fx.Node]:

@@ -103,6 +103,8 @@ def prune(
     progress.end()
     if config.ratio_of == "latency":
         network, config = _aimed_at(network, device, config, progress)
+    else:
+        device = None
     network = network.to(device_for(config))
     for note in network.notes:
         progress.note(note)

@@ -88,7 +88,7 @@ def test_every_identity_shaped_block_is_one(style: str) -> None:
 def test_where_the_sum_is_bent_the_layers_before_it_go_and_the_block_stays() -> None:
     prepared = prepare(small("gelu behind"), IMAGES, PruneConfig(ratio=0.3))
     first = next(g for g in prepared.groups if g.kind == "branch")
-    assert first.name == "blocks.0"
+    assert first.name == "blocks.0.conv2 and before"
     assert {e.module: e.nothing for e in first.emptied} == {
         "blocks.0.conv1": False, "blocks.0.bn1": False,
         "blocks.0.conv2": True, "blocks.0.bn2": False,

@@ -1,0 +1,149 @@
+"""Speed against agreement: what pruning to a speed-up, to MACs and to parameters gives.
+
+    python benchmarks/bench_speed.py                              # both demo networks
+    python benchmarks/bench_speed.py --models resnet56 --speedups 1.3 1.6 --seeds 2
+    python benchmarks/bench_speed.py --quick                      # demo-vit, one speed-up
+
+Dense and pruned engines are timed in one loop (ONNX Runtime, CPU), after the pruned module's
+parameters were counted and its graph exported. Agreement and top-1 are on test images that it never
+saw. Real networks and images are read from the folder that ``CSWAP_DATA`` names. The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accuracy_models import MODELS, data_of, load
+from bench_build import CHUNK, IMAGES
+
+from cswap_deploy.config import ExportConfig, PruneConfig
+from cswap_deploy.data import calibration_set, load_samples
+from cswap_deploy.errors import PruneError
+from cswap_deploy.measure.aim import OnnxRuntimeAim
+from cswap_deploy.progress import Silent
+from cswap_deploy.pruning.prune import prune
+
+RATIOS = {"params 0.4": {"ratio": 0.4}, "macs 0.4": {"ratio": 0.4, "ratio_of": "macs"}}
+SPEEDUPS = (1.3, 1.6, 2.0)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pruning."""
+
+    model: str
+    aim: str
+    seed: int
+    batch: int
+    threads: int
+    speedup: float
+    """Median call of the dense engine over that of the pruned one."""
+    top1_dense: float
+    top1: float
+    agreement: float
+    kl: float
+    """Mean divergence from the dense network on the test images, nats."""
+    params_removed: float
+    macs_removed: float
+    branches: int
+    """Residual branches that are gone."""
+    seconds: float
+
+
+def aims(speedups: list[float]) -> dict[str, Mapping[str, Any]]:
+    """Name -> settings: as today, and speed-ups with and without whole branches."""
+    found: dict[str, Mapping[str, Any]] = dict(RATIOS)
+    for speedup in speedups:
+        found[f"{speedup:g}x"] = {"speedup": speedup}
+        found[f"{speedup:g}x, no branches"] = {"speedup": speedup, "branches": False}
+    return found
+
+
+def run(name: str, aim: str, settings: Mapping[str, Any], seed: int, batch: int) -> Result:
+    """Prune, count, time, and compare predictions."""
+    model = MODELS[name]
+    loaded = load(model)
+    data = data_of(model, IMAGES.get(name, 1024))
+    samples = load_samples(data, model=loaded.spec, seed=seed, progress=Silent())
+    calibration, test = (
+        calibration_set(part, loaded.spec.preprocessing)
+        for part in (samples.calibration, samples.validation)
+    )
+
+    def outputs(module: torch.nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            found = [module(part) for part in torch.split(test.images, CHUNK)]
+        return torch.cat(found).double()
+
+    images = calibration.images[:batch].contiguous().numpy()
+    device = OnnxRuntimeAim(loaded.spec, ExportConfig(), images, threads=1)
+    begun = time.perf_counter()
+    pruned = prune(
+        loaded.module, calibration, config=PruneConfig(**settings), seed=seed, device=device,
+        progress=Silent(),
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    assert sum(p.numel() for p in pruned.module.parameters()) == pruned.plan.pruned.params
+    device.time([loaded.module])
+    speedup = 1 / device.fraction(pruned.module)
+    dense, after = outputs(loaded.module), outputs(pruned.module)
+    divergence = torch.nn.functional.kl_div(
+        after.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none"
+    )
+    chosen, labels = after.argmax(1), test.labels
+    return Result(
+        model=name, aim=aim, seed=seed, batch=batch, threads=1, speedup=round(speedup, 3),
+        top1_dense=round(float((dense.argmax(1) == labels).double().mean()), 4),
+        top1=round(float((chosen == labels).double().mean()), 4),
+        agreement=round(float((chosen == dense.argmax(1)).double().mean()), 4),
+        kl=round(float(divergence.sum(1).mean()), 5),
+        params_removed=round(pruned.plan.effective("params"), 4),
+        macs_removed=round(pruned.plan.effective("macs"), 4),
+        branches=sum(g.kind == "branch" and not g.kept for g in pruned.plan.groups),
+        seconds=round(seconds, 1),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=["demo-resnet", "demo-vit"], metavar="NAME")
+    add("--speedups", nargs="+", type=float, default=list(SPEEDUPS), metavar="X")
+    add("--seeds", type=int, default=1, metavar="N", help="calibration sets")
+    add("--batch", type=int, default=1)
+    add("--quick", action="store_true")
+    args = parser.parse_args()
+    wanted = aims(args.speedups)
+    if args.quick:
+        args.models, wanted = ["demo-vit"], {"1.3x": {"speedup": 1.3}}
+    results = []
+    for name in args.models:
+        for seed in range(args.seeds):
+            for aim, settings in wanted.items():
+                try:
+                    r = run(name, aim, settings, seed, args.batch)
+                except PruneError as err:
+                    print(f"{name:22} {aim:18} seed {seed}: refused: {err}", flush=True)
+                    continue
+                results.append(r)
+                print(
+                    f"{r.model:22} {r.aim:18} seed {r.seed}: {r.speedup:.2f}x, top-1 "
+                    f"{r.top1_dense:.2%} -> {r.top1:.2%}, agreement {r.agreement:.2%}, KL "
+                    f"{r.kl:.4f}, params -{r.params_removed:.0%}, MACs -{r.macs_removed:.0%}, "
+                    f"{r.branches} branches, {r.seconds:.0f} s",
+                    flush=True,
+                )
+    print(json.dumps({"results": [asdict(r) for r in results]}))
+
+
+if __name__ == "__main__":
+    main()
