@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 Stage = Literal["prune", "export", "engine", "validate"]
 _EVALUATIONS, _EXPORTS = 4, 3
 """Passes over the validation images, and times of tracing, that the stages after pruning take."""
+_TIMED = 9
+"""Networks that are exported to be timed, where a latency is the aim."""
 _ORDER: tuple[Stage, ...] = ("prune", "export", "engine", "validate")
 _TOOLS = (
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime",
@@ -184,7 +186,8 @@ def _remaining(told: Mapping[str, Any], config: Config) -> float:
     one = told["pass_seconds"] / told["calibration_images"]
     evaluated = _EVALUATIONS * one * told["validation_images"]
     timed = 2 * one * config.measure.latency_runs * len(config.engine.target)
-    seconds: float = told["prune_seconds"] + _EXPORTS * told["tracing_seconds"] + evaluated + timed
+    exports = _EXPORTS + _TIMED * (config.prune.ratio_of == "latency")
+    seconds: float = told["prune_seconds"] + exports * told["tracing_seconds"] + evaluated + timed
     return seconds
 
 

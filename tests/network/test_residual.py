@@ -177,7 +177,7 @@ def test_no_branches_keeps_depth() -> None:
 
 
 def asked(**settings: Any) -> PruneConfig:
-    return PruneConfig(**({"rounds": 1, "scoring_samples": 16, "measuring": "exact"} | settings))
+    return PruneConfig(**({"rounds": 1, "scoring_samples": 6, "measuring": "exact"} | settings))
 
 
 def run(module: nn.Module, **settings: Any) -> Pruned:
