@@ -180,7 +180,7 @@ class _Loop:
                 choice = choice.at(dense * wanted / self.slower)
         enough = [each for each in tried if each[0] <= wanted * (1 + _NEAR)]
         if enough or to_go:
-            fraction, choice = max(enough or tried, key=lambda each: each[0])
+            fraction, choice = min(enough or tried, key=lambda each: abs(each[0] - wanted))
             return choice, fraction
         best = min(fraction for fraction, _ in tried)
         raise PruneError(
