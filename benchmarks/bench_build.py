@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 64
@@ -58,27 +59,56 @@ class Result:
     """Largest resident memory of the process, network and images included."""
 
 
-def prune_once(name: str, seed: int, version: str) -> Result:
-    """In this process, with whatever ``cswap_deploy`` it imports."""
-    import torch
+def network_and_images(name: str, seed: int) -> tuple[Any, Any, Any]:
+    """A network, and the images to prune it on and to test it on."""
     from accuracy_models import MODELS, data_of, load
 
-    import cswap_deploy
     from cswap_deploy.data import calibration_set, load_samples
     from cswap_deploy.progress import Silent
 
-    model = MODELS[name]
-    loaded = load(model)
+    model, loaded = MODELS[name], load(MODELS[name])
     data = data_of(model, IMAGES.get(name, 1024))
     samples = load_samples(data, model=loaded.spec, seed=seed, progress=Silent())
     calibration, test = (
         calibration_set(part, loaded.spec.preprocessing)
         for part in (samples.calibration, samples.validation)
     )
+    return loaded, calibration, test
 
-    def outputs(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return torch.cat([module(part) for part in torch.split(images, CHUNK)])
+
+def outputs(module: Any, images: Any) -> Any:
+    """(N, classes) of all images, some at a time."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([module(part) for part in torch.split(images, CHUNK)])
+
+
+def what_is_kept(dense: Any, pruned: Any, test: Any) -> dict[str, float]:
+    """Top-1 of both networks, agreement and mean divergence, on the test images."""
+    import torch
+
+    before, after = (outputs(module, test.images).double() for module in (dense, pruned))
+    chosen, said, labels = after.argmax(1), before.argmax(1), test.labels
+    divergence = torch.nn.functional.kl_div(
+        after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="none"
+    )
+    return {
+        "top1_dense": round(float((said == labels).double().mean()), 4),
+        "top1": round(float((chosen == labels).double().mean()), 4),
+        "agreement": round(float((chosen == said).double().mean()), 4),
+        "kl": round(float(divergence.sum(1).mean()), 5),
+    }
+
+
+def prune_once(name: str, seed: int, version: str) -> Result:
+    """In this process, with whatever ``cswap_deploy`` it imports."""
+    from accuracy_models import MODELS
+
+    import cswap_deploy
+
+    model = MODELS[name]
+    loaded, calibration, test = network_and_images(name, seed)
 
     def one_pass() -> float:
         begun = time.perf_counter()
@@ -96,20 +126,12 @@ def prune_once(name: str, seed: int, version: str) -> Result:
     passing = (before + min(one_pass() for _ in range(3))) / 2
     counted = sum(p.numel() for p in pruned.module.parameters())
     assert counted == pruned.plan.pruned.params
-    dense, after = (outputs(m, test.images).double() for m in (loaded.module, pruned.module))
-    chosen, labels = after.argmax(1), test.labels
-    divergence = torch.nn.functional.kl_div(
-        after.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none"
-    )
     return Result(
         model=name, version=version, seed=seed, images=len(calibration.images),
         seconds=round(seconds, 2), pass_seconds=round(passing, 4),
         passes=round(seconds / passing, 1),
         removed=round(pruned.plan.effective(model.ratio_of), 4),
-        top1_dense=round(float((dense.argmax(1) == labels).double().mean()), 4),
-        top1=round(float((chosen == labels).double().mean()), 4),
-        agreement=round(float((chosen == dense.argmax(1)).double().mean()), 4),
-        kl=round(float(divergence.sum(1).mean()), 5),
+        **what_is_kept(loaded.module, pruned.module, test),
         peak_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     )  # fmt: skip
 

@@ -19,12 +19,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from accuracy_models import MODELS, data_of, load
-from bench_build import CHUNK, IMAGES
+from bench_build import network_and_images, what_is_kept
 
 from cswap_deploy.config import ExportConfig, PruneConfig
-from cswap_deploy.data import calibration_set, load_samples
 from cswap_deploy.errors import PruneError
 from cswap_deploy.measure.aim import OnnxRuntimeAim
 from cswap_deploy.progress import Silent
@@ -68,20 +65,7 @@ def aims(speedups: list[float]) -> dict[str, Mapping[str, Any]]:
 
 def run(name: str, aim: str, settings: Mapping[str, Any], seed: int, batch: int) -> Result:
     """Prune, count, time, and compare predictions."""
-    model = MODELS[name]
-    loaded = load(model)
-    data = data_of(model, IMAGES.get(name, 1024))
-    samples = load_samples(data, model=loaded.spec, seed=seed, progress=Silent())
-    calibration, test = (
-        calibration_set(part, loaded.spec.preprocessing)
-        for part in (samples.calibration, samples.validation)
-    )
-
-    def outputs(module: torch.nn.Module) -> torch.Tensor:
-        with torch.inference_mode():
-            found = [module(part) for part in torch.split(test.images, CHUNK)]
-        return torch.cat(found).double()
-
+    loaded, calibration, test = network_and_images(name, seed)
     images = calibration.images[:batch].contiguous().numpy()
     device = OnnxRuntimeAim(loaded.spec, ExportConfig(), images, threads=1)
     begun = time.perf_counter()
@@ -93,17 +77,9 @@ def run(name: str, aim: str, settings: Mapping[str, Any], seed: int, batch: int)
     assert sum(p.numel() for p in pruned.module.parameters()) == pruned.plan.pruned.params
     device.time([loaded.module])
     speedup = 1 / device.fraction(pruned.module)
-    dense, after = outputs(loaded.module), outputs(pruned.module)
-    divergence = torch.nn.functional.kl_div(
-        after.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none"
-    )
-    chosen, labels = after.argmax(1), test.labels
     return Result(
         model=name, aim=aim, seed=seed, batch=batch, threads=1, speedup=round(speedup, 3),
-        top1_dense=round(float((dense.argmax(1) == labels).double().mean()), 4),
-        top1=round(float((chosen == labels).double().mean()), 4),
-        agreement=round(float((chosen == dense.argmax(1)).double().mean()), 4),
-        kl=round(float(divergence.sum(1).mean()), 5),
+        **what_is_kept(loaded.module, pruned.module, test),
         params_removed=round(pruned.plan.effective("params"), 4),
         macs_removed=round(pruned.plan.effective("macs"), 4),
         branches=sum(g.kind == "branch" and not g.kept for g in pruned.plan.groups),

@@ -29,6 +29,7 @@ from cswap_deploy.network.nodes import (
     ancestors,
     batch_dim,
     bytes_of,
+    descendants,
     elements,
     memory_format_of,
     size_at,
@@ -163,10 +164,7 @@ class Graph:
             given: Their new values are given; what they read is not needed then.
         """
         first = set(changed)
-        dirty = set(first)
-        for node in self.nodes:
-            if node not in dirty and any(a in dirty for a in node.all_input_nodes):
-                dirty.add(node)
+        dirty = descendants(self.nodes, first)
         useful = set().union(*map(ancestors, self._kept))
         nodes = tuple(n for n in self.nodes if n in dirty and n in useful)
         inputs = self._kept | {

@@ -18,8 +18,9 @@ Source: latency of a network as a sum over what its layers take by themselves, m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -76,8 +77,7 @@ class LatencyModel:
     def each(self, widths: Widths) -> np.ndarray:
         """(N,) what the nodes take, ms."""
         left = np.array([widths.get(name, 1) for name in self.groups], dtype=float)
-        sizes = self.slope * left[self.which] + self.constant
-        sizes = np.ceil(sizes / self.padded - 1e-6) * self.padded
+        sizes = _rounded_up(self.slope * left[self.which] + self.constant, self.padded)
         there = np.where(self.branch < 0, 1.0, left[self.branch] > 0)
         parts = _features(sizes, self.outer) * self.coefficients * there[:, None]
         found: np.ndarray = self.whole[0] * parts[:, 0] + self.whole[1] * parts[:, 1:].sum(1)
@@ -94,7 +94,6 @@ def fit_latency(timed: Sequence[Timed], groups: Sequence[Group]) -> LatencyModel
         groups: All groups of the architecture.
     """
     names = [node.name for node in timed[0].nodes]
-    of = {group.name: at for at, group in enumerate(groups)}
     series = np.array([[t.widths.get(g.name, g.units) for t in timed] for g in groups], dtype=float)
     lookup = [_known(t.nodes, names) for t in timed]
     rows = [[each[name] for each in lookup if name in each] for name in names]
@@ -124,7 +123,7 @@ def fit_latency(timed: Sequence[Timed], groups: Sequence[Group]) -> LatencyModel
         coefficients[alike] = _nonnegative(_features(known, outers), times)
     model = LatencyModel(
         tuple(names), tuple(g.name for g in groups), which, slope, constant, padded, outer,
-        coefficients, np.array([_branch(name, groups, of) for name in names]),
+        coefficients, np.array([_branch(name, groups) for name in names]),
     )  # fmt: skip
     alone = [replace(model, whole=part) for part in ((1.0, 0.0), (0.0, 1.0))]
     parts = np.array([[m.ms(t.widths) for m in alone] for t in timed])
@@ -194,8 +193,9 @@ def _follows(
         # What is padded is a whole multiple of the width before.
         whole = max(1.0, np.round(values.max() / series[at].max()))
         for a, c, pad in ((slope, constant, 1.0), (whole, 0.0, 8.0), (whole, 0.0, 16.0)):
-            off = float(np.abs(np.ceil((a * series[at] + c) / pad - 1e-6) * pad - values).max())
-            off = float(np.abs(a * series[at] + c - values).max()) if pad == 1 else off
+            expected = a * series[at] + c
+            expected = expected if pad == 1 else _rounded_up(expected, pad)
+            off = float(np.abs(expected - values).max())
             if off < best - 1e-6 and a > 0:
                 best, found = off, (at, float(a), float(c), pad)
         if best < 1e-6:
@@ -208,23 +208,23 @@ def _near(name: str, groups: Sequence[Group]) -> list[int]:
     """For each group how little its name shares with a node's: of two that fit, the nearer."""
     own = name.partition("/")[0].split(".")
 
-    def apart(group: Group) -> int:
-        best = 0
-        for layer in (group.name, *(reader.layer for reader in group.consumers)):
-            parts = layer.split(".")
-            same = next((i for i, (a, b) in enumerate(zip(own, parts, strict=False)) if a != b),
-                        min(len(own), len(parts)))  # fmt: skip
-            best = max(best, same)
-        return -best
+    def shared(layer: str) -> int:
+        pairs = zip(own, layer.split("."), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    return [apart(group) for group in groups]
+    layers = [(group.name, *(reader.layer for reader in group.consumers)) for group in groups]
+    return [-max(map(shared, names)) for names in layers]
 
 
-def _branch(name: str, groups: Iterable[Group], of: Mapping[str, int]) -> int:
-    scope, found = name.partition("/")[0], -1
-    for group in groups:
-        if group.kind == "branch" and group.holds(scope):
-            found = of[group.name]
+def _branch(name: str, groups: Sequence[Group]) -> int:
+    """Which group, a residual branch, takes a node along; -1 for none."""
+    scope = name.partition("/")[0]
+    held = (at for at, g in enumerate(groups) if g.kind == "branch" and g.holds(scope))
+    return max(held, default=-1)
+
+
+def _rounded_up(sizes: np.ndarray, to: np.ndarray | float) -> np.ndarray:
+    found: np.ndarray = np.ceil(sizes / to - 1e-6) * to
     return found
 
 

@@ -26,6 +26,15 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def descendants(nodes: Iterable[fx.Node], first: Iterable[fx.Node]) -> set[fx.Node]:
+    """Some nodes and everything that depends on them; ``nodes`` are in order of execution."""
+    found = set(first)
+    for node in nodes:
+        if node not in found and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def opname(node: fx.Node) -> str:
     """An operation's name without its namespace, overload and the mark of in-place ones."""
     if isinstance(node.target, torch._ops.OpOverload):

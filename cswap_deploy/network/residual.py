@@ -4,8 +4,8 @@ A branch that adds to a stream of its own shape can go as a whole: what is left 
 stream. It is masked where it ends, by weights of zero, and deleted for real: the block becomes an
 identity, or the sub-layer that ends the branch gives nothing.
 
-Source: depth buys more time than width: Wang et al. 2022, "Compressing Models with Few Samples:
-Mimicking then Replacing" (PRACTISE: arXiv:2202.07861), section 3.
+Source: whole blocks dropped rather than filters, for latency, with few images: PRACTISE
+(arXiv:2202.07861).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from cswap_deploy.network.branches import Branch, branch_of
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.groups import Removable, find_groups
-from cswap_deploy.network.nodes import ancestors
+from cswap_deploy.network.nodes import ancestors, descendants
 from cswap_deploy.network.units import Emptied, Group, Member, Reader
 
 _aten = torch.ops.aten
@@ -121,18 +121,10 @@ def _name(emptied: Sequence[Emptied], layer: str) -> str:
     return last if last != layer else f"{layer} and before"
 
 
-def _descendants(graph: Graph, first: fx.Node) -> set[fx.Node]:
-    found = {first}
-    for node in graph.nodes:
-        if any(a in found for a in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def _inside(graph: Graph, branch: Branch, live: set[fx.Node]) -> set[fx.Node]:
     """What the branch computes from the stream alone and for the addition alone; else nothing."""
     end = branch.path[-1]
-    behind = _descendants(graph, branch.stream)
+    behind = descendants(graph.nodes, [branch.stream])
     inside = (ancestors(end) & behind & set(graph.nodes)) - {branch.stream}
     if branch.path[0] not in inside:
         return set()
@@ -150,7 +142,7 @@ class _Modules:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.live = _descendants(graph, graph.input)
+        self.live = descendants(graph.nodes, [graph.input])
         """What depends on the images."""
         self.nodes: dict[str, set[fx.Node]] = defaultdict(set)
         self.again: set[str] = set()
