@@ -31,10 +31,10 @@ from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.models.load import load_model
 from cswap_deploy.progress import Silent
 from cswap_deploy.records.engine import OnnxArtifact
+from cswap_deploy.run import tool_versions
 from cswap_deploy.runtime.onnx_session import OnnxSession
 from cswap_deploy.runtime.preprocess import normalise
 from cswap_deploy.settings import BatchRange
-from cswap_deploy.stages import tool_versions
 from cswap_deploy.targets import BuildRequest
 from cswap_deploy.targets.tensorrt_rtx import TensorRtRtx
 

@@ -353,7 +353,7 @@ def machine(options: Options) -> dict[str, Any]:
     """What it ran on."""
     import torch
 
-    from cswap_deploy.stages import tool_versions
+    from cswap_deploy.run import tool_versions
 
     there = options.device != "cpu" and torch.cuda.is_available()
     return {

@@ -36,9 +36,14 @@ from cswap_deploy.records.value import read_value
 if TYPE_CHECKING:
     from torch import nn
 
+    from cswap_deploy.data import Samples
     from cswap_deploy.export.stage import Graphs
     from cswap_deploy.gate.budgets import BudgetResult
-    from cswap_deploy.stages import PrunedFiles, Run, State
+    from cswap_deploy.models.load import LoadedModel
+    from cswap_deploy.run import Run, State
+    from cswap_deploy.stages import PrunedFiles
+
+    Inputs = tuple[LoadedModel, Samples]
 
 Stage = Literal["prune", "export", "engine", "validate"]
 _EVALUATIONS, _EXPORTS = 4, 3
@@ -87,6 +92,8 @@ def build(
     module: nn.Module | None = None,
     until: Stage = "validate",
     source: Path | None = None,
+    inputs: Inputs | None = None,
+    goes_on: bool = False,
     progress: Progress | None = None,
 ) -> Built:
     """Run the stages up to one of them and leave the result in ``config.bundle_path()``.
@@ -96,6 +103,8 @@ def build(
         module: The network itself, where ``config.model`` only labels it.
         until: The last stage to run.
         source: A folder of an earlier, shorter build to go on from.
+        inputs: The network and its images, where they are loaded already.
+        goes_on: Whether a deeper pruning will go on from this one's last round.
         progress: Told of everything that takes time.
 
     Raises:
@@ -104,6 +113,7 @@ def build(
     from cswap_deploy import stages
     from cswap_deploy.gate.budgets import check_budgets, read_budgets
     from cswap_deploy.measure.chance import check_labels
+    from cswap_deploy.run import Run
 
     progress = progress if progress is not None else Silent()
     output = config.bundle_path()
@@ -111,8 +121,8 @@ def build(
     budgets = None if config.measure.budget is None else read_budgets(config.measure.budget)
     check_names(config, until)
 
-    loaded, samples = stages.load(config, module, progress)
-    run = stages.Run(config, loaded, samples, Store(config.run.store), progress)
+    loaded, samples = inputs or stages.load(config, module, progress)
+    run = Run(config, loaded, samples, Store(config.run.store), progress, goes_on=goes_on)
     run.fallbacks += loaded.notes
     run.dense_checks = check_labels(config, loaded, samples, progress)
     pruned = stages.prune(run) if source is None else stages.take_pruned(run, source)
@@ -225,6 +235,7 @@ def _reached(until: Stage, stage: Stage) -> bool:
 def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, Path]) -> Manifest:
     """Measure every engine, and say what was built from what."""
     from cswap_deploy import stages
+    from cswap_deploy.run import tool_versions
 
     scores = stages.score(run, pruned)
     before = stages.Measured(pruned, graphs, scores)
@@ -232,7 +243,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
     plan, samples, score = pruned.plan, run.samples, read_value(scores / SCORE, Score)
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool_version=stages.tool_versions("cswap-deploy")["cswap-deploy"],
+        tool_version=tool_versions("cswap-deploy")["cswap-deploy"],
         model=run.loaded.spec,
         calibration=samples.calibration.spec,
         validation=samples.validation.spec,
@@ -251,7 +262,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         scoring=plan.scoring,
         # A latency that was asked for is a ratio once the dense network was timed.
         settings=run.config.settings() | {"ratio": plan.settings["ratio"]},
-        versions=stages.tool_versions(*_TOOLS),
+        versions=tool_versions(*_TOOLS),
         device=run.device,
         fallbacks=tuple(dict.fromkeys([*run.loaded.notes, *run.fallbacks, *run.store.damaged])),
         stages=dict(run.stages),

@@ -7,18 +7,17 @@ the same build only reads, and a changed input, weight, setting or tool version 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
 from cswap_deploy.causal.arithmetic import measured_on
 from cswap_deploy.config import Config
-from cswap_deploy.data import Calibration, Samples, calibration_set, load_samples
+from cswap_deploy.data import Samples, load_samples
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
 from cswap_deploy.export.modelopt import modelopt_version
@@ -26,14 +25,11 @@ from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import DENSE, Graphs, export_network
 from cswap_deploy.measure import score as scoring
 from cswap_deploy.measure.aim import aim_at
-from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
-from cswap_deploy.measure.evaluate import Evaluation
 from cswap_deploy.measure.metric import metric_digest
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
-from cswap_deploy.network.graph import trace
 from cswap_deploy.network.placing import device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
@@ -44,10 +40,9 @@ from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_p
 from cswap_deploy.records.files import require_files
 from cswap_deploy.records.graphs import SCORE, PrecisionRecord, Score
 from cswap_deploy.records.manifest import TargetResult
-from cswap_deploy.records.measurements import DenseCheck, Device
 from cswap_deploy.records.plan import PrunePlan
-from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file, sha256_text
+from cswap_deploy.run import Run, key_of, tool_versions
 from cswap_deploy.targets import (
     MOST_INT8_IMAGES,
     BuildRequest,
@@ -55,127 +50,6 @@ from cswap_deploy.targets import (
     build_and_load,
     get_target,
 )
-
-State = Literal["run", "reused"]
-_VERSIONS = {
-    "prune": 10, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 6,
-}  # fmt: skip
-"""Raised when a stage's code changes what it writes."""
-
-
-@dataclass
-class Run:
-    """One build: its settings and inputs, the store, and how far it is."""
-
-    config: Config
-    loaded: LoadedModel
-    samples: Samples
-    store: Store
-    progress: Progress
-    stages: dict[str, State] = field(default_factory=dict)
-    """Stage -> whether it ran or was found."""
-    keys: dict[str, str] = field(default_factory=dict)
-    """Stage -> its key in the store."""
-    fallbacks: list[str] = field(default_factory=list)
-    dense_checks: tuple[DenseCheck, ...] = ()
-    """See :mod:`cswap_deploy.measure.chance`."""
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """Normalised once, when a stage first asks."""
-        spec = self.loaded.spec
-        return calibration_set(self.samples.calibration, spec.preprocessing, task=spec.task)
-
-    def images(self, most: int) -> Any:
-        """The first calibration images as an array, (N, C, H, W) float32."""
-        return self.calibration.images[:most].contiguous().numpy()
-
-    def labels(self, most: int) -> Any:
-        """Their labels, (N,); ``None`` for a task without classes."""
-        known = self.loaded.spec.task == "classify"
-        return self.samples.calibration.labels[:most] if known else None
-
-    @cached_property
-    def device(self) -> Device:
-        """This machine."""
-        return describe_device()
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """Evaluates networks on the validation images."""
-        preprocessing = self.loaded.spec.preprocessing
-        return Evaluation(self.samples.validation, preprocessing, self.progress)
-
-    @property
-    def calibration_key(self) -> dict[str, Any]:
-        """For the keys of stages that see calibration images."""
-        return {
-            "calibration": self.samples.calibration.spec.sha256,
-            "preprocessing": self.loaded.spec.preprocessing.model_dump(mode="json"),
-            "task": self.loaded.spec.task,
-        }
-
-    @cached_property
-    def network_key(self) -> dict[str, Any]:
-        """For the keys of stages that see the dense network: its weights, and what, beside them,
-        decides what it computes."""
-        spec = self.loaded.spec
-        found: dict[str, Any] = {"name": spec.name, "arguments": spec.arguments}
-        if spec.source == "factory":  # its forward can change while its weights stay
-            graph = trace(self.loaded.module, self.calibration.images[:2])
-            found = {"graph": sha256_text(graph.code)}
-        return {"weights": spec.weights_sha256, "architecture": found}
-
-    def stage(
-        self,
-        name: str,
-        make: Callable[[Path], None],
-        *,
-        inputs: Mapping[str, Any],
-        settings: Mapping[str, Any],
-        tools: Mapping[str, str],
-    ) -> Path:
-        """A stage's folder: found in the store, or made there.
-
-        Args:
-            name: Of the stage; a target may follow after a slash.
-            make: Fills an empty folder.
-            inputs: Digests of what the stage reads.
-            settings: Those that it obeys.
-            tools: Name -> version of the libraries that affect what it makes.
-        """
-        key = stage_key(
-            name.partition("/")[0],
-            version=_VERSIONS[name.partition("/")[0]],
-            inputs=inputs,
-            settings=settings,
-            tools=tools,
-        )
-        self.keys[name] = key
-        found = self.store.find(key) if self.config.run.resume else None
-        self.stages[name] = "run" if found is None else "reused"
-        if found is None:
-            self.store.remove(key)  # what is there is not wanted, or create() would keep it
-            with self.store.create(key) as out:
-                make(out)
-            found = self.store.find(key)
-            assert found is not None
-        return found
-
-    def done(self, name: str, told: str) -> None:
-        """Say what a stage came to."""
-        self.progress.done(told, reused=self.stages[name] == "reused")
-
-
-def tool_versions(*packages: str) -> dict[str, str]:
-    """Installed versions; ``absent`` where a package is not installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
 
 
 def load(
@@ -227,7 +101,6 @@ def prune(run: Run) -> PrunedFiles:
     aim = aim_at(run.config, run.loaded.spec, run.images)
 
     def make(out: Path) -> None:
-        rounds = RoundStore(run.store, run.keys["prune"], resume=run.config.run.resume)
         done = prune_network(
             run.loaded.module, run.calibration, config=config, seed=run.config.run.seed,
             spec=run.loaded.spec, rounds=rounds, device=aim, progress=run.progress,
@@ -236,17 +109,19 @@ def prune(run: Run) -> PrunedFiles:
         (out / PLAN).write_text(done.plan.model_dump_json(indent=1))
         save_file(contiguous_state(done.module), out / WEIGHTS, metadata={"format": "pt"})
 
-    folder = run.stage(
-        "prune",
-        make,
-        inputs={"aim": aim and aim.key, "measured_on": measured_on(device_for(config))}
+    settings = config.key() | {"seed": run.config.run.seed}
+    key: dict[str, Any] = {
+        "inputs": {"aim": aim and aim.key, "measured_on": measured_on(device_for(config))}
         | run.calibration_key
         | run.network_key,
-        settings=config.key() | {"seed": run.config.run.seed},
-        tools=tool_versions("cswap-deploy", "torch", "timm", "scipy"),
+        "tools": tool_versions("cswap-deploy", "torch", "timm", "scipy"),
+    }
+    along = {n: v for n, v in settings.items() if n not in ("ratio", "speedup", "max_latency")}
+    rounds = RoundStore(
+        run.store, key_of("prune", settings=along, **key), resume=run.config.run.resume
     )
-    if run.stages["prune"] == "run":
-        RoundStore(run.store, run.keys["prune"]).forget(config.rounds)
+    folder = run.stage("prune", make, settings=settings, **key)
+    rounds.forget(last=not run.goes_on)
     plan = read_plan(folder)
     run.done(
         "prune",

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cswap_deploy"
 ORDER = (
     "errors", "progress", "runtime", "settings", "config", "records", "models", "data", "network",
-    "causal", "pruning", "export", "measure", "targets", "gate", "report", "stages", "pipeline",
-    "api", "cli",
+    "causal", "pruning", "export", "measure", "targets", "gate", "report", "run", "stages",
+    "pipeline", "sweep", "api", "cli",
 )  # fmt: skip
 """From the foundation up: a room imports from itself and from those before it."""
 MOST_LINES = 500

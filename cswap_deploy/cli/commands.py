@@ -23,6 +23,9 @@ app = typer.Typer()
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.toml", help="The same names, and more; flags win.")
+]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What an earlier stage left.")]
 
 
@@ -47,7 +50,8 @@ def command_line(asked: str | None = None) -> typer.Typer:
         if asked in (None, name):
             from cswap_deploy.cli.flags import with_settings
 
-            command = with_settings(stage, sections, argument=argument)
+            aims = ("ratio", "speedup", "max_latency") if name == "sweep" else ()
+            command = with_settings(stage, sections, argument=argument, but=aims)
         whole.command(name, help=told)(command)
     whole.registered_commands += app.registered_commands
     whole.registered_callback = app.registered_callback
@@ -62,10 +66,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
     """``build`` and ``prune`` take the same flags; they differ in the last stage they run."""
 
     def command(
-        config: Annotated[
-            Path | None,
-            typer.Option(metavar="FILE.toml", help="The same names, and more; flags win."),
-        ] = None,
+        config: ConfigFile = None,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Say what may go, and how long.")
         ] = False,
@@ -121,6 +122,51 @@ def _engine_command() -> Callable[..., None]:
     return command
 
 
+def _sweep_command() -> Callable[..., None]:
+    def command(
+        speedups: Annotated[
+            str | None, typer.Option(metavar="X,X", help="Points: times as fast, on the target.")
+        ] = None,
+        ratios: Annotated[
+            str | None, typer.Option(metavar="X,X", help="Or: fractions, of what --ratio-of says.")
+        ] = None,
+        pick: Annotated[
+            str | None,
+            typer.Option(metavar="'drop<=1%'", help="Keep only the fastest point that meets this."),
+        ] = None,
+        against: Annotated[
+            list[str] | None,
+            typer.Option(metavar="MODEL", help="Dense networks to set beside it; repeat."),
+        ] = None,
+        config: ConfigFile = None,
+        as_json: Json = False,
+        quiet: Quiet = False,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        from cswap_deploy.config import load_config
+        from cswap_deploy.sweep import sweep
+
+        console = _console(as_json=as_json, quiet=quiet)
+        with console.progress() as progress:
+            path, found = sweep(
+                load_config(config, **settings), speedups=_numbers(speedups),
+                ratios=_numbers(ratios), picked_by=pick, progress=progress,
+                against=[name for each in against or () for name in each.split(",")],
+            )  # fmt: skip
+        console.sweep(path, found)
+
+    return command
+
+
+def _numbers(text: str | None) -> list[float]:
+    from cswap_deploy.errors import UsageError
+
+    try:
+        return [float(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError as err:
+        raise UsageError(f"{text!r}: numbers with commas between them are wanted") from err
+
+
 _LATER = ("data", "export", "engine", "measure", "run")
 _ALL = ("model", "data", "prune", "export", "engine", "measure", "run")
 _STAGES: dict[str, tuple[str, Callable[..., None], tuple[str, ...], str | None]] = {
@@ -131,6 +177,10 @@ _STAGES: dict[str, tuple[str, Callable[..., None], tuple[str, ...], str | None]]
     "prune": (
         "The first stage of build: plan.json and pruned weights in a folder.",
         _build_command("prune"), _ALL, "model",
+    ),
+    "sweep": (
+        "One network at several sizes: bundles, and accuracy against latency.",
+        _sweep_command(), _ALL, "model",
     ),
     "export": ("Go on from prune: model.onnx.", _continue_command("export"), _LATER, None),
     "engine": ("Go on from export: engines for --target.", _engine_command(), _LATER, None),

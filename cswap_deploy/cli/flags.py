@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,7 +18,11 @@ COMMON = "Options"
 
 
 def with_settings(
-    command: Callable[..., None], wanted: Iterable[str], *, argument: str | None = None
+    command: Callable[..., None],
+    wanted: Iterable[str],
+    *,
+    argument: str | None = None,
+    but: Collection[str] = (),
 ) -> Callable[..., None]:
     """Give a command the flags of some sections beside its own parameters.
 
@@ -26,6 +30,7 @@ def with_settings(
         command: Takes the settings as ``**settings``; a setting that was not given is ``None``.
         wanted: Names of sections.
         argument: The setting that is a positional argument.
+        but: Settings that are left out.
 
     Returns:
         The command; typer reads its flags from its signature.
@@ -38,7 +43,7 @@ def with_settings(
         for name, section in sections().items()
         if name in wanted
         for field in section.model_fields
-        if not flag_of(section, field).expert
+        if field not in but and not flag_of(section, field).expert
     ]
     made.sort(key=lambda m: (m[2] != argument, not flag_of(m[1], m[2]).common))
     parameters = [

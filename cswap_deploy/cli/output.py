@@ -27,8 +27,11 @@ from rich.text import Text
 from cswap_deploy.records.amounts import duration, fixed, percent, speed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.progress import Progress as Told
+    from cswap_deploy.records.sweep import Sweep
     from cswap_deploy.report.explain import Explanation
 
 _WIDE = 200
@@ -143,6 +146,23 @@ class Console:
         if "targets" in told:
             self._line("[bold]report[/]", f"{told['bundle']}/report.html")
         print(told["bundle"])
+
+    def sweep(self, path: Path, found: Sweep) -> None:
+        """A finished sweep: its folder on stdout, the table on stderr."""
+        if self.as_json:
+            told = found.model_dump(mode="json")
+            for point in told["points"]:
+                del point["latency"]["samples_ms"]
+            print(json.dumps({"sweep": str(path)} | told))
+            return
+        from cswap_deploy.report.sweep import described
+        from cswap_deploy.report.terminal import draw
+
+        self.err.print()
+        for line in draw(described(found), self.err.width):
+            self.err.print(line)
+        self._line("[bold]page[/]", f"{path}/sweep.html")
+        print(path)
 
     def explanation(self, told: Explanation) -> None:
         """What a plan says about its units, for ``explain``."""

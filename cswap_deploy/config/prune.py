@@ -48,6 +48,12 @@ class PruneConfig(Section):
     """Fills in what is not given; see :data:`METHODS`."""
     criterion: Annotated[str, Flag("Importance: cswap, magnitude, lamp, random.")] = "cswap"
     rounds: Annotated[int, Field(ge=1), Flag("Measure and remove.")] = 3
+    waypoints: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        Flag("Ratios that are results on one way.", expert=True),
+    ] = ()
+    """Ascending, with ``ratio`` among them: what ``cswap-deploy sweep`` sets. A round ends at each,
+    and what it leaves is where the next one begins."""
     exclude: Annotated[
         tuple[str, ...], Flag("Layers whose outputs stay, as 'layer4.*'; repeat.", metavar="GLOB")
     ] = ()
@@ -156,6 +162,13 @@ class PruneConfig(Section):
             return read(value)
         except ValidationError as err:
             raise ValueError("is no amount of memory; write 512MiB, 2GiB or bytes") from err
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        path = list(self.waypoints)
+        if path and (path != sorted(set(path)) or self.ratio not in path):
+            raise ValueError(f"waypoints ascend, and the ratio {self.ratio:g} is one: {path}")
+        return self
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -45,7 +45,12 @@ class _Times:
 
 
 def measure_latency(
-    sessions: Mapping[str, Session], *, images: Floats, runs: int, warmup: int = 20
+    sessions: Mapping[str, Session],
+    *,
+    images: Floats | Mapping[str, Floats],
+    runs: int,
+    warmup: int = 20,
+    data: str = "real images",
 ) -> dict[str, Latency]:
     """Time engines in one loop, A B A B, so that what disturbs the machine disturbs all of them.
 
@@ -60,10 +65,11 @@ def measure_latency(
 
     Args:
         sessions: Name -> loaded engine.
-        images: (B, C, H, W) float32, the batch that every call gets. Real ones: a GPU draws less
-            power on zeros, and so clocks higher.
+        images: (B, C, H, W) float32, the batch that every call gets, or each name's own, of one
+            length. No zeros: a GPU draws less power on them, and so clocks higher.
         runs: Timed calls of each session.
         warmup: Smallest number of warm-up rounds.
+        data: What the images are, in words.
 
     Returns:
         For each name the samples (milliseconds, in the order taken), their percentiles (linear
@@ -71,13 +77,14 @@ def measure_latency(
     """
     if runs < 1 or warmup < 0:
         raise ValueError(f"runs must be 1 or more and warmup 0 or more: {runs}, {warmup}")
-    batch = np.ascontiguousarray(images, dtype=np.float32)
+    given = images if isinstance(images, Mapping) else dict.fromkeys(sessions, images)
+    batches = {name: np.ascontiguousarray(given[name], dtype=np.float32) for name in sessions}
     warm = {name: _Times() for name in sessions}
     times = {name: _Times() for name in sessions}
 
     def untimed() -> None:
-        for session in sessions.values():
-            session.run(batch)
+        for name, session in sessions.items():
+            session.run(batches[name])
 
     on_gpu = any(session.on_gpu for session in sessions.values())
     with _no_collecting(), GpuMonitor() if on_gpu else nullcontext() as gpu:
@@ -85,22 +92,24 @@ def measure_latency(
         while rounds < warmup or (
             rounds < WARMUP_LIMIT * warmup and not all(t.settled() for t in warm.values())
         ):
-            _round(sessions, batch, warm)
+            _round(sessions, batches, warm)
             rounds += 1
         for _ in range(runs):
             if gpu is not None:
                 gpu.between(untimed)
-            _round(sessions, batch, times)
+            _round(sessions, batches, times)
         if gpu is not None:
             gpu.sample(untimed)
     state = None if gpu is None else gpu.state()
     common = {
-        "batch": len(batch), "shape": list(batch.shape), "data": "real images", "runs": runs,
-        "warmup_asked": warmup, "warmup": rounds, "interleaved": list(sessions),
+        "data": data, "runs": runs, "warmup_asked": warmup, "warmup": rounds,
+        "interleaved": list(sessions),
     }  # fmt: skip
     found = {}
     for name, session in sessions.items():
-        settings = common | {"warmup_ms": round(sum(warm[name].host), 3)}
+        shape = list(batches[name].shape)
+        settings = common | {"batch": shape[0], "shape": shape}
+        settings["warmup_ms"] = round(sum(warm[name].host), 3)
         gpu_state = state if session.on_gpu else None
         found[name] = _summarise(times[name], session, settings=settings, gpu=gpu_state)
     return found
@@ -119,10 +128,12 @@ def _no_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _round(sessions: Mapping[str, Session], images: Floats, times: dict[str, _Times]) -> None:
+def _round(
+    sessions: Mapping[str, Session], images: Mapping[str, Floats], times: dict[str, _Times]
+) -> None:
     for name, session in sessions.items():
         start = time.perf_counter_ns()
-        parts = session.timed(images)[1]
+        parts = session.timed(images[name])[1]
         times[name].add((time.perf_counter_ns() - start) / 1e6, parts)
 
 

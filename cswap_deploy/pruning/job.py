@@ -36,7 +36,8 @@ class Backend:
 class Resolved:
     """What ``auto`` comes to for one network and calibration set."""
 
-    rounds: int
+    path: tuple[float, ...]
+    """The ratio that each round ends at, to the one that is asked for."""
     scoring_samples: int
     """Images that each unit's effect is known on, in each round."""
     measuring: Literal["exact", "bf16", "adaptive"]
@@ -44,9 +45,21 @@ class Resolved:
     """Masked forwards of the first round, one for each unit and image; later rounds may take
     ``cost.LATER_ROUNDS`` of it. ``None``: no limit."""
 
+    @property
+    def rounds(self) -> int:
+        """How many there are."""
+        return len(self.path)
+
     def called(self, number: int) -> str:
         """What a round is called, ``round 2/4``."""
         return f"round {number}/{self.rounds}"
+
+
+def ratios_by_round(config: PruneConfig, rounds: int) -> tuple[float, ...]:
+    """The ratio that each round ends at: even steps to the first result, then one for each."""
+    first, *others = config.waypoints or (config.ratio,)
+    steps = max(1, rounds - len(others))
+    return (*(first * ((done + 1) / steps) for done in range(steps)), *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,10 @@ class Job:
         """Whether rounds try several candidates; without images there is one."""
         return self.importance.needs_images and self.config.select == "set"
 
+    def finishes(self, number: int) -> bool:
+        """Whether what a round leaves is a result: the last one's, and those of waypoints."""
+        return self.resolved.path[number - 1] in (*self.config.waypoints, self.config.ratio)
+
     def __post_init__(self) -> None:
         found = resolve(self.config, self.network, len(self.calibration.images), self.importance)
         object.__setattr__(self, "resolved", found)
@@ -81,18 +98,20 @@ def resolve(
 ) -> Resolved:
     """Fill in what was left to the package, from what measuring costs on so many images."""
     graph, groups = network.graph, network.groups
-    rounds = config.rounds if importance.needs_images else 1
+    path = ratios_by_round(config, config.rounds if importance.needs_images else 1)
+    rounds = len(path)
+    path = path[: path.index(config.ratio) + 1]
     if config.scoring_samples != "auto":
         count = config.scoring_samples
     elif config.measuring == "exact":
-        count = affordable_images(graph, groups, rounds=config.rounds)
+        count = affordable_images(graph, groups, rounds=rounds)
     else:  # every round on other images, as far as there are enough
         count = min(MOST_IMAGES, max(FEWEST_IMAGES, images // rounds))
     count = min(count, images)
     if config.measuring != "auto":
-        return Resolved(rounds, count, config.measuring, None)
+        return Resolved(path, count, config.measuring, None)
     exact, adaptive = budgets(graph, images=images)
-    if loop_macs(graph, groups, images=count, rounds=config.rounds) <= exact:
-        return Resolved(rounds, count, "exact", None)
-    most = affordable_forwards(graph, groups, rounds=config.rounds, macs=adaptive)
-    return Resolved(rounds, count, "adaptive", most)
+    if loop_macs(graph, groups, images=count, rounds=rounds) <= exact:
+        return Resolved(path, count, "exact", None)
+    most = affordable_forwards(graph, groups, rounds=rounds, macs=adaptive)
+    return Resolved(path, count, "adaptive", most)

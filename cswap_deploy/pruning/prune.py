@@ -108,11 +108,11 @@ def prune(
     network = network.to(device_for(config))
     for note in network.notes:
         progress.note(note)
-    state = (rounds.load(network.module, most=config.rounds) if rounds else None) or State()
-    if state.round:
-        progress.note(f"going on after round {state.round} of an interrupted run")
     with ieee_float32(), _backend(network, images, config, spec, progress, notes) as backend:
         job = Job(network, calibration, config, importance, seed, backend, device=device)
+        state = (rounds.load(network.module, job.resolved.path) if rounds else None) or State()
+        if state.round:
+            progress.note(f"going on after round {state.round}, which is in the store")
         costs = {kind: each[state.round :] for kind, each in expected_costs(job).items()}
         pace = Pace(progress, costs, macs_per_second(network.graph, images))
         remove_in_rounds(replace(job, progress=pace), state, rounds)
@@ -170,7 +170,9 @@ def _plan(job: Job, state: State) -> PrunePlan:
     network = job.network
     too_wide = dict.fromkeys(state.not_refitted, "too wide to refit; means were folded")
     return PrunePlan(
-        settings=job.config.key() | {"seed": job.seed} | asdict(job.resolved),
+        settings=job.config.key()
+        | {"seed": job.seed, "rounds": job.resolved.rounds}
+        | asdict(job.resolved),
         task=job.calibration.task,
         dense=network.dense_size,
         pruned=network.sizes.size(),

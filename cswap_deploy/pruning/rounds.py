@@ -79,7 +79,7 @@ def remove_in_rounds(job: Job, state: State, saved: RoundStore | None = None) ->
     while state.round < job.resolved.rounds:
         loop.round()
         if saved is not None:
-            saved.save(state, job.network.module)
+            saved.save(state, job.network.module, job.resolved.path)
     return state
 
 
@@ -108,7 +108,7 @@ class _Loop:
         job, state = self.job, self.state
         begun = time.perf_counter()
         state.round += 1
-        last = state.round == job.resolved.rounds
+        last = job.finishes(state.round)
         goal = self._goal(last)
         moments = self._moments(job.network.graph)
         if not state.removed:
@@ -145,9 +145,9 @@ class _Loop:
     def _at_the_latency(self, choice: Choice, device: TimedDevice) -> tuple[Choice, float | None]:
         """The candidate at the size at which it really has the latency that is asked.
 
-        Weights do not count for that, so nothing is refitted meanwhile. In the last round the
-        candidate is timed, and its target corrected by what the model is off, until it is near. The
-        round before is timed once, for the model.
+        Weights do not count for that, so nothing is refitted meanwhile. Where a round's network is
+        a result the candidate is timed, and its target corrected by what the model is off, until
+        it is near. The round before is timed once, for the model.
 
         Returns:
             The candidate, and what it takes of the dense network's time; ``None`` in the rounds
@@ -157,12 +157,12 @@ class _Loop:
             PruneError: It stays slower than asked.
         """
         job, tried = self.job, []
-        to_go = job.resolved.rounds - self.state.round
-        if to_go > 1:
+        once = not job.finishes(self.state.round)
+        if once and not job.finishes(self.state.round + 1):
             return choice, None
-        wanted = 1 - job.config.ratio * self.state.round / job.resolved.rounds
+        wanted = 1 - job.resolved.path[self.state.round - 1]
         dense = job.network.dense_size.amount("latency")
-        for attempt in range(1 if to_go else _ATTEMPTS):
+        for attempt in range(1 if once else _ATTEMPTS):
             job.progress.begin(f"timing what is left, try {attempt + 1}", 0)
             sizes, removed = choice.goal.sizes.copy(), dict(choice.goal.removed)
             for name, units in choice.gone.items():
@@ -176,10 +176,10 @@ class _Loop:
             tried.append((fraction, choice))
             if abs(fraction - wanted) <= _NEAR / 2 * wanted:
                 break
-            if attempt + 1 < _ATTEMPTS and not to_go:
+            if attempt + 1 < _ATTEMPTS and not once:
                 choice = choice.at(dense * wanted / self.slower)
         enough = [each for each in tried if each[0] <= wanted * (1 + _NEAR)]
-        if enough or to_go:
+        if enough or once:
             fraction, choice = min(enough or tried, key=lambda each: abs(each[0] - wanted))
             return choice, fraction
         best = min(fraction for fraction, _ in tried)
@@ -202,10 +202,9 @@ class _Loop:
     def _goal(self, last: bool) -> Goal:
         network, config = self.job.network, self.job.config
         total = network.dense_size.amount(config.ratio_of)
-        part = self.state.round / self.job.resolved.rounds
         return Goal(
             network.groups, network.limits, network.sizes, self.state.removed, config.ratio_of,
-            target=total * (1 - config.ratio * part) / self.slower,
+            target=total * (1 - self.job.resolved.path[self.state.round - 1]) / self.slower,
             split=last and (network.limits.split or config.ratio_of == "latency"),
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ With the weights that is enough to go on after an interruption, which thus costs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,23 +47,25 @@ _STATE = TypeAdapter(State)
 
 
 class RoundStore:
-    """The rounds of one pruning, by the key of its stage."""
+    """The rounds of one pruning, or of several that begin alike, by the ratios that they end at."""
 
     def __init__(self, store: Store, prune_key: str, *, resume: bool = True) -> None:
         """Without ``resume`` rounds are only kept: what an interrupted run left is not found."""
         self._store, self._prune_key, self._resume = store, prune_key, resume
+        self._path: Sequence[float] = ()
 
-    def load(self, module: nn.Module, *, most: int) -> State | None:
-        """The latest finished round of at most so many; puts its weights into ``module``.
+    def load(self, module: nn.Module, path: Sequence[float]) -> State | None:
+        """The latest finished round on a path; puts its weights into ``module``.
 
         Args:
             module: The network to mask, as it was before the first round.
-            most: How many rounds there can be.
+            path: The ratio that each round ends at.
         """
         from safetensors.torch import load_file
 
-        for round_ in range(most if self._resume else 0, 0, -1):
-            folder = self._store.find(self._key(round_))
+        self._path = path
+        for round_ in range(len(path) if self._resume else 0, 0, -1):
+            folder = self._store.find(self._key(path[:round_]))
             if folder is None:
                 continue
             try:
@@ -73,21 +76,22 @@ class RoundStore:
             return state
         return None
 
-    def forget(self, most: int) -> None:
-        """Drop all rounds: the stage is finished."""
-        for round_ in range(1, most + 1):
-            self._store.remove(self._key(round_))
+    def forget(self, *, last: bool = True) -> None:
+        """Drop the rounds of the path: the stage is finished. Without ``last`` that one stays."""
+        for done in range(1, len(self._path) + last):
+            self._store.remove(self._key(self._path[:done]))
 
-    def save(self, state: State, module: nn.Module) -> None:
-        """Keep a finished round."""
+    def save(self, state: State, module: nn.Module, path: Sequence[float]) -> None:
+        """Keep a finished round; ``path`` as in :meth:`load`."""
         from safetensors.torch import save_file
 
-        with self._store.create(self._key(state.round)) as folder:
+        self._path = path
+        with self._store.create(self._key(path[: state.round])) as folder:
             (folder / "state.json").write_bytes(_STATE.dump_json(state))
             save_file(contiguous_state(module), folder / "masked.safetensors")
 
-    def _key(self, round_: int) -> str:
+    def _key(self, path: Sequence[float]) -> str:
         return stage_key(
-            "round", version=8, inputs={"prune": self._prune_key}, settings={"round": round_},
+            "round", version=9, inputs={"prune": self._prune_key}, settings={"path": list(path)},
             tools={},
         )  # fmt: skip

@@ -28,8 +28,8 @@ _NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 _LOCK = "lock"
 
-_OURS = ("manifest.json", "build.json")
-"""A folder with one of these was made by a build and may be replaced by one."""
+_OURS = ("manifest.json", "build.json", "sweep.json")
+"""A folder with one of these was made by a build or a sweep and may be replaced by one."""
 
 _YOUNG_SECONDS = 60.0
 """A scratch folder without a lock file may belong to a process that is about to make it."""

@@ -87,6 +87,8 @@ class Report:
     sections: tuple[Section, ...]
     about: str = ""
     """Which version made it, and when."""
+    sources: tuple[str, ...] = ("manifest.json", "plan.json")
+    """The files that its numbers come from."""
     summary: str = ""
     tiles: tuple[Tile, ...] = ()
     warnings: tuple[str, ...] = ()

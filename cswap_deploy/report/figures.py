@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.records.amounts import fixed
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange
+from cswap_deploy.records.sweep import SweepPoint
 from cswap_deploy.report.explain import RANKED_BY, UNITS, Explanation, GroupSummary
 
 if TYPE_CHECKING:
@@ -172,6 +173,52 @@ def accuracy_figure(rows: Sequence[tuple[str, AccuracyChange]]) -> str:
 
     height = 1.2 + 0.6 * len(rows)
     return _svg(draw, height=height, name="accuracy", title="Accuracy of dense and pruned network")
+
+
+def height_of(point: SweepPoint) -> tuple[float, float, float] | None:
+    """What a point of a sweep stands at, and its 95 % interval: top-1 in percent, or decibels."""
+    if (top1 := point.accuracy) is not None:
+        return 100 * top1.top1, 100 * top1.low, 100 * top1.high
+    return None if point.error_db is None else (point.error_db, point.error_db, point.error_db)
+
+
+def sweep_figure(points: Sequence[SweepPoint]) -> str:
+    """Accuracy against latency: the curve of a pruned network, and others beside it.
+
+    ``points`` of which some were timed and evaluated. Returns an ``<svg>`` element.
+    """
+    drawn = [
+        (p, p.latency.p50_ms, at)
+        for p in points
+        if p.latency is not None and (at := height_of(p)) is not None
+    ]
+    drawn.sort(key=lambda each: each[1])
+    looks = (
+        ("pruned", PRUNED_COLOUR, "o-", ("dense", "pruned")),
+        ("other networks, dense", REMOVED_COLOUR, "s", ("other",)),
+    )
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for name, colour, marks, kinds in looks:
+            own = [each for each in drawn if each[0].kind in kinds]
+            if not own:
+                continue
+            below = [at - low for _, _, (at, low, _) in own]
+            above = [high - at for _, _, (at, _, high) in own]
+            axes.errorbar(
+                [ms for _, ms, _ in own], [at for _, _, (at, _, _) in own], yerr=[below, above],
+                fmt=marks, color=colour, capsize=3, label=name,
+            )  # fmt: skip
+            for point, ms, (at, _, _) in own:
+                place: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
+                axes.annotate(point.label, (ms, at), fontsize=8, **place)
+        axes.set_xlim(0, 1.12 * drawn[-1][1])
+        axes.set_xlabel("milliseconds per call, median")
+        top1 = drawn[0][0].accuracy is not None
+        axes.set_ylabel("top-1, %, with 95 % interval" if top1 else "error of the outputs, dB")
+
+    return _svg(draw, height=4.2, name="sweep", title="Accuracy against latency")
 
 
 def _panels(figure: Figure, count: int, **grid: Any) -> list[Axes]:

@@ -11,6 +11,7 @@ from cswap_deploy.gate.budgets import BudgetResult
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report.cells import Cell, Digest, Mark, text
+from cswap_deploy.report.document import Report
 from cswap_deploy.report.sections import describe
 
 _UNIT = re.compile(r"(?<=\d) (%|ms|KiB|MiB|[kMG]\b)")
@@ -27,19 +28,29 @@ def render_markdown(
     Raises:
         ArtifactError: The plan is not the manifest's.
     """
-    return _render("report.md.j2", manifest, plan, results)
+    _require_own(manifest, plan)
+    return markdown(describe(manifest, plan, results))
 
 
 def render_html(
     manifest: Manifest, plan: PrunePlan, *, results: tuple[BudgetResult, ...] = ()
 ) -> str:
     """The same as one HTML page with inline figures: no scripts, nothing loaded from elsewhere."""
-    return _render("report.html.j2", manifest, plan, results)
+    _require_own(manifest, plan)
+    return page(describe(manifest, plan, results))
 
 
-def _render(
-    template: str, manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, ...]
-) -> str:
+def markdown(report: Report) -> str:
+    """Any report as Markdown."""
+    return _render("report.md.j2", report)
+
+
+def page(report: Report) -> str:
+    """Any report as one HTML page."""
+    return _render("report.html.j2", report)
+
+
+def _require_own(manifest: Manifest, plan: PrunePlan) -> None:
     for which, here, there in (
         ("dense", manifest.dense.params, plan.dense.params),
         ("pruned", manifest.pruned.params, plan.pruned.params),
@@ -49,6 +60,9 @@ def _render(
                 f"the plan is not this manifest's: its {which} network has {there:,} parameters, "
                 f"the manifest's has {here:,}"
             )
+
+
+def _render(template: str, report: Report) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cswap_deploy", "report"),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)),
@@ -56,7 +70,7 @@ def _render(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"plain": _plain, "tight": _tight, "text": text, "look": _look}
-    return environment.get_template(template).render(report=describe(manifest, plan, results))
+    return environment.get_template(template).render(report=report)
 
 
 def _plain(cell: Cell) -> str:

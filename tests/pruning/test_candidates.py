@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -394,10 +394,10 @@ class Watched(RoundStore):
     def __init__(self) -> None:
         self.removed: list[Removal] = []
 
-    def load(self, module: nn.Module, *, most: int) -> None:
+    def load(self, module: nn.Module, path: Sequence[float]) -> None:
         """Nothing is kept."""
 
-    def save(self, state: State, module: nn.Module) -> None:
+    def save(self, state: State, module: nn.Module, path: Sequence[float]) -> None:
         self.removed.append(copy.deepcopy(state.removed))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cswap_deploy.config import PruneConfig
 from cswap_deploy.data import Calibration
 from cswap_deploy.data.sampling import balanced_order
 from cswap_deploy.progress import Silent
+from cswap_deploy.pruning.job import ratios_by_round
 from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.pruning.prune import Pruned, prune
 from cswap_deploy.pruning.state import RoundStore, State
@@ -49,16 +50,20 @@ def run(
     )  # fmt: skip
 
 
+def path_of(ratio: float, rounds: int) -> tuple[float, ...]:
+    return ratios_by_round(PruneConfig(ratio=ratio), rounds)
+
+
 class Watched(RoundStore):
     """Shows every finished round to a function, and keeps none."""
 
     def __init__(self, see: Callable[[State], None]) -> None:
         self.see = see
 
-    def load(self, module: nn.Module, *, most: int) -> None:
+    def load(self, module: nn.Module, path: Sequence[float]) -> None:
         """Nothing is kept."""
 
-    def save(self, state: State, module: nn.Module) -> None:
+    def save(self, state: State, module: nn.Module, path: Sequence[float]) -> None:
         self.see(state)
 
 
@@ -297,8 +302,8 @@ def test_same_seed_gives_the_same_plan_and_weights() -> None:
 class Interrupted(RoundStore):
     """Stops the run once it has kept two rounds."""
 
-    def save(self, state: State, module: nn.Module) -> None:
-        super().save(state, module)
+    def save(self, state: State, module: nn.Module, path: Sequence[float]) -> None:
+        super().save(state, module, path)
         if state.round == 2:
             raise KeyboardInterrupt
 
@@ -308,7 +313,7 @@ def test_interrupted_run_goes_on_to_the_same_result(whole: Pruned, tmp_path: Pat
         run(small_cnn(), rounds=3, store=Interrupted(Store(tmp_path), "a" * 64))
 
     rounds = RoundStore(Store(tmp_path), "a" * 64)
-    kept = rounds.load(ready(small_cnn).module, most=3)
+    kept = rounds.load(ready(small_cnn).module, path_of(0.4, 3))
     assert kept is not None
     assert kept.round == 2
     resumed = run(small_cnn(), rounds=3, store=rounds)
@@ -322,14 +327,14 @@ def test_rounds_of_another_pruning_and_damaged_ones_are_not_taken(tmp_path: Path
     store = Store(tmp_path)
     run(small_cnn(), store=RoundStore(store, "a" * 64), refit=False)
     module = ready(small_cnn).module
-    assert RoundStore(store, "b" * 64).load(module, most=2) is None
-    found = RoundStore(store, "a" * 64).load(module, most=2)
+    assert RoundStore(store, "b" * 64).load(module, path_of(0.4, 2)) is None
+    found = RoundStore(store, "a" * 64).load(module, path_of(0.4, 2))
     assert found is not None
     assert found.round == 2
 
     (latest,) = [p for p in tmp_path.rglob("state.json") if '"round":2' in p.read_text()[:20]]
     latest.write_text(latest.read_text().replace('"round":2', '"round":7', 1))
-    found = RoundStore(store, "a" * 64).load(ready(small_cnn).module, most=2)
+    found = RoundStore(store, "a" * 64).load(ready(small_cnn).module, path_of(0.4, 2))
     assert found is not None
     assert found.round == 1
     assert len(store.damaged) == 1
