@@ -4,10 +4,10 @@
     python benchmarks/bench_speed.py --models resnet56 --speedups 1.3 1.6 --seeds 2
     python benchmarks/bench_speed.py --quick                      # demo-vit, one speed-up
 
-Dense and pruned engines are timed in one loop (ONNX Runtime, CPU), after the pruned module's
-parameters were counted and its graph exported. Agreement and top-1 are on test images that it never
-saw. Real networks and images are read from the folder that ``CSWAP_DATA`` names. The last line is
-one JSON object.
+Dense and pruned engines are timed in one loop (``--runtime``, on the CPU), after the pruned
+module's parameters were counted and its graph exported. Agreement and top-1 are on test images that
+it never saw. Real networks and images are read from the folder that ``CSWAP_DATA`` names. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 from bench_build import network_and_images, what_is_kept
 
-from cswap_deploy.config import ExportConfig, PruneConfig
+from cswap_deploy.config import PruneConfig, load_config
 from cswap_deploy.errors import PruneError
-from cswap_deploy.measure.aim import OnnxRuntimeAim
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.prune import prune
+from cswap_deploy.runtime.node_times import TIMERS
+from cswap_deploy.targets.aim import TargetAim
 
 RATIOS = {"params 0.4": {"ratio": 0.4}, "macs 0.4": {"ratio": 0.4, "ratio_of": "macs"}}
 SPEEDUPS = (1.3, 1.6, 2.0)
@@ -37,6 +38,7 @@ class Result:
 
     model: str
     aim: str
+    runtime: str
     seed: int
     batch: int
     threads: int
@@ -63,11 +65,16 @@ def aims(speedups: list[float]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def run(name: str, aim: str, settings: Mapping[str, Any], seed: int, batch: int) -> Result:
+def run(
+    name: str, aim: str, settings: Mapping[str, Any], *, runtime: str, seed: int, batch: int
+) -> Result:
     """Prune, count, time, and compare predictions."""
     loaded, calibration, test = network_and_images(name, seed)
     images = calibration.images[:batch].contiguous().numpy()
-    device = OnnxRuntimeAim(loaded.spec, ExportConfig(), images, threads=1)
+    config = load_config(
+        model=name, target=(runtime,), batch=f"1:{batch}:{max(batch, 16)}", threads=1
+    )
+    device = TargetAim(runtime, config, loaded.spec, images)
     begun = time.perf_counter()
     pruned = prune(
         loaded.module, calibration, config=PruneConfig(**settings), seed=seed, device=device,
@@ -75,10 +82,12 @@ def run(name: str, aim: str, settings: Mapping[str, Any], seed: int, batch: int)
     )  # fmt: skip
     seconds = time.perf_counter() - begun
     assert sum(p.numel() for p in pruned.module.parameters()) == pruned.plan.pruned.params
-    device.time([loaded.module])
-    speedup = 1 / device.fraction(pruned.module)
+    fresh = TargetAim(runtime, config, loaded.spec, images)
+    fresh.start(loaded.module)
+    speedup = 1 / fresh.fraction(pruned.module)
     return Result(
-        model=name, aim=aim, seed=seed, batch=batch, threads=1, speedup=round(speedup, 3),
+        model=name, aim=aim, runtime=runtime, seed=seed, batch=batch, threads=1,
+        speedup=round(speedup, 3),
         **what_is_kept(loaded.module, pruned.module, test),
         params_removed=round(pruned.plan.effective("params"), 4),
         macs_removed=round(pruned.plan.effective("macs"), 4),
@@ -96,6 +105,7 @@ def main() -> None:
     add("--speedups", nargs="+", type=float, default=list(SPEEDUPS), metavar="X")
     add("--seeds", type=int, default=1, metavar="N", help="calibration sets")
     add("--batch", type=int, default=1)
+    add("--runtime", default="onnxruntime", choices=list(TIMERS))
     add("--quick", action="store_true")
     args = parser.parse_args()
     wanted = aims(args.speedups)
@@ -106,7 +116,7 @@ def main() -> None:
         for seed in range(args.seeds):
             for aim, settings in wanted.items():
                 try:
-                    r = run(name, aim, settings, seed, args.batch)
+                    r = run(name, aim, settings, runtime=args.runtime, seed=seed, batch=args.batch)
                 except PruneError as err:
                     print(f"{name:22} {aim:18} seed {seed}: refused: {err}", flush=True)
                     continue

@@ -201,6 +201,46 @@ def _remaining(told: Mapping[str, Any], config: Config) -> float:
     return seconds
 
 
+def profile_kit(
+    config: Config, *, output: Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Leave graphs of a network at several widths, to be timed on the device that counts.
+
+    No images are needed: what a call takes does not depend on them, nor on the weights.
+
+    Args:
+        config: The network, what may be removed from it, opset and timed batch.
+        output: Folder to leave the kit in.
+        progress: Told of everything that takes time.
+
+    Returns:
+        Plain data: the folder, its graphs, and what to run there.
+
+    Raises:
+        CswapError: The network cannot be loaded, has nothing to remove, or cannot be exported.
+    """
+    import torch
+
+    from cswap_deploy.models.load import load_model
+    from cswap_deploy.pruning.prepare import prepare
+    from cswap_deploy.targets.aim import write_kit
+
+    progress = progress if progress is not None else Silent()
+    check_output(output)
+    progress.stage("profile-kit", config.model.model)
+    progress.begin("exporting networks of several widths", 0)
+    loaded = load_model(config.model, seed=config.run.seed)
+    size = loaded.spec.preprocessing.input_size
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    network = prepare(loaded.module, images, config.prune)
+    kit = write_kit(network, loaded.spec, config, output)
+    progress.done(f"{len(kit.graphs)} graphs, batch {kit.batch}", reused=False)
+    return {
+        "kit": str(output), "model": kit.model, "graphs": len(kit.graphs), "batch": kit.batch,
+        "then": f"cswap-run --profile {output.name} -o device.json, and --latency-table here",
+    }  # fmt: skip
+
+
 def settings_of(folder: Path) -> Config:
     """The settings that a folder was built with, for going on from it.
 

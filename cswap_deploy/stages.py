@@ -24,7 +24,6 @@ from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import DENSE, Graphs, export_network
 from cswap_deploy.measure import score as scoring
-from cswap_deploy.measure.aim import aim_at
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
 from cswap_deploy.measure.metric import metric_digest
 from cswap_deploy.measure.parity import PARITY_BATCHES
@@ -50,6 +49,7 @@ from cswap_deploy.targets import (
     build_and_load,
     get_target,
 )
+from cswap_deploy.targets.aim import TableAim, aim_at
 
 
 def load(
@@ -98,7 +98,13 @@ def prune(run: Run) -> PrunedFiles:
     """Measure, remove, refit."""
     config = run.config.prune
     run.progress.stage("prune", config.aim)
-    aim = aim_at(run.config, run.loaded.spec, run.images)
+    aim = aim_at(run.config, run.loaded.spec, run.images, store=run.store, network=run.network_key)
+    if isinstance(aim, TableAim):
+        table = aim.table
+        run.fallbacks.append(
+            f"the speed is what {aim.file.name} makes of it ({table.device}, {table.runtime}): it "
+            "was not measured there"
+        )
 
     def make(out: Path) -> None:
         done = prune_network(

@@ -50,7 +50,7 @@ def command_line(asked: str | None = None) -> typer.Typer:
         if asked in (None, name):
             from cswap_deploy.cli.flags import with_settings
 
-            aims = ("ratio", "speedup", "max_latency") if name == "sweep" else ()
+            aims = ("ratio", "speedup", "max_latency") if name in ("sweep", "profile-kit") else ()
             command = with_settings(stage, sections, argument=argument, but=aims)
         whole.command(name, help=told)(command)
     whole.registered_commands += app.registered_commands
@@ -158,6 +158,21 @@ def _sweep_command() -> Callable[..., None]:
     return command
 
 
+def _kit_command() -> Callable[..., None]:
+    def command(as_json: Json = False, quiet: Quiet = False, **settings: Any) -> None:
+        from cswap_deploy.config import load_config
+        from cswap_deploy.pipeline import profile_kit
+
+        wanted = load_config(**(settings | {"ratio_of": "latency"}))
+        console = _console(as_json=as_json, quiet=quiet)
+        output = wanted.run.output or Path(f"{wanted.bundle_path().name.rpartition('-')[0]}-kit")
+        with console.progress() as progress:
+            told = profile_kit(wanted, output=output, progress=progress)
+        console.result(told)
+
+    return command
+
+
 def _numbers(text: str | None) -> list[float]:
     from cswap_deploy.errors import UsageError
 
@@ -181,6 +196,10 @@ _STAGES: dict[str, tuple[str, Callable[..., None], tuple[str, ...], str | None]]
     "sweep": (
         "One network at several sizes: bundles, and accuracy against latency.",
         _sweep_command(), _ALL, "model",
+    ),
+    "profile-kit": (
+        "For --latency-table: graphs that `cswap-run --profile` times on a device.",
+        _kit_command(), ("model", "prune", "export", "engine", "measure", "run"), "model",
     ),
     "export": ("Go on from prune: model.onnx.", _continue_command("export"), _LATER, None),
     "engine": ("Go on from export: engines for --target.", _engine_command(), _LATER, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
@@ -42,6 +43,10 @@ class PruneConfig(Section):
         float | None, Field(gt=0), Flag("At most, on the target.", metavar="4ms")
     ] = None
     """Milliseconds."""
+    latency_table: Annotated[
+        Path | None, Flag("Of another device; see profile-kit.", "FILE", in_key=False)
+    ] = None
+    """What ``cswap-run --profile`` wrote there: speed is then aimed at on that device."""
     method: Annotated[
         Literal["cswap", "paper"], Flag("The best measured, or as published.", in_key=False)
     ] = "cswap"
@@ -134,6 +139,12 @@ class PruneConfig(Section):
                 f"things than latency is no {aims[0]}"
             )
         return given | {"ratio_of": "latency"} | ({} if meant is None else {"ratio": meant})
+
+    @model_validator(mode="after")
+    def _table_is_used(self) -> Self:
+        if self.latency_table is not None and self.ratio_of != "latency":
+            raise ValueError("latency_table does nothing without speedup or max_latency")
+        return self
 
     @field_validator("max_latency", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from cswap_deploy.models.outputs import INPUT, LOGITS, tensors_alone
 from cswap_deploy.progress import captured
 from cswap_deploy.records.engine import OnnxArtifact, TensorSpec
 from cswap_deploy.records.value import sha256_file
+from cswap_deploy.runtime.node_times import GraphNode
 
 BATCH = "batch"
 _RETURNED = "returned::"
@@ -119,6 +120,14 @@ def _name_outputs(graph: Any, names: Sequence[str]) -> None:
         node.output[:] = [new.get(name, name) for name in node.output]
     for value in (*graph.initializer, *graph.value_info, *graph.output):
         value.name = new.get(value.name, value.name)
+
+
+def graph_nodes(path: Path) -> list[GraphNode]:
+    """The nodes of an ONNX file, in its order."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return [GraphNode(n.name, n.op_type, tuple(n.input), tuple(n.output)) for n in graph.node]
 
 
 def describe_onnx(path: Path) -> OnnxArtifact:

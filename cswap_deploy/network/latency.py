@@ -4,8 +4,9 @@ The dense network and a few narrowed in known ways are run on the device, with e
 Each dimension of a node's values is then known as a function of one group's width: the only one
 that changes as it does, rounded up where the runtime pads. A node takes
 
-    a + b * multiply-accumulates + c * elements + d * inputs read + e * (the first, where what it
-    reads is no multiple of eight),    all >= 0
+    a + b * multiply-accumulates + c * elements + d * inputs read
+      + e * (multiply-accumulates, where what it reads is no multiple of eight)
+      + f * (elements, where what it makes is padded),    all >= 0
 
 with the same coefficients for all nodes of its kind (operator, kernel, size of the picture). So
 what is bound by its launch, by arithmetic, by memory or by odd widths is each told for what it is.
@@ -25,25 +26,14 @@ from itertools import takewhile
 import numpy as np
 
 from cswap_deploy.network.units import Group
+from cswap_deploy.records.latency import TimedGraph
 from cswap_deploy.runtime.node_times import NodeTime
 
-_FEATURES = 5
+_FEATURES = 6
 _EVEN = 8
 """Kernels for inputs that are no multiple of this are slower."""
 Widths = Mapping[str, int]
 """Group -> units that are left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """One network on the device."""
-
-    widths: Widths
-    nodes: Sequence[NodeTime]
-    """Their names start with the dotted name of the module that they belong to, ``layer1.0/Relu``,
-    and are the same in all networks."""
-    ms: float
-    """Of the whole call, without a profiler."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +67,18 @@ class LatencyModel:
     def each(self, widths: Widths) -> np.ndarray:
         """(N,) what the nodes take, ms."""
         left = np.array([widths.get(name, 1) for name in self.groups], dtype=float)
-        sizes = _rounded_up(self.slope * left[self.which] + self.constant, self.padded)
         there = np.where(self.branch < 0, 1.0, left[self.branch] > 0)
-        parts = _features(sizes, self.outer) * self.coefficients * there[:, None]
+        parts = self.features(left) * self.coefficients * there[:, None]
         found: np.ndarray = self.whole[0] * parts[:, 0] + self.whole[1] * parts[:, 1:].sum(1)
         return found
 
+    def features(self, left: np.ndarray) -> np.ndarray:
+        """(N, F) of the nodes, for the units that are left in each group, (groups,)."""
+        asked = self.slope * left[self.which] + self.constant
+        return _features(asked, _rounded_up(asked, self.padded), self.outer)
 
-def fit_latency(timed: Sequence[Timed], groups: Sequence[Group]) -> LatencyModel:
+
+def fit_latency(timed: Sequence[TimedGraph], groups: Sequence[Group]) -> LatencyModel:
     """A model of some networks of one architecture, the dense one first.
 
     Nodes that a narrowed network does not have are taken as they are in the others.
@@ -113,18 +107,20 @@ def fit_latency(timed: Sequence[Timed], groups: Sequence[Group]) -> LatencyModel
                 values, series[:, seen], near
             )
         kinds[_kind(rows[at][0], slope[at])].append(at)
-    coefficients = np.zeros((len(names), _FEATURES))
-    for alike in kinds.values():
-        known = np.ones((sum(len(rows[at]) for at in alike), most))
-        for row, sizes in enumerate(each for at in alike for each in dims[at]):
-            known[row, : len(sizes)] = sizes
-        times = np.array([node.ms for at in alike for node in rows[at]])
-        outers = np.repeat(outer[alike], [len(rows[at]) for at in alike])
-        coefficients[alike] = _nonnegative(_features(known, outers), times)
     model = LatencyModel(
         tuple(names), tuple(g.name for g in groups), which, slope, constant, padded, outer,
-        coefficients, np.array([_branch(name, groups) for name in names]),
+        np.zeros((len(names), _FEATURES)), np.array([_branch(name, groups) for name in names]),
     )  # fmt: skip
+    features = [model.features(left) for left in series.T]
+    for alike in kinds.values():
+        met = [
+            (own[at], each[names[at]].ms)
+            for at in alike
+            for own, each in zip(features, lookup, strict=True)
+            if names[at] in each
+        ]
+        known, times = map(np.array, zip(*met, strict=True))
+        model.coefficients[alike] = _nonnegative(known, times)
     alone = [replace(model, whole=part) for part in ((1.0, 0.0), (0.0, 1.0))]
     parts = np.array([[m.ms(t.widths) for m in alone] for t in timed])
     first, second = _nonnegative(parts, np.array([t.ms for t in timed]))
@@ -147,17 +143,17 @@ def _known(nodes: Sequence[NodeTime], names: Sequence[str]) -> dict[str, NodeTim
     return found
 
 
-def _features(sizes: np.ndarray, outer: np.ndarray) -> np.ndarray:
-    """(N, F): one, multiply-accumulates, elements, inputs read, and the second with odd inputs."""
+def _features(asked: np.ndarray, sizes: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """(N, F) of nodes whose dimensions are ``asked``, rounded up to ``sizes``, both (N, D)."""
     rows, place = np.arange(len(sizes)), np.arange(sizes.shape[1])
     elements = np.where(place < outer[:, None], sizes, 1.0).prod(1)
     macs = sizes.prod(1)
     product = macs > elements
-    channels = sizes[rows, np.where(outer == 4, 1, np.maximum(outer - 1, 0))]
-    first = sizes[rows, np.minimum(outer, sizes.shape[1] - 1)]
-    odd = product & (first % _EVEN > 0)
-    read = np.where(product, macs / np.maximum(channels, 1), 0.0)
-    return np.stack([np.ones(len(sizes)), macs, elements, read, macs * odd], 1)
+    made = np.where(outer == 4, 1, np.maximum(outer - 1, 0))
+    odd = product & (sizes[rows, np.minimum(outer, sizes.shape[1] - 1)] % _EVEN > 0)
+    padded = sizes[rows, made] > asked[rows, made] + 1e-6
+    read = np.where(product, macs / np.maximum(sizes[rows, made], 1), 0.0)
+    return np.stack([np.ones(len(sizes)), macs, elements, read, macs * odd, elements * padded], 1)
 
 
 def _kind(node: NodeTime, slope: np.ndarray) -> object:

@@ -172,7 +172,10 @@ class _Loop:
             remove_units(smaller, removed, job.network.groups)
             fraction = device.fraction(smaller)
             job.progress.end()
-            self.slower = fraction * dense / sizes.size().amount("latency")
+            predicted = sizes.size().amount("latency") / dense
+            if fraction is None:
+                return choice, predicted
+            self.slower = fraction / predicted
             tried.append((fraction, choice))
             if abs(fraction - wanted) <= _NEAR / 2 * wanted:
                 break

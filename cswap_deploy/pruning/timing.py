@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -10,47 +11,58 @@ from torch import nn
 
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import remove_units
-from cswap_deploy.network.latency import LatencyModel, Timed, fit_latency
+from cswap_deploy.network.latency import LatencyModel, fit_latency
 from cswap_deploy.pruning.prepare import Prepared
-from cswap_deploy.runtime.node_times import GraphTimes
+from cswap_deploy.records.latency import TimedGraph
 
 NARROWED = 5
 """Networks that are timed beside the dense one."""
+Widths = dict[str, int]
+Variant = tuple[Widths, Callable[[], nn.Module]]
+"""A network's units by group, and what makes it."""
 
 
 class TimedDevice(Protocol):
     """Where a network's latency counts: a runtime on a device, with its batch and threads."""
 
-    def time(self, modules: Sequence[nn.Module]) -> list[GraphTimes]:
-        """Each network and its nodes, all timed in turn.
+    def timed(self, variants: Sequence[Variant]) -> Sequence[TimedGraph]:
+        """Networks and their nodes, the dense one first, all timed in turn.
 
-        A node's name starts with the dotted name of the module that it belongs to, and is the same
-        in all of them.
+        These variants, or others of the same network where they are known already. A node's name
+        starts with the dotted name of the module that it belongs to, and is the same in all.
         """
 
-    def fraction(self, module: nn.Module) -> float:
-        """What a call of a network takes, of what one of the dense network does; both in turn."""
+    def fraction(self, module: nn.Module) -> float | None:
+        """What a call takes, of what one of the dense network does; ``None``: not known here."""
 
 
-def latency_model(network: Prepared, device: TimedDevice, *, seed: int = 0) -> LatencyModel:
-    """Time the dense network and some narrowed ones, and fit the model.
+def variants(network: Prepared, *, seed: int = 0) -> list[Variant]:
+    """The dense network and some that are narrowed in ways that tell the groups apart.
 
     Args:
         network: As prepared, nothing removed.
-        device: Where.
         seed: Of the widths.
     """
     rng = np.random.default_rng(seed)
     removals: list[dict[str, list[int]]] = [{}, *(_narrowed(network, rng) for _ in range(NARROWED))]
-    modules = []
-    for removed in removals:
-        modules.append(copied(network.module))
-        remove_units(modules[-1], removed, network.groups)
-    timed = [
-        Timed({g.name: g.units - len(removed.get(g.name, ())) for g in network.groups}, *found)
-        for removed, found in zip(removals, device.time(modules), strict=True)
+    return [
+        (
+            {g.name: g.units - len(removed.get(g.name, ())) for g in network.groups},
+            partial(_without, network, removed),
+        )
+        for removed in removals
     ]
-    return fit_latency(timed, network.groups)
+
+
+def latency_model(network: Prepared, device: TimedDevice) -> LatencyModel:
+    """Time variants of a network and fit the model."""
+    return fit_latency(device.timed(variants(network)), network.groups)
+
+
+def _without(network: Prepared, removed: dict[str, list[int]]) -> nn.Module:
+    module = copied(network.module)
+    remove_units(module, removed, network.groups)
+    return module
 
 
 def _narrowed(network: Prepared, rng: np.random.Generator) -> dict[str, list[int]]:

@@ -28,7 +28,7 @@ _NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 _LOCK = "lock"
 
-_OURS = ("manifest.json", "build.json", "sweep.json")
+_OURS = ("manifest.json", "build.json", "sweep.json", "kit.json")
 """A folder with one of these was made by a build or a sweep and may be replaced by one."""
 
 _YOUNG_SECONDS = 60.0

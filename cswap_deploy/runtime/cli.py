@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        code = _run(options)
+        code = _profile(options) if options.profile else _run(options)
         sys.stdout.flush()
         return code
     except CswapError as err:
@@ -52,7 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("bundle", type=Path, help="the folder that `cswap-deploy build` left")
-    add("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="pictures, or folders of them")
+    add("images", type=Path, nargs="*", metavar="IMAGE|DIR", help="pictures, or folders of them")
+    add(
+        "--profile", action="store_true",
+        help="time every node of the graphs that `cswap-deploy profile-kit` left in BUNDLE, into "
+        "the file of -o (.json)",
+    )  # fmt: skip
     add("--top", type=_positive, default=5, metavar="N", help="classes for each picture (5)")
     add("--batch", type=_positive, default=1, metavar="N", help="pictures that run together (1)")
     add(
@@ -63,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, metavar="N", help="of onnxruntime on the CPU (all cores)")
     add("--cuda-graph", action="store_true", help="replay the engine's work as a CUDA graph")
     add(
-        "-o", "--output", type=Path, metavar="FILE.npz",
-        help="every output by name, and the pictures' names ('files')",
+        "-o", "--output", type=Path, metavar="FILE",
+        help="(.npz) every output by name, and the pictures' names ('files')",
     )  # fmt: skip
     add("--save-input", type=Path, metavar="FILE.npy", help="also write the network's input")
     add("--json", action="store_true", help="one JSON object on stdout")
@@ -124,6 +129,23 @@ def _run(options: argparse.Namespace) -> int:
     return UsageError.exit_code if failed else 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    try:
+        from cswap_deploy.runtime.profiling import profile
+    except ImportError as err:
+        raise MissingDependencyError(str(err), fix="pip install numpy") from err
+    if options.output is None or options.images:
+        raise UsageError("--profile takes a kit and -o", fix="cswap-run --profile KIT -o FILE.json")
+    target = options.target or "onnxruntime"
+    table = profile(options.bundle, target=target, threads=options.threads)
+    dense = table["graphs"][0]
+    told = f"{table['model']} takes {dense['ms']:.3f} ms, {len(dense['nodes'])} nodes, in {target}"
+    _save(options.output, lambda file: file.write(json.dumps(table).encode()))
+    print(json.dumps({"file": str(options.output)}) if options.json else options.output)
+    print(told, file=sys.stderr)
+    return 0
+
+
 def _results(
     classifier: Classifier, pixels: Sequence[Any], options: argparse.Namespace,
     kept: dict[str, list[Any]],
@@ -175,6 +197,8 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
     """Files as they are; of a folder its pictures, at any depth, sorted."""
     from cswap_deploy.runtime.preprocess import PICTURE_SUFFIXES, find_pictures
 
+    if not given:
+        raise UsageError("no pictures are named", fix="cswap-run BUNDLE IMAGE|DIR...")
     found: list[Path] = []
     for path in given:
         if path.is_dir():

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.metadata
-import logging
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +14,17 @@ from xml.etree import ElementTree
 import numpy as np
 
 from cswap_deploy.config import BuilderOptions
-from cswap_deploy.errors import ArtifactError, BuildError, StageError, missing, own_words
+from cswap_deploy.errors import ArtifactError, BuildError, StageError, own_words
 from cswap_deploy.export.names import is_meant
 from cswap_deploy.progress import captured
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.value import sha256_file
-from cswap_deploy.runtime.host import usable_cores
+from cswap_deploy.runtime.openvino_cpu import (
+    cpu_options,
+    import_openvino,
+    import_quietly,
+    openvino_core,
+)
 from cswap_deploy.runtime.session import Floats, Outputs, Session
 from cswap_deploy.targets import (
     MOST_INT8_IMAGES,
@@ -61,7 +63,7 @@ class OpenVino(Target):
         import_openvino()
         if int8:
             with captured():
-                _import("nncf")
+                import_quietly("nncf")
 
     def fingerprint(self) -> dict[str, str]:
         """The versions alone: kernels are chosen where an engine is loaded."""
@@ -85,7 +87,7 @@ class OpenVino(Target):
         versions = {"openvino": _version(ov)}
         start = time.perf_counter()
         try:
-            model = _core().read_model(onnx.path)
+            model = openvino_core().read_model(onnx.path)
             if request.int8 is not None:
                 request.progress.begin("int8: quantising (NNCF)", 0)
                 model, versions["nncf"] = _quantise(model, request.int8, onnx.path.name)
@@ -105,7 +107,7 @@ class OpenVino(Target):
             target=self.name, path=path, sha256=sha256_file(path),
             size_bytes=path.stat().st_size + path.with_suffix(".bin").stat().st_size,
             build_seconds=seconds, precision=precision, runnable=True, versions=versions,
-            device=f"CPU ({_core().get_property('CPU', 'FULL_DEVICE_NAME').strip()})",
+            device=f"CPU ({openvino_core().get_property('CPU', 'FULL_DEVICE_NAME').strip()})",
             batch=request.batch, extra_files=(WEIGHTS,),
             notes=(note,) if precision in ("fp16", "bf16") else (),
         )  # fmt: skip
@@ -143,22 +145,12 @@ class OpenVinoSession(Session):
 
         Raises:
             RuntimeError: OpenVINO refuses the graph.
-
-        Source:
-            OpenVINO documentation, "CPU Device", "Precision Control", "Performance Hints".
         """
-        core = _core()
+        core = openvino_core()
         compiled = core.compile_model(
             core.read_model(graph, weights),
             "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",
-                "INFERENCE_NUM_THREADS": threads or usable_cores(),
-                # A thread that may not leave a busy core makes all wait: two threads, one of two
-                # cores busy, ResNet-20 at 28 px: 7.3 ms against 2.5 ms; on idle cores the same.
-                "ENABLE_CPU_PINNING": False,
-            },
+            cpu_options(threads),
         )
         self._request = compiled.create_infer_request()
         self._names = [str(output.get_any_name()) for output in compiled.outputs]
@@ -187,39 +179,6 @@ class OpenVinoSession(Session):
             raise StageError(words, log=own_words(err)) from err
 
 
-def import_openvino() -> Any:
-    """The package, with its telemetry off; :class:`MissingDependencyError` without it."""
-    return _import("openvino")
-
-
-@functools.cache
-def _core() -> Any:
-    """One for the process, kept.
-
-    Each brings a CPU plugin that gives the thread a signal stack and puts the former one back when
-    it goes. Two that go in the order they came leave one that is freed, and the next signal,
-    Ctrl-C for one, ends the process (OpenVINO 2026.4). NNCF's own come and go in pairs.
-    """
-    return import_openvino().Core()
-
-
-def _import(module: str) -> Any:
-    """One of OpenVINO's packages, without what their imports do to the process and the user.
-
-    Both send usage data unless a file in the user's home forbids it, and leave an identifier there.
-    They do without where ``openvino_telemetry`` is not installed, which is how it looks to them
-    here. NNCF also makes its own class that of every logger made later.
-    """
-    cast("dict[str, Any]", sys.modules)["openvino_telemetry"] = None
-    loggers = logging.getLoggerClass()
-    try:
-        return importlib.import_module(module)
-    except ImportError as err:
-        raise missing(module, "openvino", err) from err
-    finally:
-        logging.setLoggerClass(loggers)
-
-
 def _quantise(model: Any, int8: Int8, name: str) -> tuple[Any, str]:
     """Int8 by NNCF, deterministic, and NNCF's version.
 
@@ -237,7 +196,7 @@ def _quantise(model: Any, int8: Int8, name: str) -> tuple[Any, str]:
     """
     images = np.ascontiguousarray(int8.images[:MOST_INT8_IMAGES], dtype=np.float32)
     with captured():
-        nncf = _import("nncf")
+        nncf = import_quietly("nncf")
         refusals = (nncf.InternalError, nncf.UnsupportedModelError, nncf.ValidationError)
         try:
             no_overflow = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
@@ -283,7 +242,7 @@ def _write(ov: Any, model: Any, path: Path) -> None:
     """
     weights = path.with_suffix(".bin")
     ov.save_model(model, path, compress_to_fp16=False)
-    written = _core().read_model(path.read_bytes(), weights.read_bytes())
+    written = openvino_core().read_model(path.read_bytes(), weights.read_bytes())
     for index, op in enumerate(written.get_ordered_ops()):
         if numbered := re.fullmatch(r"([A-Z][A-Za-z]*)_\d+", op.get_friendly_name()):
             op.set_friendly_name(f"{numbered[1]}_{index}")

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from cswap_deploy.network.latency import LatencyModel, Timed, fit_latency
+from cswap_deploy.network.latency import LatencyModel, fit_latency
 from cswap_deploy.network.units import Emptied, Group, Member, Reader
+from cswap_deploy.records.latency import TimedGraph
 from cswap_deploy.runtime.node_times import NodeTime
 
 OVERHEAD = 0.003
@@ -40,7 +41,7 @@ def conv(name: str, read: int, made: int, *, padded: int) -> NodeTime:
     return NodeTime(name, "Conv", ms, *shapes)
 
 
-def device(first: int, second: int, *, there: bool = True, padded: int = 16) -> Timed:
+def device(first: int, second: int, *, there: bool = True, padded: int = 16) -> TimedGraph:
     nodes = [
         conv("block1.conv1/Conv", 32, first, padded=padded),
         conv("block1.conv2/Conv", first, 32, padded=padded),
@@ -54,7 +55,8 @@ def device(first: int, second: int, *, there: bool = True, padded: int = 16) -> 
     widths = {"block1.conv1": first, "block2.conv1": second, "block2": int(there)}
     # The profiler costs each node something, which a plain call does not take.
     profiled = [node._replace(ms=node.ms + OVERHEAD) for node in nodes]
-    return Timed(widths, profiled, sum(node.ms for node in nodes))
+    ms = sum(node.ms for node in nodes)
+    return TimedGraph(widths=widths, nodes=tuple(profiled), ms=ms)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from cswap_deploy.data import Calibration
 from cswap_deploy.errors import PruneError, UsageError
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.prune import Pruned, prune
+from cswap_deploy.pruning.timing import Variant
+from cswap_deploy.records.latency import TimedGraph
 from cswap_deploy.runtime.node_times import GraphTimes, NodeTime
 
 IMAGES, LABELS = pictures(40)
@@ -28,16 +30,16 @@ class MadeUpDevice:
         self.calls = 0
         self.dense = 0.0
 
-    def time(self, modules: Sequence[nn.Module]) -> list[GraphTimes]:
-        found = [self._time(module) for module in modules]
-        self.dense = found[0].ms
-        return found
+    def timed(self, variants: Sequence[Variant]) -> list[TimedGraph]:
+        found = [(widths, self.time(make())) for widths, make in variants]
+        self.dense = found[0][1].ms
+        return [TimedGraph(widths=w, nodes=tuple(t.nodes), ms=t.ms) for w, t in found]
 
-    def fraction(self, module: nn.Module) -> float:
+    def fraction(self, module: nn.Module) -> float | None:
         self.calls += 1
-        return self._time(module).ms / self.dense * self.off
+        return self.time(module).ms / self.dense * self.off
 
-    def _time(self, module: nn.Module) -> GraphTimes:
+    def time(self, module: nn.Module) -> GraphTimes:
         nodes: list[NodeTime] = []
         hooks = []
         for name, layer in module.named_modules():
@@ -87,7 +89,7 @@ def test_the_speed_up_is_reached_as_measured_even_where_the_model_is_off(
 
 def test_a_latency_is_a_speed_up_of_what_was_timed() -> None:
     device = MadeUpDevice(fixed=0.001)
-    result = run(small_cnn(), device, max_latency=f"{0.7 * device.time([small_cnn()])[0].ms:.6f}ms")
+    result = run(small_cnn(), device, max_latency=f"{0.7 * device.time(small_cnn()).ms:.6f}ms")
     assert result.plan.rounds[-1].speedup == pytest.approx(1 / 0.7, rel=0.03)
 
 
@@ -144,3 +146,20 @@ def test_an_aim_survives_being_written_down() -> None:
     assert asked.ratio == pytest.approx(1 - 1 / 1.6)
     assert PruneConfig(**asked.model_dump(mode="json")) == asked
     assert PruneConfig(max_latency="4.5ms").max_latency == 4.5
+
+
+class Table(MadeUpDevice):
+    """A fake: the same device by a table alone, as one that is elsewhere."""
+
+    def fraction(self, module: nn.Module) -> None:
+        self.calls += 1
+
+
+def test_a_device_that_is_elsewhere_is_taken_at_its_table_s_word() -> None:
+    device = Table(fixed=0.001)
+    result = run(small_cnn(), device, speedup=1.4)
+    reached = result.plan.rounds[-1].speedup
+    assert reached == pytest.approx(1.4, rel=0.05)
+    assert reached == pytest.approx(
+        MadeUpDevice.time(device, small_cnn()).ms / device.time(result.module).ms, rel=0.05
+    )
