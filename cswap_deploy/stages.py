@@ -33,6 +33,7 @@ from cswap_deploy.network.placing import device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
+from cswap_deploy.pruning.rounds import NEAR
 from cswap_deploy.pruning.state import RoundStore
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
@@ -343,12 +344,22 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
             "precision": config.export.precision,
             "drop_limit": config.export.drop_limit,
             "task": run.loaded.spec.task,
+            "least_speedup": _least_speedup(run, before.pruned.plan, target),
         },
         tools=tool_versions("cswap-deploy", "torch", "timm", "onnxruntime"),
     )
     result = read_value(folder / "result.json", TargetResult)
     run.done(name, summary(result, pruned=config.prune.ratio > 0))
     return result
+
+
+def _least_speedup(run: Run, plan: PrunePlan, target: str) -> float:
+    """What an engine must reach: the first target's, where this machine was aimed at."""
+    config = run.config
+    here = config.prune.ratio_of == "latency" and config.prune.latency_table is None
+    if not here or target != config.engine.target[0] or plan.ratio_requested == 0:
+        return 0.0
+    return (1 - NEAR) / (1 - plan.ratio_requested)
 
 
 def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> TargetResult:
@@ -359,6 +370,7 @@ def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> T
     test = EngineTest(
         before.pruned.module, reference,
         run.images(images_needed(config)), run.evaluation, config, loaded.spec.output_kind,
+        _least_speedup(run, before.pruned.plan, result.engine.target),
     )  # fmt: skip
     if not result.engine.runnable:
         if config.export.precision == "fp32":

@@ -19,7 +19,7 @@ Source: latency of a network as a sum over what its layers take by themselves, m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -71,6 +71,18 @@ class LatencyModel:
         parts = self.features(left) * self.coefficients * there[:, None]
         found: np.ndarray = self.whole[0] * parts[:, 0] + self.whole[1] * parts[:, 1:].sum(1)
         return found
+
+    def by_layer(self, widths: Widths) -> dict[str, float]:
+        """Module -> what its nodes take, ms, in the order in which they run."""
+        found: dict[str, float] = defaultdict(float)
+        for name, ms in zip(self.names, self.each(widths), strict=True):
+            found[name.partition("/")[0].partition(">")[0]] += float(ms)
+        return found
+
+    def branch_ms(self, widths: Widths, gone: Collection[str]) -> float:
+        """What the nodes of some residual branches take."""
+        held = [self.groups[at] in gone if at >= 0 else False for at in self.branch]
+        return float(self.each(widths)[held].sum())
 
     def features(self, left: np.ndarray) -> np.ndarray:
         """(N, F) of the nodes, for the units that are left in each group, (groups,)."""

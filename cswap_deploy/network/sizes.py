@@ -93,6 +93,11 @@ class SizeModel:
             latency_ms=None if self.latency is None else self.latency.ms(self._left),
         )
 
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Group -> units that are left."""
+        return self._left
+
     def left(self, group: str) -> int:
         """Units of a group that were not counted out by themselves."""
         return self._left[group]

@@ -33,7 +33,7 @@ from cswap_deploy.pruning.rounds import remove_in_rounds
 from cswap_deploy.pruning.state import RoundStore, State
 from cswap_deploy.pruning.timing import NARROWED, TimedDevice, latency_model
 from cswap_deploy.records.model import ModelSpec
-from cswap_deploy.records.plan import GroupPlan, PrunePlan
+from cswap_deploy.records.plan import GroupPlan, LatencyByLayer, LayerTime, PrunePlan
 
 _DEPENDENT = (
     "an image's prediction depends on the others of its batch, or on the batch's size: each unit "
@@ -182,6 +182,22 @@ def _plan(job: Job, state: State) -> PrunePlan:
         refitted=state.refitted,
         producers=state.producers,
         rounds=tuple(state.rounds),
+        latency=_by_layer(network, state),
+    )
+
+
+def _by_layer(network: Prepared, state: State) -> LatencyByLayer | None:
+    """Where the time of a call was, and is."""
+    if (model := network.sizes.latency) is None:
+        return None
+    dense = {group.name: group.units for group in network.groups}
+    before, after = model.by_layer(dense), model.by_layer(network.sizes.widths)
+    gone = [g.name for g in network.groups if g.kind == "branch" and state.removed.get(g.name)]
+    return LatencyByLayer(
+        layers=tuple(
+            LayerTime(layer=name, dense_ms=ms, pruned_ms=after[name]) for name, ms in before.items()
+        ),
+        depth_ms=model.branch_ms(dense, gone),
     )
 
 

@@ -50,14 +50,14 @@ from cswap_deploy.pruning.trials import (
     refit_behind,
     remove,
 )
-from cswap_deploy.records.plan import RoundLog
+from cswap_deploy.records.plan import RoundLog, TimedTry
 
 LOOKED = 256
 """Images that moments are taken on, where there are more. They decide what stands in for a unit
 while it is measured; once it is gone, what is left is refitted on all images."""
 _FORWARD = 8
 """One part in so many of the memory budget is for the values of one forward."""
-_NEAR = 0.03
+NEAR = 0.03
 """How far below the speed-up that is asked for a network may stay, as a fraction of it."""
 _ATTEMPTS = 4
 """At a latency, with a target that is corrected each time."""
@@ -126,9 +126,10 @@ class _Loop:
         )
         if last and state.round > 1 and choice.trial is not None and job.config.refit:
             choice = self._or_from_dense(choice, goal, view)
-        fraction = None
+        fraction: float | None = None
+        tries: tuple[TimedTry, ...] = ()
         if job.device is not None:
-            choice, fraction = self._at_the_latency(choice, job.device)
+            choice, fraction, tries = self._at_the_latency(choice, job.device)
         self._remove(choice, last)
         state.rounds.append(
             RoundLog(
@@ -137,12 +138,14 @@ class _Loop:
                 removed=sum(map(len, choice.gone.values())),
                 params=job.network.sizes.size().params,
                 candidate=choice.name, kl=choice.effect,
-                speedup=None if fraction is None else 1 / fraction,
+                speedup=None if fraction is None else 1 / fraction, tries=tries,
                 seconds=round(time.perf_counter() - begun, 2),
             )
         )  # fmt: skip
 
-    def _at_the_latency(self, choice: Choice, device: TimedDevice) -> tuple[Choice, float | None]:
+    def _at_the_latency(
+        self, choice: Choice, device: TimedDevice
+    ) -> tuple[Choice, float | None, tuple[TimedTry, ...]]:
         """The candidate at the size at which it really has the latency that is asked.
 
         Weights do not count for that, so nothing is refitted meanwhile. Where a round's network is
@@ -150,16 +153,17 @@ class _Loop:
         it is near. The round before is timed once, for the model.
 
         Returns:
-            The candidate, and what it takes of the dense network's time; ``None`` in the rounds
-            before.
+            The candidate, what it takes of the dense network's time (``None`` in the rounds
+            before), and all that was timed.
 
         Raises:
             PruneError: It stays slower than asked.
         """
         job, tried = self.job, []
+        tries: list[TimedTry] = []
         once = not job.finishes(self.state.round)
         if once and not job.finishes(self.state.round + 1):
-            return choice, None
+            return choice, None, ()
         wanted = 1 - job.resolved.path[self.state.round - 1]
         dense = job.network.dense_size.amount("latency")
         for attempt in range(1 if once else _ATTEMPTS):
@@ -174,23 +178,24 @@ class _Loop:
             job.progress.end()
             predicted = sizes.size().amount("latency") / dense
             if fraction is None:
-                return choice, predicted
+                return choice, predicted, ()
+            tries.append(TimedTry(predicted=1 / predicted, measured=1 / fraction))
             self.slower = fraction / predicted
             tried.append((fraction, choice))
-            if abs(fraction - wanted) <= _NEAR / 2 * wanted:
+            if abs(fraction - wanted) <= NEAR / 2 * wanted:
                 break
             if attempt + 1 < _ATTEMPTS and not once:
                 choice = choice.at(dense * wanted / self.slower)
-        enough = [each for each in tried if each[0] <= wanted * (1 + _NEAR)]
+        enough = [each for each in tried if each[0] <= wanted * (1 + NEAR)]
         if enough or once:
             fraction, choice = min(enough or tried, key=lambda each: abs(each[0] - wanted))
-            return choice, fraction
+            return choice, fraction, tuple(tries)
         best = min(fraction for fraction, _ in tried)
         raise PruneError(
             f"a speed-up of {1 / wanted:.2f}x was not reached: the networks that the model took "
             f"for one were at most {1 / best:.2f}x as fast as the dense one, as measured",
-            fix=f"pass --speedup {(1 - _NEAR) / best:.2f} or less"
-            if best < 1 - _NEAR else "pass --ratio 0 to build the dense network",
+            fix=f"pass --speedup {(1 - NEAR) / best:.2f} or less"
+            if best < 1 - NEAR else "pass --ratio 0 to build the dense network",
         )  # fmt: skip
 
     def _moments(self, graph: Graph) -> dict[str, Moments]:

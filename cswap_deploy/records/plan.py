@@ -72,6 +72,31 @@ class Size(Value):
         return found
 
 
+class LayerTime(Value):
+    """What a layer takes of a call, as the latency model says."""
+
+    layer: str
+    """Dotted name of the module that its nodes belong to, or of a node that belongs to none."""
+    dense_ms: float
+    pruned_ms: float
+
+
+class LatencyByLayer(Value):
+    """Where the time of a call went, where latency was an aim."""
+
+    layers: tuple[LayerTime, ...]
+    """In the order in which they run."""
+    depth_ms: float
+    """What was saved with whole branches; the rest by width."""
+
+
+class TimedTry(Value):
+    """A network that was timed on the way: its speed-up by the model, which never saw it."""
+
+    predicted: float
+    measured: float
+
+
 class RoundLog(Value):
     """One round of measure-and-remove."""
 
@@ -95,6 +120,8 @@ class RoundLog(Value):
     speedup: float | None = None
     """Of the network after this round over the dense one, measured in turn on the device that was
     aimed at; ``None`` where it was not measured."""
+    tries: tuple[TimedTry, ...] = ()
+    """What was timed for that, in this order."""
     seconds: float
 
 
@@ -131,6 +158,8 @@ class PrunePlan(Value):
     producers: tuple[str, ...] = ()
     """Layers whose remaining units were reconstructed to carry what the removed ones did."""
     rounds: tuple[RoundLog, ...] = ()
+    latency: LatencyByLayer | None = None
+    """``None`` where latency was no aim."""
 
     @property
     def criterion(self) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.records.amounts import fixed
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange
+from cswap_deploy.records.plan import LayerTime
 from cswap_deploy.records.sweep import SweepPoint
 from cswap_deploy.report.explain import RANKED_BY, UNITS, Explanation, GroupSummary
 
@@ -38,6 +39,7 @@ _STYLE: dict[Any, Any] = {
 _GROUPS_IN_A_ROW = 18
 _SLOT = 0.88
 """Width of a group where the next one is 1 further right."""
+_LAYERS_IN_A_ROW = 40
 _MOST_BARS = 48
 """A group with more units is drawn by this many of them, evenly chosen."""
 _ROOM = 96
@@ -173,6 +175,33 @@ def accuracy_figure(rows: Sequence[tuple[str, AccuracyChange]]) -> str:
 
     height = 1.2 + 0.6 * len(rows)
     return _svg(draw, height=height, name="accuracy", title="Accuracy of dense and pruned network")
+
+
+def time_figure(layers: Sequence[LayerTime]) -> str:
+    """What each layer takes of a call, before and after, in the order in which they run.
+
+    Returns an ``<svg>`` element.
+    """
+    per_row = math.ceil(len(layers) / math.ceil(len(layers) / _LAYERS_IN_A_ROW))
+    rows = [layers[at : at + per_row] for at in range(0, len(layers), per_row)]
+    top = 1.05 * max(max(layer.dense_ms, layer.pruned_ms) for layer in layers)
+
+    def draw(figure: Figure) -> None:
+        for axes, own in zip(_panels(figure, len(rows)), rows, strict=True):
+            for name, times, colour, width in (
+                ("dense", [layer.dense_ms for layer in own], DENSE_COLOUR, _SLOT),
+                ("pruned", [layer.pruned_ms for layer in own], PRUNED_COLOUR, _SLOT / 2),
+            ):
+                axes.bar(range(len(own)), times, color=colour, width=width, label=name)
+            axes.set_xlim(-0.6, per_row - 0.4)
+            axes.set_ylim(0, top)
+            axes.set_ylabel("ms of a call")
+            axes.grid(visible=False, axis="x")
+            axes.set_xticks(range(len(own)), [layer.layer for layer in own], rotation=90)
+            axes.tick_params(axis="x", labelsize=7, length=2)
+
+    height = 0.5 + 2.7 * len(rows)
+    return _svg(draw, height=height, name="time", title="Time of each layer, dense and pruned")
 
 
 def height_of(point: SweepPoint) -> tuple[float, float, float] | None:

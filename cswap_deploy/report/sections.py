@@ -25,6 +25,7 @@ from cswap_deploy.report import cells as c
 from cswap_deploy.report import figures, headline
 from cswap_deploy.report.document import Figure, Report, Row, Section, Table, section, table
 from cswap_deploy.report.explain import explain
+from cswap_deploy.report.time import time_by_layer
 from cswap_deploy.report.units import effects, removal
 
 _UNITS = 10
@@ -51,6 +52,7 @@ def describe(manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, .
         _targets(manifest),
         removal(told, plan.excluded),
         effects(told),
+        time_by_layer(plan),
         _rounds(plan),
         _parity(manifest),
         _data(manifest),

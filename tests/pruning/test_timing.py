@@ -163,3 +163,17 @@ def test_a_device_that_is_elsewhere_is_taken_at_its_table_s_word() -> None:
     assert reached == pytest.approx(
         MadeUpDevice.time(device, small_cnn()).ms / device.time(result.module).ms, rel=0.05
     )
+
+
+def test_the_plan_says_where_the_time_went_and_what_was_timed() -> None:
+    device = MadeUpDevice(per_mac=1e-12, fixed=0.1, off=1.02)
+    plan = run(small_vit(), device, speedup=1.15).plan
+    assert plan.latency is not None
+    before = sum(layer.dense_ms for layer in plan.latency.layers)
+    after = sum(layer.pruned_ms for layer in plan.latency.layers)
+    assert before == pytest.approx(plan.dense.latency_ms, rel=1e-6)
+    assert after == pytest.approx(plan.pruned.latency_ms, rel=1e-6)
+    assert plan.latency.depth_ms == pytest.approx(before - after, rel=0.02), "width saves nothing"
+    last = plan.rounds[-1]
+    assert last.speedup in [each.measured for each in last.tries]
+    assert all(each.predicted > 1 for each in last.tries)
