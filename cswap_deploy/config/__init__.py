@@ -265,7 +265,7 @@ class MeasureConfig(Section):
     ] = None
     metric: Annotated[
         str | None,
-        Flag("Own figure: MODULE:FUNCTION(outputs, labels).", metavar="NAME", in_key=False),
+        Flag("Own: MODULE:FUNCTION(outputs, labels).", metavar="NAME", in_key=False),
     ] = None
     budget: Annotated[
         Path | None,

@@ -11,13 +11,15 @@ from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.allocation import Goal, Ranking, Removal, Values
 from cswap_deploy.pruning.importance import IMPORTANCES, View
-from cswap_deploy.pruning.trials import Trial, Trials
+from cswap_deploy.pruning.trials import Trial, Trials, less_beyond_chance
 
 PROPOSERS = "magnitude", "lamp"
 """Importances that propose candidates beside the measured effects: they cost nothing to compute,
 and as no image chose them, their candidates do not fit the calibration images by chance."""
 _FINALISTS = 2
 """Candidates that are tried after the screening."""
+_STEPS, _NEIGHBOURS = 6, 3
+"""Of the search over branches: steps at most, and neighbours that are tried in each."""
 _NONE = 1e-6
 """An effect (nats) that is float32's rounding: the first of such candidates is as good as any."""
 
@@ -98,6 +100,46 @@ def best_candidate(
     progress.end()
     best = min(tried, key=lambda name: max(float(tried[name].effect.mean()), _NONE))
     return Choice(best, candidates[best], moments, tried[best], goal, rankings[best])
+
+
+def search_branches(
+    trials: Trials, goal: Goal, choice: Choice, moments: Mapping[str, Moments],
+    *, refits: bool, progress: Phases,
+) -> Choice:  # fmt: skip
+    """A tried candidate with one whole branch more or fewer, as long as that is better.
+
+    A branch's effect by itself says little of what it is once others are gone, and a ranking has it
+    for good or not at all. Each step screens every such neighbour at the same target, tries the
+    first few, and goes on from the one that is better beyond chance. Arguments as those of
+    :func:`best_candidate`.
+    """
+    whole = [g for g in goal.groups if g.kind == "branch" and goal.remaining(g)]
+    for _ in range(_STEPS if whole and choice.trial is not None else 0):
+        rankings = {
+            f"{choice.name}, {'with' if g.name in choice.gone else 'without'} {g.name}": replace(
+                choice.ranking,
+                values={**choice.ranking.values}
+                | {g.name: np.full(1, np.inf if g.name in choice.gone else 0.0)},
+            )
+            for g in whole
+        }
+        near = {n: gone for n, gone in goal.candidates(rankings).items() if gone != choice.gone}
+        progress.begin(f"trying {len(near)} with a branch more or fewer", len(near))
+        values = {}
+        for name, gone in near.items():
+            values[name] = trials.screen(gone, moments)
+            progress.advance(1)
+        tried = {
+            name: trials.trial(near[name], moments, refits=refits)
+            for name in sorted(values, key=lambda name: values[name])[:_NEIGHBOURS]
+        }
+        progress.end()
+        best = min(tried, key=lambda name: float(tried[name].effect.mean()), default=None)
+        assert choice.trial is not None
+        if best is None or not less_beyond_chance(tried[best].effect, choice.trial.effect):
+            break
+        choice = Choice(best, near[best], moments, tried[best], goal, rankings[best])
+    return choice
 
 
 def best_from_dense(

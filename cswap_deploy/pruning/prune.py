@@ -171,8 +171,8 @@ def _plan(job: Job, state: State) -> PrunePlan:
     too_wide = dict.fromkeys(state.not_refitted, "too wide to refit; means were folded")
     return PrunePlan(
         settings=job.config.key()
-        | {"seed": job.seed, "rounds": job.resolved.rounds}
-        | asdict(job.resolved),
+        | asdict(job.resolved)
+        | {"seed": job.seed, "rounds": job.resolved.rounds, "path": [*job.resolved.path]},
         task=job.calibration.task,
         dense=network.dense_size,
         pruned=network.sizes.size(),

@@ -36,6 +36,7 @@ from cswap_deploy.pruning.candidates import (
     best_from_dense,
     proposals,
     rankings,
+    search_branches,
 )
 from cswap_deploy.pruning.importance import View
 from cswap_deploy.pruning.job import Job
@@ -124,6 +125,10 @@ class _Loop:
         choice = best_candidate(
             self.trials, goal, tried, moments, refits=job.config.refit, progress=job.progress
         )
+        if job.device is not None:
+            choice = search_branches(
+                self.trials, goal, choice, moments, refits=job.config.refit, progress=job.progress
+            )
         if last and state.round > 1 and choice.trial is not None and job.config.refit:
             choice = self._or_from_dense(choice, goal, view)
         fraction: float | None = None

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit codes are those of ``cswap-deploy``."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not (options.images or options.profile):
+        parser.error("the following arguments are required: IMAGE|DIR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
@@ -197,8 +200,6 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
     """Files as they are; of a folder its pictures, at any depth, sorted."""
     from cswap_deploy.runtime.preprocess import PICTURE_SUFFIXES, find_pictures
 
-    if not given:
-        raise UsageError("no pictures are named", fix="cswap-run BUNDLE IMAGE|DIR...")
     found: list[Path] = []
     for path in given:
         if path.is_dir():

@@ -386,7 +386,7 @@ def test_paths_that_are_not_there(bundle: Path, tmp_path: Path, run: Callable[..
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "the following arguments are required: bundle, IMAGE|DIR"),
+        ((), "the following arguments are required: bundle"),
         (("bundle",), "the following arguments are required: IMAGE|DIR"),
         (("bundle", "a.png", "--top", "0"), "argument --top: '0' is not a number above zero"),
         (("bundle", "a.png", "--batch", "x"), "argument --batch: 'x' is not a number above zero"),
