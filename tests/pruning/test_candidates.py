@@ -27,15 +27,17 @@ from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import rounds
 from cswap_deploy.pruning.allocation import Goal, Limits, Ranking, Removal, Values
 from cswap_deploy.pruning.candidates import (
+    Choice,
     best_candidate,
     proposals,
     rankings,
+    search_branches,
 )
 from cswap_deploy.pruning.importance import View
 from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.pruning.prune import Pruned, prune
 from cswap_deploy.pruning.state import RoundStore, State
-from cswap_deploy.pruning.trials import Trials, less_beyond_chance, refit_behind, remove
+from cswap_deploy.pruning.trials import Trial, Trials, less_beyond_chance, refit_behind, remove
 
 IMAGES, LABELS = pictures(40)
 CALIBRATION = Calibration(IMAGES, LABELS)
@@ -457,3 +459,43 @@ def test_last_round_can_undo_the_earlier_ones(
         torch.testing.assert_close(
             result.module(images), alone.module(images), rtol=1e-4, atol=1e-4
         )
+
+
+class Told:
+    """A fake: what a set of branches does is known, and width does nothing."""
+
+    def __init__(self, effects: dict[frozenset[str], float]) -> None:
+        self.effects, self.tried = effects, 0
+
+    def screen(self, gone: Removal, _moments: Any) -> float:
+        return self.effects.get(frozenset(name for name in gone if name in self.names), 9.0)
+
+    def trial(self, gone: Removal, moments: Any, *, refits: bool) -> Trial:
+        self.tried += 1
+        noise = torch.linspace(-0.01, 0.01, 50, dtype=torch.float64)
+        return Trial(self.screen(gone, moments) + noise, nn.Identity(), None)
+
+    names: frozenset[str] = frozenset()
+
+
+def test_branches_go_and_stay_together_where_that_is_better() -> None:
+    """From one branch to another pair, one at a time."""
+    prepared = prepare(small_vit(), CALIBRATION.images, PruneConfig(round_to=1))
+    branches = frozenset(g.name for g in prepared.groups if g.kind == "branch")
+    a, b, c = sorted(branches)[:3]
+    found = {(): 1.0, (a,): 0.5, (a, b): 0.4, (b,): 0.3, (b, c): 0.1, (c,): 0.8, (a, c): 0.7}
+    trials = Told({frozenset(names): effect for names, effect in found.items()})
+    trials.names = branches
+    start = replace(goal(prepared, left=0.6, of="macs"), limits=prepared.limits)
+    values = {
+        name: np.full(1, 0.0 if name == a else np.inf) if name in branches else value
+        for name, value in random_values(prepared, 0).items()
+    }
+    first = start.choose(Ranking(values))
+    assert first.keys() & branches == {a}
+    tried = trials.trial(first, {}, refits=True)
+    choice = Choice("start", first, {}, tried, start, Ranking(values))
+    best = search_branches(trials, start, choice, {}, refits=True, progress=Silent())  # type: ignore[arg-type]
+    assert best.gone.keys() & branches == {b, c}
+    assert best.effect == pytest.approx(0.1)
+    assert best.gone == start.choose(best.ranking), "and it can be had at another target"
