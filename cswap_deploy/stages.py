@@ -123,7 +123,8 @@ def prune(run: Run) -> PrunedFiles:
         | run.network_key,
         "tools": tool_versions("cswap-deploy", "torch", "timm", "scipy"),
     }
-    along = {n: v for n, v in settings.items() if n not in ("ratio", "speedup", "max_latency")}
+    aims = ("ratio", "speedup", "max_latency", "waypoints")  # what the path of rounds says
+    along = {name: value for name, value in settings.items() if name not in aims}
     rounds = RoundStore(
         run.store, key_of("prune", settings=along, **key), resume=run.config.run.resume
     )

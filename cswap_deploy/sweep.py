@@ -161,19 +161,21 @@ def sweep(
         first = _built(dense, DENSE, "dense", work, progress, module=module, inputs=inputs)
         pruned: dict[str, tuple[SweepPoint, Built]] = {}
         missed: dict[str, str] = {}
-        for at, (label, aim) in enumerate(aims.items()):
-            progress.note(f"point {at + 1} of {len(aims)}: {label}")
+        for at, label in enumerate(labels := list(aims)):
+            progress.note(f"point {at + 1} of {len(labels)}: {label}")
             try:
                 pruned[label] = _built(
-                    _with_aim(config, aim), label, "pruned", work, progress, module=module,
-                    inputs=inputs, goes_on=at + 1 < len(aims),
+                    _with_aim(config, aims[label]), label, "pruned", work, progress,
+                    module=module, inputs=inputs, goes_on=label != labels[-1],
                 )  # fmt: skip
-            except PruneError as err:  # what lies beyond is further off still
-                if not pruned:
+            except PruneError as err:
+                if label == labels[-1] and not pruned:
                     raise
-                missed |= dict.fromkeys(list(aims)[at:], str(err))
+                missed[label] = str(err)
                 progress.note(f"{label} was not reached: {err}")
-                break
+                # Those beyond may be: their way is not by this one.
+                reached = [x for x in (*speedups, *ratios) if _label(x, speedups) not in missed]
+                aims = _aims(config, reached if speedups else (), () if speedups else reached)
         progress.stage("compare", f"{1 + len(pruned) + len(built)} networks in one loop")
         points = _timed(config, [first, *pruned.values(), *built.values()], progress)
         progress.done(config.engine.target[0], reused=False)
@@ -220,9 +222,13 @@ def _aims(
     if speedups:
         asked = sorted(set(speedups))
         points = tuple(1 - 1 / speedup for speedup in asked)
-        return {f"{x:g}x": {"speedup": x, "waypoints": points} for x in asked}
+        return {_label(x, speedups): {"speedup": x, "waypoints": points} for x in asked}
     points, of = tuple(sorted(set(ratios))), config.prune.ratio_of
-    return {f"{x:g}": {"ratio": x, "ratio_of": of, "waypoints": points} for x in points}
+    return {_label(x): {"ratio": x, "ratio_of": of, "waypoints": points} for x in points}
+
+
+def _label(point: float, speedups: Sequence[float] = ()) -> str:
+    return f"{point:g}x" if speedups else f"{point:g}"
 
 
 def _with_aim(config: Config, aim: dict[str, Any], **others: Any) -> Config:

@@ -106,8 +106,9 @@ def test_no_point_meets_the_condition(made: Made, two: tuple[Path, Sweep, Path])
 def test_what_cannot_be_reached_is_said_and_the_rest_is_kept(
     made: Made, store: Path, tmp_path: Path
 ) -> None:
-    path, found = swept(made, store, tmp_path / "far", ratios=[0.2, 0.9999])
+    path, found = swept(made, store, tmp_path / "far", ratios=[0.00001, 0.2, 0.9999])
     assert [p.label for p in found.points] == ["dense", "0.2"]
+    assert found.missed.keys() == {"1e-05", "0.9999"}, "what lies beyond one is tried all the same"
     assert "cannot be met" in found.missed["0.9999"]
     assert "0.9999 was not reached" in (path / "sweep.md").read_text()
     with pytest.raises(PruneError, match="cannot be met"):

@@ -151,7 +151,7 @@ def warnings(manifest: Manifest) -> tuple[str, ...]:
         if not e.runnable
     ]
     out += [
-        f"The pruned network on {r.engine.target} is {words}."
+        f"The pruned network on {r.engine.target} is {words}{_ask_for_speed(manifest)}."
         for r in manifest.targets
         if r.speedup is not None and isinstance(words := _speed(manifest, r), c.Mark)
     ]
@@ -162,6 +162,15 @@ def warnings(manifest: Manifest) -> tuple[str, ...]:
         if not p.ok
     ]
     return tuple(out)
+
+
+def _ask_for_speed(manifest: Manifest) -> str:
+    """What to do where fewer parameters saved no time."""
+    if manifest.ratio_of == "latency":
+        return ""
+    return (
+        f"; a ratio of {RATIO_WORDS[manifest.ratio_of]} need not save time, --speedup asks for it"
+    )
 
 
 def _moved(change: OutputChange) -> str:
