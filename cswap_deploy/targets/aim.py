@@ -27,13 +27,13 @@ from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file
 from cswap_deploy.runtime.host import usable_cores
 from cswap_deploy.runtime.node_times import TIMERS, Graph
+from cswap_deploy.runtime.profiling import KIT
 from cswap_deploy.runtime.session import Floats, Session
 from cswap_deploy.targets import BuildRequest, build_and_load, get_target
 
 _RUNS = 100
 _VERSION = 1
 """Raised when networks are timed in another way."""
-KIT = "kit.json"
 
 
 @dataclass
