@@ -18,8 +18,10 @@ PROPOSERS = "magnitude", "lamp"
 and as no image chose them, their candidates do not fit the calibration images by chance."""
 _FINALISTS = 2
 """Candidates that are tried after the screening."""
-_STEPS, _NEIGHBOURS = 6, 3
-"""Of the search over branches: steps at most, and neighbours that are tried in each."""
+NEIGHBOURS = 3
+"""Of the search over branches: so many are tried in each step."""
+_STEPS = 6
+"""At most."""
 _NONE = 1e-6
 """An effect (nats) that is float32's rounding: the first of such candidates is as good as any."""
 
@@ -124,6 +126,8 @@ def search_branches(
             for g in whole
         }
         near = {n: gone for n, gone in goal.candidates(rankings).items() if gone != choice.gone}
+        if not near:
+            break
         progress.begin(f"trying {len(near)} with a branch more or fewer", len(near))
         values = {}
         for name, gone in near.items():
@@ -131,12 +135,12 @@ def search_branches(
             progress.advance(1)
         tried = {
             name: trials.trial(near[name], moments, refits=refits)
-            for name in sorted(values, key=lambda name: values[name])[:_NEIGHBOURS]
+            for name in sorted(values, key=lambda name: values[name])[:NEIGHBOURS]
         }
         progress.end()
-        best = min(tried, key=lambda name: float(tried[name].effect.mean()), default=None)
+        best = min(tried, key=lambda name: float(tried[name].effect.mean()))
         assert choice.trial is not None
-        if best is None or not less_beyond_chance(tried[best].effect, choice.trial.effect):
+        if not less_beyond_chance(tried[best].effect, choice.trial.effect):
             break
         choice = Choice(best, near[best], moments, tried[best], goal, rankings[best])
     return choice

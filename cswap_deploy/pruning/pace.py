@@ -21,6 +21,7 @@ from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import window_of
 from cswap_deploy.network.units import consumers, depthwise
 from cswap_deploy.progress import Phases
+from cswap_deploy.pruning.candidates import NEIGHBOURS
 from cswap_deploy.pruning.job import Job, Resolved
 from cswap_deploy.pruning.prepare import Prepared
 from cswap_deploy.pruning.producers import ITERATIONS, find_chains, rows_for
@@ -48,7 +49,10 @@ def expected_costs(job: Job) -> Costs:
     judged = (1 + MIXTURES) * judges
     trial = one * (few + judged) + _refit_macs(graph, few, ROWS)
     screen = one * (1 + MIXTURES) * min(TOGETHER, images - few)
-    trying = [_CANDIDATES * screen + _TRIED * trial] * rounds
+    trying = [_CANDIDATES * screen + _TRIED * trial]
+    if job.device is not None and (whole := sum(g.kind == "branch" for g in network.groups)):
+        trying.append(whole * screen + NEIGHBOURS * trial)  # a step of the search over them
+    trying *= rounds
     if rounds > 1:
         trying.append(_FROM_DENSE * screen + _TRIED * trial)
     last = 3 * one * images + _refit_macs(graph, images, MAX_ROWS)
