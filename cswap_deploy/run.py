@@ -22,7 +22,7 @@ from cswap_deploy.records.value import sha256_text
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 11, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 7,
+    "prune": 12, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 7,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 

@@ -152,7 +152,7 @@ class Console:
         if self.as_json:
             told = found.model_dump(mode="json")
             for point in told["points"]:
-                del point["latency"]["samples_ms"]
+                (point["latency"] or {}).pop("samples_ms", None)
             print(json.dumps({"sweep": str(path)} | told))
             return
         from cswap_deploy.report.sweep import described

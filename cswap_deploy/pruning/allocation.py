@@ -10,6 +10,7 @@ import numpy as np
 from cswap_deploy.config import RatioOf
 from cswap_deploy.network.sizes import SizeModel
 from cswap_deploy.network.units import Group
+from cswap_deploy.records.plan import Size
 
 Values = Mapping[str, np.ndarray]
 """Group -> (units,) float64 importance; the lowest goes first."""
@@ -86,6 +87,13 @@ class Goal:
             share = self.sizes.saving(group, range(there), self.of) * len(units) / max(there, 1)
             return max(found, share / 2, _LEAST_MS)
         return max(found, 1)
+
+    def without(self, gone: Mapping[str, Sequence[int]]) -> Size:
+        """The size that is left once some more units are gone."""
+        sizes = self.sizes.copy()
+        for name, units in gone.items():
+            sizes.remove(name, units)
+        return sizes.size()
 
     def uniform(self, values: Values) -> Ranking:
         """The order of ``values`` within each group, and the same fraction of every group."""

@@ -23,7 +23,9 @@ NEIGHBOURS = 3
 _STEPS = 6
 """At most."""
 _NONE = 1e-6
-"""An effect (nats) that is float32's rounding: the first of such candidates is as good as any."""
+"""An effect (nats) that is float32's rounding: such candidates are as good as one another."""
+_EQUAL = 1.01
+"""Effects within this factor are equal, far within chance: the fewest multiply-accumulates win."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ def best_candidate(
         tried[name] = trials.trial(candidates[name], moments, refits=refits)
         progress.advance(1)
     progress.end()
-    best = min(tried, key=lambda name: max(float(tried[name].effect.mean()), _NONE))
+    effects = {name: max(float(trial.effect.mean()), _NONE) for name, trial in tried.items()}
+    equal = [name for name in tried if effects[name] <= _EQUAL * min(effects.values())]
+    best = min(equal, key=lambda name: goal.without(candidates[name]).macs)  # the faster, about
     return Choice(best, candidates[best], moments, tried[best], goal, rankings[best])
 
 

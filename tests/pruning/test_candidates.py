@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -499,3 +500,36 @@ def test_branches_go_and_stay_together_where_that_is_better() -> None:
     assert best.gone.keys() & branches == {b, c}
     assert best.effect == pytest.approx(0.1)
     assert best.gone == start.choose(best.ranking), "and it can be had at another target"
+
+
+class Alike:
+    """A fake: every candidate has nearly the same effect."""
+
+    ground = SimpleNamespace(possible=True)
+
+    def __init__(self, worse: float) -> None:
+        self.effects = iter((1.0, worse))
+
+    def trial(self, *_: Any, refits: bool) -> Trial:
+        return Trial(torch.full((4,), next(self.effects), dtype=torch.float64), nn.Identity(), None)
+
+
+@pytest.mark.parametrize("second_is_faster", [True, False])
+@pytest.mark.parametrize("worse", [1.005, 1.2])
+def test_of_equal_effects_the_faster_one_goes(second_is_faster: bool, worse: float) -> None:
+    prepared = ready(small_cnn)
+    start = goal(prepared, left=0.8, of="channels")
+    found = [Ranking(random_values(prepared, seed)) for seed in range(2)]
+    found.sort(key=lambda ranking: -start.without(start.choose(ranking)).macs)
+    slow, fast = found
+    first, second = (slow, fast) if second_is_faster else (fast, slow)
+    trials = Alike(worse)
+    choice = best_candidate(
+        trials,
+        start,
+        {"first": first, "second": second},
+        {},
+        refits=True,
+        progress=Silent(),  # type: ignore[arg-type]
+    )
+    assert choice.name == ("second" if second_is_faster and worse < 1.01 else "first")
