@@ -15,20 +15,15 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from bench_build import network_and_images
 
 from cswap_deploy.config import load_config
-from cswap_deploy.export.onnx import graph_nodes
-from cswap_deploy.models.plain import copied
-from cswap_deploy.network.deletion import remove_units
 from cswap_deploy.pruning.prepare import Prepared, prepare
-from cswap_deploy.pruning.timing import latency_model
-from cswap_deploy.runtime.node_times import TIMERS, Graph
-from cswap_deploy.targets.aim import TargetAim, exported
+from cswap_deploy.pruning.timing import Variant, latency_model, narrowed, variant
+from cswap_deploy.runtime.node_times import TIMERS
+from cswap_deploy.targets.aim import TargetAim
 
 
 @dataclass(frozen=True)
@@ -48,20 +43,15 @@ class Result:
     error_worst: float
 
 
-def unseen(network: Prepared, count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Removals: any aligned width of each group; in half of them some whole branches too."""
+def unseen(network: Prepared, count: int, seed: int) -> list[Variant]:
+    """Any aligned width of each group; in half of them some whole branches gone too."""
     rng = np.random.default_rng(seed)
+    branches = [group.name for group in network.groups if group.kind == "branch"]
     found = []
     for at in range(count):
-        gone: dict[str, list[int]] = {}
-        for group in network.groups:
-            step, floor = network.limits.alignments[group.name], network.limits.floors[group.name]
-            if group.kind == "branch":
-                if at % 2 and rng.random() < 0.25:
-                    gone[group.name] = [0]
-            elif steps := (group.units - floor) // step:
-                gone[group.name] = list(range(int(rng.integers(0, steps + 1)) * step))
-        found.append(gone)
+        removed = narrowed(network, rng)
+        removed |= {name: [0] for name in branches if at % 2 and rng.random() < 0.25}
+        found.append(variant(network, removed))
     return found
 
 
@@ -77,20 +67,8 @@ def run(name: str, runtime: str, batch: int, engines: int) -> Result:
     )
     aim = TargetAim(runtime, config, loaded.spec, images)
     model = latency_model(network, aim)
-    removals = [{}, *unseen(network, engines, seed=1)]
-    with TemporaryDirectory() as folder:
-        graphs = []
-        for at, gone in enumerate(removals):
-            module = copied(network.module)
-            remove_units(module, gone, network.groups)
-            path = exported(module, loaded.spec, config, Path(folder, f"{at}.onnx")).path
-            graphs.append(Graph(path, graph_nodes(path)))
-        timed = TIMERS[runtime](graphs, images, threads=1, runs=100)
-    assert len({len(images)} | {batch}) == 1
-    predicted = [
-        model.ms({g.name: g.units - len(gone.get(g.name, ())) for g in network.groups})
-        for gone in removals
-    ]
+    timed = aim.timed([variant(network, {}), *unseen(network, engines, seed=1)])
+    predicted = [model.ms(each.widths) for each in timed]
     dense = timed[0].ms / predicted[0]  # the machine may be quicker or slower than at the fit
     errors = [abs(p * dense / t.ms - 1) for p, t in zip(predicted[1:], timed[1:], strict=True)]
     return Result(

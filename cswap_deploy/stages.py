@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cswap_deploy.causal.arithmetic import measured_on
-from cswap_deploy.config import Config
+from cswap_deploy.config import AIMS, Config
 from cswap_deploy.data import Samples, load_samples
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
@@ -123,8 +123,8 @@ def prune(run: Run) -> PrunedFiles:
         | run.network_key,
         "tools": tool_versions("cswap-deploy", "torch", "timm", "scipy"),
     }
-    aims = ("ratio", "speedup", "max_latency", "waypoints")  # what the path of rounds says
-    along = {name: value for name, value in settings.items() if name not in aims}
+    said = (*AIMS, "waypoints")  # by the path of the rounds
+    along = {name: value for name, value in settings.items() if name not in said}
     rounds = RoundStore(
         run.store, key_of("prune", settings=along, **key), resume=run.config.run.resume
     )

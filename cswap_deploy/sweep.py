@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from cswap_deploy.config import Config, load_config
+from cswap_deploy.config import AIMS, Config, load_config
 from cswap_deploy.errors import GateError, PruneError, UsageError
 from cswap_deploy.pipeline import Built, build
 from cswap_deploy.progress import Progress, Silent
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 RECORD, PAGE, TEXT = "sweep.json", "sweep.html", "sweep.md"
 DENSE = "dense"
-_AIMS = ("ratio", "speedup", "max_latency")
 _CONDITION = re.compile(
     r"(?P<what>drop|agreement|top1|speedup|latency)\s*(?P<how><=|>=)\s*"
     r"(?P<value>\d+\.?\d*|\.\d+)\s*(?P<unit>%|x|ms)?"
@@ -146,7 +145,7 @@ def sweep(
     progress = progress if progress is not None else Silent()
     wanted = conditions(picked_by) if picked_by else ()
     aims = _aims(config, speedups, ratios)
-    output = config.run.output or Path(f"{config.bundle_path().name.rpartition('-')[0]}-sweep")
+    output = config.folder("sweep")
     check_output(output)
     with TemporaryDirectory(prefix="cswap-sweep-", ignore_cleanup_errors=True) as scratch:
         work = Path(scratch)
@@ -184,8 +183,6 @@ def sweep(
             chosen = pick(points, wanted) if wanted else None
         except GateError as err:
             refused = err
-        manifest = first[1].manifest
-        assert manifest is not None
         found = Sweep(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             tool_version=tool_versions("cswap-deploy")["cswap-deploy"],
@@ -193,8 +190,8 @@ def sweep(
             ratio_of="latency" if speedups else config.prune.ratio_of,
             points=tuple(_kept(point, chosen, bool(wanted)) for point in points),
             missed=missed, pick=picked_by or "", picked="" if chosen is None else chosen.label,
-            settings={n: v for n, v in config.settings().items() if n not in _AIMS},
-            device=manifest.device, seconds=round(time.perf_counter() - begun, 1),
+            settings={n: v for n, v in config.settings().items() if n not in AIMS},
+            device=_manifest(first[1]).device, seconds=round(time.perf_counter() - begun, 1),
         )  # fmt: skip
         _write(output, found, work)
     if refused is not None:
@@ -234,7 +231,7 @@ def _label(point: float, speedups: Sequence[float] = ()) -> str:
 def _with_aim(config: Config, aim: dict[str, Any], **others: Any) -> Config:
     """The settings of a build with another aim."""
     before = config.settings()
-    for name in (*_AIMS, "ratio_of", "waypoints"):
+    for name in (*AIMS, "ratio_of", "waypoints"):
         del before[name]
     return load_config(**before | others | aim)
 
@@ -260,8 +257,7 @@ def _built(
     folder = work / re.sub(r"[^\w.-]", "-", label)
     run = config.run.model_copy(update={"output": folder})
     built = build(config.model_copy(update={"run": run}), progress=progress, **given)
-    manifest = built.manifest
-    assert manifest is not None
+    manifest = _manifest(built)
     result = manifest.targets[0]
     change, outputs = result.accuracy or manifest.torch_accuracy, result.outputs
     point = SweepPoint(

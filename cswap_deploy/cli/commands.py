@@ -49,9 +49,10 @@ def command_line(asked: str | None = None) -> typer.Typer:
         command: Callable[..., None] = _without_settings
         if asked in (None, name):
             from cswap_deploy.cli.flags import with_settings
+            from cswap_deploy.config import AIMS
 
-            aims = ("ratio", "speedup", "max_latency") if name in ("sweep", "profile-kit") else ()
-            command = with_settings(stage, sections, argument=argument, but=aims)
+            without = AIMS if name in _WITHOUT_AIM else ()
+            command = with_settings(stage, sections, argument=argument, but=without)
         whole.command(name, help=told)(command)
     whole.registered_commands += app.registered_commands
     whole.registered_callback = app.registered_callback
@@ -165,9 +166,8 @@ def _kit_command() -> Callable[..., None]:
 
         wanted = load_config(**(settings | {"ratio_of": "latency"}))
         console = _console(as_json=as_json, quiet=quiet)
-        output = wanted.run.output or Path(f"{wanted.bundle_path().name.rpartition('-')[0]}-kit")
         with console.progress() as progress:
-            told = profile_kit(wanted, output=output, progress=progress)
+            told = profile_kit(wanted, output=wanted.folder("kit"), progress=progress)
         console.result(told)
 
     return command
@@ -209,6 +209,8 @@ _STAGES: dict[str, tuple[str, Callable[..., None], tuple[str, ...], str | None]]
     ),
 }  # fmt: skip
 """Command -> help, function, the sections whose settings are its flags, its positional setting."""
+_WITHOUT_AIM = "sweep", "profile-kit"
+"""Commands that do not go to one size."""
 
 
 @app.command()

@@ -20,14 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from cswap_deploy.config.prune import METHODS, PruneConfig, RatioOf
+from cswap_deploy.config.prune import AIMS, METHODS, PruneConfig, RatioOf
 from cswap_deploy.errors import UsageError
 from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
 
 __all__ = [
-    "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config", "DataConfig",
-    "EngineConfig", "ExportConfig", "MeasureConfig", "ModelConfig", "Precision", "PruneConfig",
-    "RatioOf", "RunConfig", "Task", "flat", "load_config", "sections",
+    "AIMS", "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config",
+    "DataConfig", "EngineConfig", "ExportConfig", "MeasureConfig", "ModelConfig", "Precision",
+    "PruneConfig", "RatioOf", "RunConfig", "Task", "flat", "load_config", "sections",
 ]  # fmt: skip
 
 CONFIG_VARIABLE = "CSWAP_CONFIG"
@@ -324,10 +324,14 @@ class Config(BaseModel):
 
     def bundle_path(self) -> Path:
         """Where the bundle goes."""
+        return self.folder(self.prune.label)
+
+    def folder(self, label: str) -> Path:
+        """Where something made of the model goes: as asked, or the model's name and a label."""
         if self.run.output is not None:
             return self.run.output
         name = self.model.model.replace(":", "-").replace("/", "-")
-        return Path(f"{name}-{self.prune.label}")
+        return Path(f"{name}-{label}")
 
 
 def sections() -> dict[str, type[Section]]:

@@ -11,6 +11,8 @@ from pydantic import ByteSize, Field, ValidationError, field_validator, model_va
 from cswap_deploy.settings import Flag, Section
 
 RatioOf = Literal["params", "channels", "macs", "latency"]
+AIMS = "ratio", "speedup", "max_latency"
+"""Settings that say how far to go."""
 METHODS: dict[str, dict[str, Any]] = {
     "cswap": {
         "intervention": "predicted", "effect": "kl", "mix": True, "select": "set", "refit": True,

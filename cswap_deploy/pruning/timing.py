@@ -17,6 +17,8 @@ from cswap_deploy.records.latency import TimedGraph
 
 NARROWED = 5
 """Networks that are timed beside the dense one."""
+Removed = dict[str, list[int]]
+"""Group -> units."""
 Widths = dict[str, int]
 Variant = tuple[Widths, Callable[[], nn.Module]]
 """A network's units by group, and what makes it."""
@@ -44,14 +46,14 @@ def variants(network: Prepared, *, seed: int = 0) -> list[Variant]:
         seed: Of the widths.
     """
     rng = np.random.default_rng(seed)
-    removals: list[dict[str, list[int]]] = [{}, *(_narrowed(network, rng) for _ in range(NARROWED))]
-    return [
-        (
-            {g.name: g.units - len(removed.get(g.name, ())) for g in network.groups},
-            partial(_without, network, removed),
-        )
-        for removed in removals
-    ]
+    removals: list[Removed] = [{}, *(narrowed(network, rng) for _ in range(NARROWED))]
+    return [variant(network, removed) for removed in removals]
+
+
+def variant(network: Prepared, removed: Removed) -> Variant:
+    """The network without some units of its groups."""
+    widths = {g.name: g.units - len(removed.get(g.name, ())) for g in network.groups}
+    return widths, partial(_without, network, removed)
 
 
 def latency_model(network: Prepared, device: TimedDevice) -> LatencyModel:
@@ -59,13 +61,13 @@ def latency_model(network: Prepared, device: TimedDevice) -> LatencyModel:
     return fit_latency(device.timed(variants(network)), network.groups)
 
 
-def _without(network: Prepared, removed: dict[str, list[int]]) -> nn.Module:
+def _without(network: Prepared, removed: Removed) -> nn.Module:
     module = copied(network.module)
     remove_units(module, removed, network.groups)
     return module
 
 
-def _narrowed(network: Prepared, rng: np.random.Generator) -> dict[str, list[int]]:
+def narrowed(network: Prepared, rng: np.random.Generator) -> Removed:
     """Any number of units of each group, within its limits; no branches."""
     found = {}
     for group in network.groups:
