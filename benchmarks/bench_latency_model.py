@@ -22,7 +22,7 @@ from bench_build import network_and_images
 from cswap_deploy.config import load_config
 from cswap_deploy.pruning.prepare import Prepared, prepare
 from cswap_deploy.pruning.timing import Variant, latency_model, narrowed, variant
-from cswap_deploy.runtime.node_times import TIMERS
+from cswap_deploy.runtime.profiling import TIMERS
 from cswap_deploy.targets.aim import TargetAim
 
 

@@ -25,7 +25,7 @@ from cswap_deploy.config import PruneConfig, load_config
 from cswap_deploy.errors import PruneError
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.prune import prune
-from cswap_deploy.runtime.node_times import TIMERS
+from cswap_deploy.runtime.profiling import TIMERS
 from cswap_deploy.targets.aim import TargetAim
 
 RATIOS = {"params 0.4": {"ratio": 0.4}, "macs 0.4": {"ratio": 0.4, "ratio_of": "macs"}}

@@ -293,3 +293,17 @@ def test_a_size_is_read_without_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(UsageError, match="--memory-budget: Value error, is no amount of memory"):
         load_config(model="m", memory_budget="much")
+
+
+def test_an_aim_that_is_given_replaces_one_in_a_file(tmp_path: Path) -> None:
+    file = toml(tmp_path / "c.toml", 'ratio = 0.3\nratio-of = "macs"\n')
+    faster = load_config(file, model="net", speedup=1.5).prune
+    assert (faster.speedup, faster.ratio_of) == (1.5, "latency")
+    assert faster.ratio == pytest.approx(1 / 3)
+    smaller = load_config(file, model="net", ratio=0.5).prune
+    assert (smaller.ratio, smaller.ratio_of) == (0.5, "macs")
+    file = toml(tmp_path / "d.toml", 'max-latency = "4ms"\n')
+    assert load_config(file, model="net", ratio=0.5).prune.max_latency is None
+    both = toml(tmp_path / "e.toml", "ratio = 0.5\nspeedup = 1.5\n")
+    with pytest.raises(UsageError, match="one aim"):
+        load_config(both, model="net")

@@ -353,8 +353,8 @@ def load_config(file: Path | None = None, **settings: Any) -> Config:
     merged: dict[str, Any] = {}
     for path in (os.environ.get(CONFIG_VARIABLE), file):
         if path:
-            merged |= flat(read_toml(Path(path)))
-    merged |= {name: value for name, value in settings.items() if value is not None}
+            merged = _over(merged, flat(read_toml(Path(path))))
+    merged = _over(merged, {name: value for name, value in settings.items() if value is not None})
     homes = {name: section for section, kind in sections().items() for name in kind.model_fields}
     nested: dict[str, Any] = {section: {} for section in sections()}
     for name, value in merged.items():
@@ -368,6 +368,14 @@ def load_config(file: Path | None = None, **settings: Any) -> Config:
         where = f" in {file} and the flags" if file is not None else ""
         lines = dict.fromkeys(_problem(problem) for problem in err.errors())
         raise UsageError(f"bad settings{where}:\n  " + "\n  ".join(lines)) from err
+
+
+def _over(under: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings under those that win; an aim replaces another one, whatever it is called."""
+    replaced: set[str] = set(AIMS) if given.keys() & set(AIMS) else set()
+    if given.keys() & {"speedup", "max_latency"}:
+        replaced.add("ratio_of")
+    return {name: value for name, value in under.items() if name not in replaced} | given
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,24 @@ def graph_nodes(path: Path) -> list[GraphNode]:
     return [GraphNode(n.name, n.op_type, tuple(n.input), tuple(n.output)) for n in graph.node]
 
 
+def graph_shapes(path: Path, batch: int) -> dict[str, tuple[int, ...]]:
+    """Tensor -> its shape at a batch, for those that shape inference finds whole."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    for value in (*model.graph.value_info, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")  # of any batch
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found = {each.name: tuple(each.dims) for each in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if all(sizes):
+            found[value.name] = tuple(sizes)
+    return found
+
+
 def describe_onnx(path: Path) -> OnnxArtifact:
     """Read what a self-contained ONNX file holds.
 

@@ -39,6 +39,8 @@ class KitGraph(Value):
     sha256: str
     widths: dict[str, int]
     nodes: tuple[GraphNode, ...]
+    shapes: dict[str, tuple[int, ...]]
+    """Tensor -> its shape at the kit's batch, where it is known."""
 
 
 class ProfileKit(Value):

@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,8 @@ class Graph(NamedTuple):
 
     path: Path
     nodes: Sequence[GraphNode]
+    shapes: Mapping[str, Sequence[int]]
+    """Tensor -> its shape at the batch that is timed, where it is known."""
 
 
 class NodeTime(NamedTuple):
@@ -102,7 +104,7 @@ def time_in_onnxruntime(
             pairs.append(pair)
         given = {pairs[0][0].get_inputs()[0].name: images}
         calls = [[partial(session.run, None, given) for session in pair] for pair in pairs]
-        took = _in_turn(calls, runs)
+        took = time_in_turn(calls, runs)
         events = [json.loads(Path(p.end_profiling()).read_text()) for _, p in pairs]
     nodes = [_of_events(found) for found in events]
     return [
@@ -131,20 +133,14 @@ def time_in_openvino(
             )
         )
         profiled.append((counting, counted))
-    took = _in_turn(calls, runs)
+    took = time_in_turn(calls, runs)
     return [
         GraphTimes(_of_compiled(compiled.get_runtime_model(), counted, graph.nodes), ms)
         for graph, (compiled, counted), ms in zip(graphs, profiled, took)
     ]
 
 
-TIMERS: dict[str, Callable[..., list[GraphTimes]]] = {
-    "onnxruntime": time_in_onnxruntime, "openvino": time_in_openvino,
-}  # fmt: skip
-"""Runtime -> what times its nodes."""
-
-
-def _in_turn(calls: Sequence[Sequence[Callable[[], Any]]], runs: int) -> list[float]:
+def time_in_turn(calls: Sequence[Sequence[Callable[[], Any]]], runs: int) -> list[float]:
     """Plain and profiled calls of each graph, alternating; milliseconds of the plain ones."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(WARM + runs):
@@ -153,7 +149,7 @@ def _in_turn(calls: Sequence[Sequence[Callable[[], Any]]], runs: int) -> list[fl
             plain()
             took.append(1e3 * (time.perf_counter() - begun))
             profiled()
-    return [_typical(took[WARM:]) for took in times]
+    return [typical(took[WARM:]) for took in times]
 
 
 def _of_events(events: list[dict[str, Any]]) -> list[NodeTime]:
@@ -167,7 +163,7 @@ def _of_events(events: list[dict[str, Any]]) -> list[NodeTime]:
             last[name] = event["args"]
     return [
         NodeTime(
-            name, str(args["op_name"]), _typical(times[name][WARM:] or times[name]),
+            name, str(args["op_name"]), typical(times[name][WARM:] or times[name]),
             _shapes(args["input_type_shape"]), _shapes(args["output_type_shape"]),
         )
         for name, args in last.items()
@@ -202,7 +198,7 @@ def _named(nodes: Sequence[NodeTime], graph: Sequence[GraphNode]) -> list[NodeTi
         else:
             name = f"{before}>{node.op}"
         found.append(node._replace(name=name))
-    return _once(found)
+    return once(found)
 
 
 def _infer_and_count(request: Any, images: Floats, into: dict[str, list[float]]) -> None:
@@ -232,15 +228,15 @@ def _of_compiled(
         before, name = (name, name) if name is not None else (before, f"{before}>{op}")
         found.append(
             NodeTime(
-                name, op, _typical(list(times)[WARM:]),
+                name, op, typical(list(times)[WARM:]),
                 tuple(tuple(i.get_partial_shape().to_shape()) for i in node.inputs()),
                 tuple(tuple(o.get_partial_shape().to_shape()) for o in node.outputs()),
             )
         )  # fmt: skip
-    return _once(found)
+    return once(found)
 
 
-def _once(nodes: Sequence[NodeTime]) -> list[NodeTime]:
+def once(nodes: Sequence[NodeTime]) -> list[NodeTime]:
     """A name that comes again is numbered."""
     seen: dict[str, int] = defaultdict(int)
     found = []
@@ -251,6 +247,7 @@ def _once(nodes: Sequence[NodeTime]) -> list[NodeTime]:
     return found
 
 
-def _typical(times: list[float]) -> float:
+def typical(times: list[float]) -> float:
+    """Mean of the quicker half."""
     quicker = sorted(times)[: (len(times) + 1) // 2]
     return sum(quicker) / len(quicker)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,29 @@ import numpy as np
 
 from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.runtime.bundle import read_verified
-from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.runtime.node_times import TIMERS, Graph, GraphNode
+from cswap_deploy.runtime.host import compute_capability, usable_cores
+from cswap_deploy.runtime.node_times import (
+    Graph,
+    GraphNode,
+    GraphTimes,
+    time_in_onnxruntime,
+    time_in_openvino,
+)
 from cswap_deploy.runtime.onnx_session import import_onnxruntime
 from cswap_deploy.runtime.openvino_cpu import import_openvino
+from cswap_deploy.runtime.tensorrt_session import MODULES, import_tensorrt
+from cswap_deploy.runtime.tensorrt_times import time_in_tensorrt
 
 KIT = "kit.json"
+TIMERS: dict[str, Callable[..., list[GraphTimes]]] = {
+    "onnxruntime": time_in_onnxruntime, "openvino": time_in_openvino,
+    **{target: partial(time_in_tensorrt, target=target) for target in MODULES},
+}  # fmt: skip
+"""Runtime -> what times its nodes."""
+_PACKAGES: dict[str, Callable[[], Any]] = {
+    "onnxruntime": import_onnxruntime, "openvino": import_openvino,
+    **{target: partial(import_tensorrt, *names) for target, names in MODULES.items()},
+}  # fmt: skip
 _RUNS = 100
 _MOST_BYTES = 64 << 20
 """Of ``kit.json``."""
@@ -28,7 +47,8 @@ def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]
 
     Args:
         folder: What ``cswap-deploy profile-kit`` left.
-        target: ``onnxruntime`` or ``openvino``, on the CPU.
+        target: ``onnxruntime`` or ``openvino`` on the CPU, ``tensorrt`` or ``tensorrt-rtx`` on the
+            GPU.
         threads: Of the runtime; the process's cores unless given.
 
     Returns:
@@ -43,24 +63,30 @@ def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]
         raise UsageError(
             f"nodes cannot be timed in {target}", fix=f"--target {' or --target '.join(TIMERS)}"
         )
-    package = import_onnxruntime() if target == "onnxruntime" else import_openvino()
+    package = _PACKAGES[target]()
     kit = _read(folder)
     try:
         graphs = [
-            Graph(_inside(folder, each), [GraphNode(*node) for node in each["nodes"]])
+            Graph(
+                _inside(folder, each), [GraphNode(*node) for node in each["nodes"]],
+                {str(k): [int(n) for n in v] for k, v in each["shapes"].items()},
+            )
             for each in kit["graphs"]
-        ]
+        ]  # fmt: skip
         widths = [dict(each["widths"]) for each in kit["graphs"]]
         shape = (int(kit["batch"]), *map(int, kit["input_size"]))
         model = str(kit["model"])
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise _damaged(folder, f"{type(err).__name__}: {err}") from err
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     times = TIMERS[target](graphs, images, threads=threads, runs=_RUNS)
+    device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if target in MODULES:
+        device += f", GPU of compute capability {compute_capability()}"
     return {
         "schema_version": 1, "model": model,
         "runtime": f"{target} {package.__version__}",
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device": device,
         "threads": threads or usable_cores(), "batch": shape[0],
         "graphs": [
             {"widths": left, "nodes": [list(node) for node in found.nodes], "ms": found.ms}

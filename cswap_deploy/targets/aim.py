@@ -13,7 +13,7 @@ from torch import nn
 
 from cswap_deploy.config import Config
 from cswap_deploy.errors import ArtifactError, UsageError
-from cswap_deploy.export.onnx import export_onnx, graph_nodes
+from cswap_deploy.export.onnx import export_onnx, graph_nodes, graph_shapes
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.latency import measure_latency
@@ -25,10 +25,11 @@ from cswap_deploy.records.latency import KitGraph, LatencyTable, ProfileKit, Tim
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.records.store import Store, stage_key
 from cswap_deploy.records.value import read_value, sha256_file
-from cswap_deploy.runtime.host import usable_cores
-from cswap_deploy.runtime.node_times import TIMERS, Graph
-from cswap_deploy.runtime.profiling import KIT
+from cswap_deploy.runtime.host import cuda_problem, usable_cores
+from cswap_deploy.runtime.node_times import Graph
+from cswap_deploy.runtime.profiling import KIT, TIMERS
 from cswap_deploy.runtime.session import Floats, Session
+from cswap_deploy.runtime.tensorrt_session import MODULES
 from cswap_deploy.targets import BuildRequest, build_and_load, get_target
 
 _RUNS = 100
@@ -95,7 +96,8 @@ class TargetAim:
         with tempfile.TemporaryDirectory() as folder:
             made = (make for _, make in variants)
             paths = [self._export(m(), Path(folder, f"{k}.onnx")).path for k, m in enumerate(made)]
-            graphs = [Graph(path, graph_nodes(path)) for path in paths]
+            batch = len(self.images)
+            graphs = [Graph(p, graph_nodes(p), graph_shapes(p, batch)) for p in paths]
             threads = self.config.measure.threads
             times = TIMERS[self.name](graphs, self.images, threads=threads, runs=_RUNS)
         device, versions = describe_device(), get_target(self.name).fingerprint()
@@ -182,12 +184,13 @@ def aim_at(
             )
         return TableAim(file, table)
     name = config.engine.target[0]
-    if name not in TIMERS:
+    if name not in TIMERS or (name in MODULES and cuda_problem()):
         raise UsageError(
             f"a latency cannot be aimed at on {name} from here: what its layers take is not known",
             fix=f"time a kit where it runs: `cswap-deploy profile-kit {spec.name} -o kit`, there "
-            "`cswap-run --profile kit -o device.json`, and here --latency-table device.json; or "
-            f"put a target first that runs here: --target onnxruntime --target {name}",
+            f"`cswap-run --profile kit --target {name} -o device.json`, and here --latency-table "
+            f"device.json; or put a target first that runs here: --target onnxruntime --target "
+            f"{name}",
         )
     return TargetAim(name, config, spec, images(config.timed_batch), store, network)
 
@@ -219,6 +222,7 @@ def write_kit(network: Prepared, spec: ModelSpec, config: Config, output: Path) 
                 KitGraph(
                     file=graph.path.name, sha256=graph.sha256, widths=widths,
                     nodes=tuple(graph_nodes(graph.path)),
+                    shapes=graph_shapes(graph.path, config.timed_batch),
                 )
             )  # fmt: skip
         kit = ProfileKit(

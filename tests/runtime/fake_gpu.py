@@ -19,13 +19,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import json
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from fake_builder import BEHAVIOUR, Dims, pack, unpack
+from fake_builder import BEHAVIOUR, Dims, Script, pack, unpack
 from strict_bindings import strict_module
 
 INVALID = "invalid device context"
@@ -364,6 +365,24 @@ def _structure(onnx: bytes) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
+def layers_of(onnx: bytes) -> dict[str, str]:
+    """Layer of a fake engine -> its metadata: all behind the last convolution is one region, and a
+    convolution has what follows it."""
+    import onnx as package
+
+    nodes = package.load_model_from_string(onnx).graph.node
+    last = max((at for at, node in enumerate(nodes) if node.op_type == "Conv"), default=-1)
+    fused: list[list[str]] = []
+    for node in nodes[: last + 1]:
+        if node.op_type == "Conv" or not fused:
+            fused.append([])
+        fused[-1].append(node.name)
+    found = {" + ".join(n): "\x1e".join(f"[ONNX Layer: {each}]" for each in n) for n in fused}
+    if rest := nodes[last + 1 :]:
+        found[f"{{ForeignNode[{rest[0].name}...{rest[-1].name}]}}"] = ""
+    return {"Reformatting CopyNode for Input Tensor 0 to x": "", **found}
+
+
 def _io(onnx: bytes) -> list[tuple[str, list[int]]]:
     import onnx as package
 
@@ -382,7 +401,7 @@ def fake_tensorrt(gpu: Gpu, package: str) -> Any:
         package: For example ``tensorrt 10.3.0``.
     """
     made = strict_module(package, BEHAVIOUR | RUNTIME)
-    made.gpu = gpu
+    made.gpu, made.script = gpu, Script()
     return made
 
 
@@ -420,6 +439,7 @@ class Runtime:
             self._say("Error Code 6: API Usage Error (The engine plan file is generated on an "
                       "incompatible device)")  # fmt: skip
             return None
+        header.setdefault("io", _io(onnx))
         return self._trt.ICudaEngine(header, onnx, self._log)
 
     def get_engine_validity(self, plan: bytes) -> tuple[Any, int]:
@@ -468,6 +488,9 @@ class ICudaEngine:
     def create_runtime_config(self) -> Any:
         return self._trt.IRuntimeConfig()
 
+    def create_engine_inspector(self) -> Any:
+        return self._trt.EngineInspector(self)
+
     def create_execution_context(self, config: Any = None) -> Any:
         gpu = self._trt.gpu
         if config is not None:
@@ -480,8 +503,21 @@ class ICudaEngine:
         return self._trt.IExecutionContext(self)
 
 
+class EngineInspector:
+    _trt: Any
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def get_engine_information(self, format: Any) -> str:
+        assert format is self._trt.LayerInformationFormat.JSON
+        layers = layers_of(self._engine._onnx).items()
+        return json.dumps({"Layers": [{"Name": n, "Metadata": m} for n, m in layers]})
+
+
 class IExecutionContext:
     _trt: Any
+    profiler: Any
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -532,6 +568,8 @@ class IExecutionContext:
                 room = gpu.allocated[self._addresses[target]].view(np.float32)
                 room[: logits.size] = logits.reshape(-1)
             gpu.clock += 2.0
+            for at, layer in enumerate(layers_of(self._engine._onnx)) if self.profiler else ():
+                self.profiler.report_layer_time(layer, 0.125 * at)
 
         gpu.streams[stream_handle]._put(work)
         return True
@@ -585,7 +623,8 @@ RUNTIME: dict[str, type] = {
     **{
         kind.__name__: kind
         for kind in (
-            ICudaEngine, IExecutionContext, IRuntimeConfig, OnnxParserRefitter, Refitter, Runtime
+            EngineInspector, ICudaEngine, IExecutionContext, IRuntimeConfig, OnnxParserRefitter,
+            Refitter, Runtime,
         )
     },
 }  # fmt: skip

@@ -183,7 +183,7 @@ def test_a_damaged_kit_is_refused(kit: Path, tmp_path: Path, capsys: Any) -> Non
     assert cswap_run(line) == 6
     assert "profile-kit" in capsys.readouterr().err
     assert cswap_run([str(kit), "--profile"]) == 2
-    assert cswap_run([*line, "--target", "tensorrt"]) == 2
+    assert cswap_run([*line, "--target", "paper"]) == 2
     assert not (tmp_path / "x.json").exists()
 
 

@@ -24,7 +24,7 @@ from cswap_deploy.targets.tensorrt_flavours import COMPAT, FLAVOURS
 SOURCES = Path(cswap_deploy.__file__).parent
 USERS = (
     "targets/tensorrt_flavours.py", "targets/tensorrt_builder.py", "targets/build_monitor.py",
-    "runtime/tensorrt_session.py",
+    "runtime/tensorrt_session.py", "runtime/tensorrt_times.py",
 )  # fmt: skip
 """Files that use the bindings."""
 
