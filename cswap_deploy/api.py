@@ -218,18 +218,33 @@ def load(path: str | os.PathLike[str]) -> Bundle:
 
 
 def check(
-    bundle: Bundle | str | os.PathLike[str], budgets: str | os.PathLike[str]
-) -> tuple[BudgetResult, ...]:
-    """Hold a bundle's measurements against the limits of ``budgets.toml``.
+    bundle: Bundle | str | os.PathLike[str], budgets: str | os.PathLike[str], *,
+    recorded: bool = False, threads: int | None = None, at_most: float = 60.0,
+    progress: Progress | None = None,
+) -> tuple[BudgetResult, ...]:  # fmt: skip
+    """Measure a bundle on this machine and hold it against the limits of ``budgets.toml``.
 
     The command ``cswap-deploy check`` exits with 3 where one of the results is not ``ok``.
 
+    Args:
+        bundle: A finished one.
+        budgets: The limits.
+        recorded: Judge what the build measured, and measure nothing.
+        threads: Of CPU runtimes; as in the build unless given.
+        at_most: Seconds of timing for each limit that needs it.
+        progress: Told of what takes time.
+
     Raises:
-        UsageError: The budgets cannot be read.
-        ArtifactError: The bundle is damaged.
+        UsageError: The budgets cannot be read, or their baseline is not there.
+        ArtifactError: The bundle is damaged, or does not fit this device.
     """
     from cswap_deploy.gate.budgets import check_budgets, read_budgets
+    from cswap_deploy.gate.fresh import FreshOptions, check_here
 
     limits = read_budgets(Path(budgets))
     opened = bundle if isinstance(bundle, Bundle) else load(bundle)
-    return check_budgets(opened.manifest, limits)
+    if recorded:
+        return check_budgets(opened.manifest, limits)
+    options = FreshOptions(threads=threads, at_most=at_most)
+    near = Path(budgets).resolve().parent
+    return check_here(opened.path, limits, near=near, options=options, progress=progress)

@@ -18,6 +18,7 @@ from cswap_deploy.config import Config, load_config
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.bundle import (
     BUILD,
+    DENSE,
     MANIFEST,
     MODEL,
     PLAN,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cswap_deploy.export.stage import Graphs
     from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.models.load import LoadedModel
+    from cswap_deploy.report.classes import Evidence
     from cswap_deploy.run import Run, State
     from cswap_deploy.stages import PrunedFiles
 
@@ -139,7 +141,7 @@ def build(
     with atomic_folder(output) as folder:
         _assemble(run, folder, pruned, graphs, engines)
         if manifest is not None:
-            manifest = _close(folder, manifest, pruned.plan, config.measure.budget, results)
+            manifest = _close(run, folder, manifest, pruned.plan, results)
     return Built(output, pruned.plan, manifest, run.stages, results)
 
 
@@ -324,6 +326,8 @@ def _assemble(
     (folder / BUILD).write_text(record.model_dump_json(indent=1))
     if graphs is not None:
         shutil.copyfile(graphs.folder / MODEL, folder / MODEL)
+        if run.config.export.with_dense:
+            shutil.copyfile(graphs.dense.path, folder / DENSE)
     for target, made in engines.items():
         engine = read_value(made / "result.json", TargetResult).engine
         if (made / engine.path).is_file():  # else the graph is the engine
@@ -331,14 +335,34 @@ def _assemble(
             place.mkdir(parents=True)
             for name in (engine.path.name, *engine.extra_files):
                 shutil.copyfile(made / name, place / name)
+    _gather_predictions(run, folder)
+
+
+def _evidence(run: Run, folder: Path) -> Evidence | None:
+    """What was predicted, for the report; with the images where they may be shown."""
+    from cswap_deploy.measure.accuracy import PREDICTIONS, read_predictions
+    from cswap_deploy.report.classes import Evidence
+
+    if not (folder / PREDICTIONS).is_file():
+        return None
+    images = None if run.config.measure.no_images else run.samples.validation.images
+    return Evidence(*read_predictions(folder / PREDICTIONS), images)
+
+
+def _gather_predictions(run: Run, folder: Path) -> None:
+    """What every network predicted of the validation images, in one file."""
+    from cswap_deploy.measure.accuracy import PREDICTIONS, read_predictions, write_predictions
+
+    networks: dict[str, Any] = {}
+    for name, made in run.made.items():
+        if name.partition("/")[0] in ("score", "validate") and (made / PREDICTIONS).is_file():
+            networks |= read_predictions(made / PREDICTIONS)[0]
+    if networks:
+        write_predictions(folder / PREDICTIONS, networks, run.samples.validation.labels)
 
 
 def _close(
-    folder: Path,
-    manifest: Manifest,
-    plan: PrunePlan,
-    budget: Path | None,
-    budget_results: tuple[BudgetResult, ...],
+    run: Run, folder: Path, manifest: Manifest, plan: PrunePlan, checked: tuple[BudgetResult, ...]
 ) -> Manifest:
     """Name every engine's file, add budgets and reports, and close with the manifest."""
     from cswap_deploy.report.pages import render_html, render_markdown
@@ -351,10 +375,11 @@ def _close(
             result.model_copy(update={"engine": result.engine.model_copy(update={"path": path})})
         )
     manifest = manifest.model_copy(update={"targets": tuple(results)})
-    if budget is not None:
+    if (budget := run.config.measure.budget) is not None:
         shutil.copyfile(budget, folder / "budgets.toml")
+    told: dict[str, Any] = {"results": checked, "evidence": _evidence(run, folder)}
     for name, render in (("report.md", render_markdown), ("report.html", render_html)):
-        (folder / name).write_text(render(manifest, plan, results=budget_results))
+        (folder / name).write_text(render(manifest, plan, **told))
     manifest = manifest.model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     return manifest

@@ -22,7 +22,7 @@ from cswap_deploy.records.value import sha256_text
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 12, "export": 6, "precision": 6, "engine": 6, "score": 5, "validate": 7,
+    "prune": 12, "export": 6, "precision": 6, "engine": 6, "score": 6, "validate": 8,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -40,6 +40,8 @@ class Run:
     """Stage -> whether it ran or was found."""
     keys: dict[str, str] = field(default_factory=dict)
     """Stage -> its key in the store."""
+    made: dict[str, Path] = field(default_factory=dict)
+    """Stage -> its folder there."""
     fallbacks: list[str] = field(default_factory=list)
     dense_checks: tuple[DenseCheck, ...] = ()
     """See :mod:`cswap_deploy.measure.chance`."""
@@ -70,7 +72,8 @@ class Run:
     def evaluation(self) -> Evaluation:
         """Evaluates networks on the validation images."""
         preprocessing = self.loaded.spec.preprocessing
-        return Evaluation(self.samples.validation, preprocessing, self.progress)
+        kind = self.loaded.spec.output_kind
+        return Evaluation(self.samples.validation, preprocessing, self.progress, kind)
 
     @property
     def calibration_key(self) -> dict[str, Any]:
@@ -119,6 +122,7 @@ class Run:
                 make(out)
             found = self.store.find(key)
             assert found is not None
+        self.made[name] = found
         return found
 
     def done(self, name: str, told: str) -> None:

@@ -324,7 +324,8 @@ def validate(run: Run, target: str, built: Path, before: Measured) -> TargetResu
     run.progress.stage("validate", target)
 
     def make(out: Path) -> None:
-        result = _measure(run, read_value(built / "result.json", TargetResult), built, before)
+        engine = read_value(built / "result.json", TargetResult)
+        result = _measure(run, engine, built, before, out)
         (out / "result.json").write_text(result.canonical_json())
 
     folder = run.stage(
@@ -363,7 +364,9 @@ def _least_speedup(run: Run, plan: PrunePlan, target: str) -> float:
     return (1 - NEAR) / (1 - plan.ratio_requested)
 
 
-def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> TargetResult:
+def _measure(
+    run: Run, result: TargetResult, built: Path, before: Measured, out: Path
+) -> TargetResult:
     config, graphs, loaded = run.config, before.graphs, run.loaded
     reference = scoring.reference_of(
         before.scores, loaded.module, loaded.spec, graphs.model.outputs, batch=BATCH
@@ -371,7 +374,7 @@ def _measure(run: Run, result: TargetResult, built: Path, before: Measured) -> T
     test = EngineTest(
         before.pruned.module, reference,
         run.images(images_needed(config)), run.evaluation, config, loaded.spec.output_kind,
-        _least_speedup(run, before.pruned.plan, result.engine.target),
+        _least_speedup(run, before.pruned.plan, result.engine.target), out,
     )  # fmt: skip
     if not result.engine.runnable:
         if config.export.precision == "fp32":

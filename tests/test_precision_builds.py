@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cswap_deploy.errors import GateError
-from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.measure.accuracy import Predicted, accuracy_change
 from cswap_deploy.measure.engine import require_precision
 from cswap_deploy.measure.evaluate import EVALUATION_BATCH
 from cswap_deploy.records.bundle import verify_bundle
@@ -118,7 +118,8 @@ def test_one_image_never_fails_the_gate_and_two_may() -> None:
     wrong[0] = 1
 
     def ask(precision: str, limit: float) -> None:
-        change = accuracy_change(right, wrong, labels)
+        sure = np.ones(len(labels), dtype=np.float32)
+        change = accuracy_change(Predicted(right, sure), Predicted(wrong, sure), labels)
         require_precision(change, "t", precision=precision, limit=limit, measured_on="it")
 
     ask("fp16", 0.001)

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cswap_deploy.cli import gates
+from cswap_deploy.cli.shared import Json, Quiet, console_of, numbers
+
 if TYPE_CHECKING:
     from cswap_deploy.cli.output import Console
     from cswap_deploy.config import Config
-    from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.pipeline import Stage
 
 app = typer.Typer()
 """The commands without settings; :func:`command_line` puts the stages before them."""
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 ConfigFile = Annotated[
     Path | None, typer.Option(metavar="FILE.toml", help="The same names, and more; flags win.")
 ]
@@ -54,7 +54,8 @@ def command_line(asked: str | None = None) -> typer.Typer:
             without = AIMS if name in _WITHOUT_AIM else ()
             command = with_settings(stage, sections, argument=argument, but=without)
         whole.command(name, help=told)(command)
-    whole.registered_commands += app.registered_commands
+    whole.registered_commands += gates.app.registered_commands + app.registered_commands
+    whole.registered_groups += gates.app.registered_groups
     whole.registered_callback = app.registered_callback
     return whole
 
@@ -78,7 +79,7 @@ def _build_command(until: Stage) -> Callable[..., None]:
         from cswap_deploy.config import load_config
 
         wanted = load_config(config, **settings)
-        console = _console(as_json=as_json, quiet=quiet)
+        console = console_of(as_json=as_json, quiet=quiet)
         if dry_run:
             _dry_run(wanted, console)
         else:
@@ -93,7 +94,7 @@ def _continue_command(until: Stage) -> Callable[..., None]:
     def command(
         folder: Folder, as_json: Json = False, quiet: Quiet = False, **settings: Any
     ) -> None:
-        _build(_going_on(folder, settings), until, folder, _console(as_json=as_json, quiet=quiet))
+        _build(_going_on(folder, settings), until, folder, console_of(as_json=as_json, quiet=quiet))
 
     return command
 
@@ -109,7 +110,7 @@ def _engine_command() -> Callable[..., None]:
         quiet: Quiet = False,
         **settings: Any,
     ) -> None:  # fmt: skip
-        console = _console(as_json=as_json, quiet=quiet)
+        console = console_of(as_json=as_json, quiet=quiet)
         if check_ops:
             from cswap_deploy.targets import check_operators
 
@@ -147,11 +148,11 @@ def _sweep_command() -> Callable[..., None]:
         from cswap_deploy.config import load_config
         from cswap_deploy.sweep import sweep
 
-        console = _console(as_json=as_json, quiet=quiet)
+        console = console_of(as_json=as_json, quiet=quiet)
         with console.progress() as progress:
             path, found = sweep(
-                load_config(config, **settings), speedups=_numbers(speedups),
-                ratios=_numbers(ratios), picked_by=pick, progress=progress,
+                load_config(config, **settings), speedups=numbers(speedups),
+                ratios=numbers(ratios), picked_by=pick, progress=progress,
                 against=[name for each in against or () for name in each.split(",")],
             )  # fmt: skip
         console.sweep(path, found)
@@ -165,21 +166,12 @@ def _kit_command() -> Callable[..., None]:
         from cswap_deploy.pipeline import profile_kit
 
         wanted = load_config(**(settings | {"ratio_of": "latency"}))
-        console = _console(as_json=as_json, quiet=quiet)
+        console = console_of(as_json=as_json, quiet=quiet)
         with console.progress() as progress:
             told = profile_kit(wanted, output=wanted.folder("kit"), progress=progress)
         console.result(told)
 
     return command
-
-
-def _numbers(text: str | None) -> list[float]:
-    from cswap_deploy.errors import UsageError
-
-    try:
-        return [float(part) for part in (text or "").split(",") if part.strip()]
-    except ValueError as err:
-        raise UsageError(f"{text!r}: numbers with commas between them are wanted") from err
 
 
 _LATER = ("data", "export", "engine", "measure", "run")
@@ -214,25 +206,6 @@ _WITHOUT_AIM = "sweep", "profile-kit"
 
 
 @app.command()
-def check(
-    bundle: Annotated[Path, typer.Argument(help="A finished bundle.")],
-    budget: Annotated[Path, typer.Option("--budget", metavar="FILE.toml", help="The limits.")],
-    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Results for CI.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Hold a bundle's measurements against budgets; exit 3 when one fails."""
-    from cswap_deploy.api import check as checked
-    from cswap_deploy.gate.junit import to_junit
-    from cswap_deploy.records.files import write_atomic
-
-    results = checked(bundle, budget)
-    if junit is not None:
-        write_atomic(junit, to_junit(results, suite=str(bundle)).encode())
-    _conclude(results, _console(as_json=as_json, quiet=quiet), extra={"bundle": str(bundle)})
-
-
-@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_ONNX_OR_MODEL")],
     groups: Annotated[
@@ -247,7 +220,7 @@ def inspect(
     from cswap_deploy.export.onnx import describe_onnx
     from cswap_deploy.records.bundle import describe, verify_bundle
 
-    console = _console(as_json=as_json)
+    console = console_of(as_json=as_json)
     if groups:
         from cswap_deploy.api import groups_of
 
@@ -273,7 +246,7 @@ def explain(
     from cswap_deploy.report.explain import read_explained
 
     plan, manifest = read_explained(bundle)
-    _console(as_json=as_json).explanation(explained(plan, manifest, group=group, top=top))
+    console_of(as_json=as_json).explanation(explained(plan, manifest, group=group, top=top))
 
 
 @app.command()
@@ -294,7 +267,7 @@ def models(
         raise UsageError(
             f"no timm model matches {pattern!r}", fix="try a wider pattern: '*resnet*'"
         )
-    _console(as_json=as_json).table("models", found)
+    console_of(as_json=as_json).table("models", found)
 
 
 @app.command()
@@ -304,7 +277,7 @@ def doctor(as_json: Json = False) -> None:
 
     from cswap_deploy.cli.doctor import examine
 
-    console = _console(as_json=as_json)
+    console = console_of(as_json=as_json)
     with console.waiting("looking around"):
         findings = [asdict(finding) for finding in examine()]
     console.findings(findings)
@@ -342,25 +315,9 @@ def _build(settings: Config, until: Stage, source: Path | None, console: Console
         built = build(settings, until=until, source=source, progress=progress)
     console.bundle(built.plain())
     if built.results:
-        _conclude(built.results, console, extra=None)
+        from cswap_deploy.cli.gates import conclude
 
-
-def _conclude(
-    results: tuple[BudgetResult, ...], console: Console, *, extra: dict[str, Any] | None
-) -> None:
-    """Show how the budgets did; exit 3 where one failed."""
-    from cswap_deploy.errors import GateError
-    from cswap_deploy.gate.budgets import require
-    from cswap_deploy.gate.junit import github_annotations
-
-    for line in github_annotations(results):
-        typer.echo(line, err=True)
-    console.budgets(results, extra)
-    try:
-        require(results)
-    except GateError as err:
-        typer.echo(f"error: {err}", err=True)
-        raise typer.Exit(err.exit_code) from err
+        conclude(built.results, console, extra=None)
 
 
 def _dry_run(settings: Config, console: Console) -> None:
@@ -369,9 +326,3 @@ def _dry_run(settings: Config, console: Console) -> None:
     with console.progress() as progress:
         told = forecast(settings, progress=progress)
     console.result(told)
-
-
-def _console(*, as_json: bool, quiet: bool = False) -> Console:
-    from cswap_deploy.cli.output import Console
-
-    return Console(as_json=as_json, quiet=quiet)

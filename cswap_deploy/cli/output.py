@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
@@ -30,11 +31,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cswap_deploy.gate.budgets import BudgetResult
+    from cswap_deploy.gate.history import Trend
     from cswap_deploy.progress import Progress as Told
+    from cswap_deploy.records.comparison import Bench, Comparison, SelfTest
     from cswap_deploy.records.sweep import Sweep
     from cswap_deploy.report.explain import Explanation
 
 _WIDE = 200
+_VERDICTS = {"better": "green", "same": "green", "worse": "red", "inconclusive": "yellow"}
 _COLOURS = {"ok": "green", "warn": "yellow", "missing": "dim", "broken": "red"}
 
 
@@ -111,12 +115,14 @@ class Console:
         """Budgets; ``extra`` is None where a result was printed already."""
         if self.as_json:
             if extra is not None:
-                fields = ("name", "measured", "limit", "ok")
+                fields = ("name", "measured", "low", "high", "limit", "ok", "inconclusive", "text")
                 rows = [{field: getattr(v, field) for field in fields} for v in results]
                 print(json.dumps(extra | {"ok": all(v.ok for v in results), "budgets": rows}))
             return
         for v in results:
             mark = "[green]ok  [/]" if v.ok else "[red]FAIL[/]"
+            if v.ok and v.inconclusive:
+                mark = "[yellow]?   [/]"
             self.err.print(f"{mark} {escape(v.name)}: {escape(v.text)}")
 
     def bundle(self, told: dict[str, Any]) -> None:
@@ -163,6 +169,56 @@ class Console:
             self.err.print(line)
         self._line("[bold]page[/]", f"{path}/sweep.html")
         print(path)
+
+    def comparison(self, found: Comparison) -> None:
+        """Two engines: the verdict on stdout, what it rests on on stderr."""
+        if self.as_json:
+            print(json.dumps(found.model_dump(mode="json") | {"verdict": found.verdict}))
+            return
+        for part in found.parts:
+            colour = _VERDICTS[part.verdict]
+            self.err.print(
+                f"[{colour}]{part.verdict:12}[/] {part.what}: {escape(part.text)}", soft_wrap=True
+            )
+        print(found.verdict)
+
+    def self_test(self, found: SelfTest) -> None:
+        """What a machine tells apart."""
+        if self.as_json:
+            print(found.model_dump_json())
+            return
+        ratio = found.ratio
+        self.result(
+            {
+                "with itself": f"{ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f})",
+                "noise of a loading": f"{100 * found.spread:.2f} %",
+                "smallest effect that is told": f"{100 * found.smallest:.2f} %",
+                "calls": ratio.calls,
+                "seconds": ratio.seconds,
+            }
+        )
+
+    def bench(self, found: Bench) -> None:
+        """Engines timed in one loop."""
+        if self.as_json:
+            print(found.model_dump_json())
+            return
+        from cswap_deploy.report.bench import described
+        from cswap_deploy.report.terminal import draw
+
+        for line in draw(described(found), self.out.width):
+            self.out.print(line)
+
+    def trends(self, found: list[Trend]) -> None:
+        """Series of a history."""
+        if self.as_json:
+            print(json.dumps({"trends": [asdict(trend) for trend in found]}))
+            return
+        from cswap_deploy.report.terminal import draw
+        from cswap_deploy.report.trends import described
+
+        for line in draw(described(found), self.out.width):
+            self.out.print(line)
 
     def explanation(self, told: Explanation) -> None:
         """What a plan says about its units, for ``explain``."""

@@ -1,19 +1,69 @@
-"""Top-1 accuracy, and its change from the dense to the pruned network."""
+"""Top-1 accuracy, its change from the dense to the pruned network, and by class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cswap_deploy.errors import ArtifactError
 from cswap_deploy.measure.parity import Run, check_finite
-from cswap_deploy.measure.statistics import paired_difference_interval, wilson_interval
+from cswap_deploy.measure.statistics import mcnemar, paired_difference_interval, wilson_interval
 from cswap_deploy.records.measurements import Accuracy, AccuracyChange
+from cswap_deploy.runtime.probabilities import OutputKind, to_probabilities
 from cswap_deploy.runtime.session import Floats
 
 Classes = npt.NDArray[np.integer[Any]]
+PREDICTIONS = "predictions.npz"
+"""Of a bundle: labels, and of each network the classes and how sure it was of them."""
+_BINS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a network says of N images."""
+
+    classes: Classes
+    """(N,) the likeliest."""
+    confidence: Floats
+    """(N,) its probability."""
+
+
+def predicted(outputs: Floats, kind: OutputKind) -> Predicted:
+    """(N, classes) outputs of a network as predictions."""
+    probabilities = to_probabilities(outputs, kind)
+    return Predicted(outputs.argmax(1), probabilities.max(1).astype(np.float32))
+
+
+def write_predictions(
+    path: Path, networks: Mapping[str, Predicted], labels: Classes | None = None
+) -> None:
+    """Save predictions of the same N images, compressed; with the labels where they are known."""
+    arrays: dict[str, Any] = {} if labels is None else {"labels": np.asarray(labels, np.int32)}
+    for name, one in networks.items():
+        arrays[f"{name}.classes"] = one.classes.astype(np.int32)
+        arrays[f"{name}.confidence"] = one.confidence
+    np.savez_compressed(path, **arrays)
+
+
+def read_predictions(path: Path) -> tuple[dict[str, Predicted], Classes | None]:
+    """Networks by name, and the labels.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = [key.removesuffix(".classes") for key in arrays if key.endswith(".classes")]
+            found = {n: Predicted(arrays[f"{n}.classes"], arrays[f"{n}.confidence"]) for n in names}
+            return found, arrays.get("labels", None)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
+        raise ArtifactError(f"{path} holds no predictions: {err}") from err
 
 
 def predict(run: Run, images: Floats | Iterable[Floats], *, batch: int) -> Floats:
@@ -45,38 +95,69 @@ def predict(run: Run, images: Floats | Iterable[Floats], *, batch: int) -> Float
     return np.concatenate(logits)
 
 
-def accuracy(predicted: Classes, labels: Classes) -> Accuracy:
-    """Top-1 with a 95 % Wilson score interval.
+def accuracy(found: Predicted, labels: Classes) -> Accuracy:
+    """Top-1 with a 95 % Wilson score interval, and the expected calibration error.
 
-    Both arguments are (N,) class indices, N > 0.
+    Args:
+        found: Of N > 0 images.
+        labels: (N,) class indices.
     """
-    right = _right(predicted, labels)
+    right = _right(found.classes, labels)
     low, high = wilson_interval(int(right.sum()), len(right))
     # Rounding can put an end a hair beyond the estimate at 0 and at 1.
     top1 = float(right.mean())
-    return Accuracy(top1=top1, low=min(low, top1), high=max(high, top1), images=len(right))
+    return Accuracy(
+        top1=top1, low=min(low, top1), high=max(high, top1), images=len(right),
+        calibration_error=calibration_error(found.confidence, right),
+    )  # fmt: skip
 
 
-def accuracy_change(
-    dense_predicted: Classes, pruned_predicted: Classes, labels: Classes
-) -> AccuracyChange:
+def calibration_error(confidence: Floats, right: npt.NDArray[np.bool_]) -> float:
+    """Mean distance between how sure a network is and how often it is right, a fraction.
+
+    Over bins of equal width of the confidence, weighted by their images.
+
+    Source:
+        Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv:1706.04599), section 2.
+    """
+    place = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+    gaps = [
+        abs(float(right[held].sum()) - float(confidence[held].sum()))
+        for held in (place == at for at in range(_BINS))
+    ]
+    return min(1.0, sum(gaps) / len(right))
+
+
+def by_class(
+    dense: Predicted, pruned: Predicted, labels: Classes
+) -> list[tuple[int, int, int, int]]:
+    """Class, its images, and how many of them either network gets right; ascending."""
+    first, second = _right(dense.classes, labels), _right(pruned.classes, labels)
+    return [
+        (int(k), int((held := labels == k).sum()), int(first[held].sum()), int(second[held].sum()))
+        for k in np.unique(labels)
+    ]
+
+
+def accuracy_change(dense: Predicted, pruned: Predicted, labels: Classes) -> AccuracyChange:
     """What pruning cost, paired by image.
 
         drop = (b - c) / n
 
     with b the images that only the dense network predicts right and c those that only the pruned
-    one does, and its 95 % interval (``statistics.paired_difference_interval``).
+    one does, its 95 % interval (``statistics.paired_difference_interval``), and McNemar's test.
 
-    All arguments are (N,) class indices of the same images in the same order, N > 0.
+    All arguments are of the same images in the same order, N > 0.
     """
-    dense, pruned = _right(dense_predicted, labels), _right(pruned_predicted, labels)
-    only_dense = int((dense & ~pruned).sum())
-    only_pruned = int((pruned & ~dense).sum())
+    first, second = _right(dense.classes, labels), _right(pruned.classes, labels)
+    only_dense = int((first & ~second).sum())
+    only_pruned = int((second & ~first).sum())
     low, high = paired_difference_interval(only_dense, only_pruned, len(labels))
     return AccuracyChange(
-        dense=accuracy(dense_predicted, labels), pruned=accuracy(pruned_predicted, labels),
+        dense=accuracy(dense, labels), pruned=accuracy(pruned, labels),
         drop=(only_dense - only_pruned) / len(labels), low=low, high=high,
-        agreement=float((dense_predicted == pruned_predicted).mean()),
+        agreement=float((dense.classes == pruned.classes).mean()),
+        p_value=mcnemar(only_dense, only_pruned),
     )  # fmt: skip
 
 

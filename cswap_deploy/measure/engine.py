@@ -12,6 +12,7 @@ from torch import nn
 
 from cswap_deploy.config import Config
 from cswap_deploy.errors import GateError, PruneError
+from cswap_deploy.measure.accuracy import PREDICTIONS, write_predictions
 from cswap_deploy.measure.evaluate import Evaluation, Predictions, torch_run
 from cswap_deploy.measure.latency import measure_latency
 from cswap_deploy.measure.outputs import (
@@ -83,6 +84,8 @@ class EngineTest:
     """What classifiers give."""
     least_speedup: float = 0.0
     """Of an engine that was pruned to a speed."""
+    out: Path | None = None
+    """Folder that a classifier engine's predictions are left in."""
 
     def measure(
         self, engine: EngineArtifact, session: Session, load_dense: Callable[[], Session]
@@ -150,6 +153,8 @@ class EngineTest:
         if isinstance(self.reference, Predictions):
             run = self._given(session)
             classes = self.evaluation.classify(run, what=what, largest=batch.max)
+            if self.out is not None:
+                write_predictions(self.out / PREDICTIONS, {engine.target: classes})
             change = self.evaluation.change(self.reference.dense, classes)
             result = TargetResult(engine=engine, accuracy=change)
             if export.precision != "fp32":

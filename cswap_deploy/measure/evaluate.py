@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from cswap_deploy.config import Task
 from cswap_deploy.data import ImageSet, normalised_batches
-from cswap_deploy.measure.accuracy import accuracy_change, predict
+from cswap_deploy.measure.accuracy import Predicted, accuracy_change, predict, predicted
 from cswap_deploy.measure.metric import measure_metric
 from cswap_deploy.measure.outputs import OutputRun, output_change
 from cswap_deploy.measure.parity import Run
@@ -21,19 +19,19 @@ from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.progress import Progress
 from cswap_deploy.records.measurements import AccuracyChange, MetricChange, OutputChange
 from cswap_deploy.records.model import Preprocessing
+from cswap_deploy.runtime.probabilities import OutputKind
 from cswap_deploy.runtime.session import Floats, Outputs
 
-Classes = npt.NDArray[np.integer[Any]]
 EVALUATION_BATCH = 64
 """Largest batch (samples) that runs at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Predicted class of every validation image, (N,), in PyTorch."""
+    """What both networks predict in PyTorch."""
 
-    dense: Classes
-    pruned: Classes
+    dense: Predicted
+    pruned: Predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +41,11 @@ class Evaluation:
     images: ImageSet
     preprocessing: Preprocessing
     progress: Progress
+    kind: OutputKind = "logits"
+    """What classifiers give."""
 
-    def classify(self, network: Run, *, what: str, largest: int = EVALUATION_BATCH) -> Classes:
-        """Predicted class of every image, (N,).
+    def classify(self, network: Run, *, what: str, largest: int = EVALUATION_BATCH) -> Predicted:
+        """Predicted class of every image.
 
         The network takes up to ``largest`` images at once; ``what`` names it on the screen.
 
@@ -62,8 +62,7 @@ class Evaluation:
 
         logits = predict(network, batches(), batch=min(EVALUATION_BATCH, largest))
         self.progress.end()
-        classes: Classes = logits.argmax(1)
-        return classes
+        return predicted(logits, self.kind)
 
     def outputs(self, *networks: OutputRun, what: str, largest: int) -> Iterator[list[Outputs]]:
         """What networks return for the same images, a batch of up to ``largest`` at a time.
@@ -103,7 +102,7 @@ class Evaluation:
             pruned=of(pruned, "the pruned network"),
         )
 
-    def change(self, before: Classes, after: Classes) -> AccuracyChange:
+    def change(self, before: Predicted, after: Predicted) -> AccuracyChange:
         """From one network's predictions to another's."""
         return accuracy_change(before, after, self.images.labels)
 

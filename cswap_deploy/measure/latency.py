@@ -51,6 +51,7 @@ def measure_latency(
     runs: int,
     warmup: int = 20,
     data: str = "real images",
+    seconds: float | None = None,
 ) -> dict[str, Latency]:
     """Time engines in one loop, A B A B, so that what disturbs the machine disturbs all of them.
 
@@ -67,9 +68,10 @@ def measure_latency(
         sessions: Name -> loaded engine.
         images: (B, C, H, W) float32, the batch that every call gets, or each name's own, of one
             length. No zeros: a GPU draws less power on them, and so clocks higher.
-        runs: Timed calls of each session.
+        runs: Timed calls of each session, at least.
         warmup: Smallest number of warm-up rounds.
         data: What the images are, in words.
+        seconds: Goes on until so many have passed, all calls together.
 
     Returns:
         For each name the samples (milliseconds, in the order taken), their percentiles (linear
@@ -94,15 +96,18 @@ def measure_latency(
         ):
             _round(sessions, batches, warm)
             rounds += 1
-        for _ in range(runs):
+        ends = time.perf_counter() + (seconds or 0.0)
+        done = 0
+        while done < runs or (seconds is not None and time.perf_counter() < ends):
             if gpu is not None:
                 gpu.between(untimed)
             _round(sessions, batches, times)
+            done += 1
         if gpu is not None:
             gpu.sample(untimed)
     state = None if gpu is None else gpu.state()
     common = {
-        "data": data, "runs": runs, "warmup_asked": warmup, "warmup": rounds,
+        "data": data, "runs": done, "warmup_asked": warmup, "warmup": rounds,
         "interleaved": list(sessions),
     }  # fmt: skip
     found = {}

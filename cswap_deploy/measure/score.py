@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
+from cswap_deploy.measure.accuracy import PREDICTIONS, read_predictions, write_predictions
 from cswap_deploy.measure.engine import OutputReference
 from cswap_deploy.measure.evaluate import Evaluation, Predictions
 from cswap_deploy.measure.outputs import torch_outputs, worst_words
@@ -15,8 +15,6 @@ from cswap_deploy.records.amounts import percent
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.graphs import Score
 from cswap_deploy.records.model import ModelSpec
-
-_CLASSES = "classes.npz"
 
 
 def score_networks(
@@ -41,7 +39,7 @@ def score_networks(
     before, after = (torch_outputs(module, spec.outputs) for module in (dense, pruned))
     if spec.task == "classify":
         found = evaluation.networks(dense, pruned, largest=largest)
-        np.savez(folder / _CLASSES, dense=found.dense, pruned=found.pruned)
+        write_predictions(folder / PREDICTIONS, {"dense": found.dense, "pruned": found.pruned})
         score = Score(accuracy=evaluation.change(found.dense, found.pruned))
     else:
         what = "the dense and the pruned network"
@@ -66,8 +64,8 @@ def reference_of(
         batch: Name of the dimension that counts images.
     """
     if spec.task == "classify":
-        classes = np.load(folder / _CLASSES)
-        return Predictions(classes["dense"], classes["pruned"])
+        found, _ = read_predictions(folder / PREDICTIONS)
+        return Predictions(found["dense"], found["pruned"])
     rows = frozenset(tensor.name for tensor in outputs if tensor.shape[:1] == (batch,))
     return OutputReference(dense, spec, rows)
 

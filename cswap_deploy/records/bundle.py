@@ -21,6 +21,8 @@ PLAN = "plan.json"
 BUILD = "build.json"
 WEIGHTS = "pruned.safetensors"
 MODEL = "model.onnx"
+DENSE = "dense.onnx"
+"""The dense network's graph, where the build was asked to keep it."""
 
 
 class BuildRecord(Value):

@@ -90,6 +90,8 @@ class Accuracy(Value):
     low: Fraction
     high: Fraction
     images: int
+    calibration_error: Fraction | None = None
+    """Expected, over fifteen bins of confidence; ``None`` in manifests of older versions."""
 
 
 Verdict = Literal["above", "at", "few"]
@@ -136,6 +138,8 @@ class AccuracyChange(Value):
     high: float
     agreement: Fraction
     """Images on which both predict the same class."""
+    p_value: Fraction | None = None
+    """McNemar's exact test that both are right equally often; ``None`` in older manifests."""
 
 
 class OutputError(Value):

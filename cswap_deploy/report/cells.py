@@ -58,8 +58,10 @@ def maybe(value: float | None, form: str) -> Amount | None:
 
 def interval(unit: Callable[[float], str], value: float, low: float, high: float) -> Amount:
     """A number with its 95 % interval: −45 % (−52 to −38)."""
-    ends = (unit(end).removesuffix(" %") for end in (low, high))
-    return Amount(f"{unit(value)} ({' to '.join(ends)})")
+    shown = unit(value)
+    own = shown.partition(" ")[2]
+    ends = (unit(end).removesuffix(f" {own}") if own else unit(end) for end in (low, high))
+    return Amount(f"{shown} ({' to '.join(ends)})")
 
 
 def percent(share: float) -> Amount:
@@ -75,6 +77,11 @@ def top1(share: float) -> Amount:
 def points(share: float) -> Amount:
     """A difference of two fractions, in percentage points."""
     return Amount(fixed(100 * share, 2))
+
+
+def signed_points(share: float) -> Amount:
+    """The same with its sign, of a change."""
+    return Amount(f"{fixed(100 * share, 1, sign='+')}".replace("-", "−"))
 
 
 def effect(share: float) -> Amount:

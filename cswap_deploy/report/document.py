@@ -61,13 +61,27 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """A small photo; only pages show it."""
+
+    source: str
+    """A ``data:`` address."""
+    text: str
+    mark: str
+    """A word above the text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with sentences, tables and figures."""
+    """A heading with sentences, tables, figures and pictures."""
 
     title: str
     text: tuple[str, ...]
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
+    pictures: tuple[Picture, ...] = ()
+    code: str = ""
+    """Lines to copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,8 @@ class Report:
     sources: tuple[str, ...] = ("manifest.json", "plan.json")
     """The files that its numbers come from."""
     summary: str = ""
+    card: str = ""
+    """Metadata at the top of the Markdown, in YAML, as the Hugging Face Hub reads it."""
     tiles: tuple[Tile, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -102,8 +118,11 @@ def table(heads: str, rows: Iterable[Row], *, optional: tuple[str, ...] = ()) ->
 
 
 def section(
-    title: str, *sentences: str, tables: Iterable[Table | None] = (), figures: Iterable[Figure] = ()
-) -> Section | None:
+    title: str, *sentences: str, tables: Iterable[Table | None] = (),
+    figures: Iterable[Figure] = (), pictures: Iterable[Picture] = (), code: str = "",
+) -> Section | None:  # fmt: skip
     """Make a section of what there is; nothing where there is nothing."""
     made = tuple(table for table in tables if table is not None)
-    return Section(title, sentences, made, tuple(figures)) if sentences or made else None
+    if not sentences and not made:
+        return None
+    return Section(title, sentences, made, tuple(figures), tuple(pictures), code)

@@ -182,7 +182,7 @@ def explain(
     Raises:
         UsageError: The plan has no such group; names near ones.
     """
-    names = _class_names(manifest)
+    names = class_names(manifest)
     chosen = plan.groups if group is None else (_find(plan, group),)
     by: RankedBy = "true-class" if plan.settings.get("effect") == "true-class" else "kl"
     if plan.task in ("features", "detect", "any"):
@@ -221,7 +221,7 @@ def _size(effect: UnitEffect) -> float:
     return effect.kl if effect.true_class is None else abs(effect.true_class)
 
 
-def _class_names(manifest: Manifest | None) -> dict[int, str]:
+def class_names(manifest: Manifest | None) -> dict[int, str]:
     """Class index -> name, as far as the model or the names of the data's folders tell."""
     if manifest is None:
         return {}

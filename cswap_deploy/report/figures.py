@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cswap_deploy.gate.history import Trend
 from cswap_deploy.records.amounts import fixed
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.measurements import AccuracyChange
@@ -248,6 +251,32 @@ def sweep_figure(points: Sequence[SweepPoint]) -> str:
         axes.set_ylabel("top-1, %, with 95 % interval" if top1 else "error of the outputs, dB")
 
     return _svg(draw, height=4.2, name="sweep", title="Accuracy against latency")
+
+
+def trend_figure(trend: Trend) -> str:
+    """One series over its measurements, with intervals, levels and change points.
+
+    Returns an ``<svg>`` element.
+    """
+    found = trend.measurements
+    ends = [0, *trend.changes, len(found)]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for at, one in enumerate(found):
+            if one.low is not None and one.high is not None:
+                axes.vlines(at, one.low, one.high, colors=DENSE_COLOUR, linewidth=1)
+        axes.plot(range(len(found)), [m.value for m in found], ".", color=PRUNED_COLOUR)
+        for first, last in itertools.pairwise(ends):
+            level = statistics.median(m.value for m in found[first:last])
+            axes.hlines(level, first - 0.4, last - 0.6, colors=_INK, linewidth=1.4)
+        for at in trend.changes:
+            axes.axvline(at - 0.5, color=REMOVED_COLOUR, linewidth=1, linestyle="--")
+        axes.set_ylabel(trend.unit)
+        axes.set_xlabel(f"measurement, {found[0].at[:10]} to {found[-1].at[:10]}")
+
+    name = f"trend-{trend.series}-{trend.runner}"
+    return _svg(draw, height=2.4, name=name, title=f"{trend.series} over time")
 
 
 def _panels(figure: Figure, count: int, **grid: Any) -> list[Axes]:

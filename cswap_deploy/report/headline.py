@@ -96,7 +96,8 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
             change = f"{fixed(100 * (after / before - 1), 1, sign='+')} %".replace("-", "−")
         made.append(Tile(label, c.short(after), f"{change} from {c.short(before)}"))
     for where, scores in scored(manifest)[:1]:
-        note = f"{_drop(scores.drop)} from {c.top1(scores.dense.top1)}; {where}"
+        between = f"{c.points(scores.low)} to {c.points(scores.high)}"
+        note = f"{_drop(scores.drop)} from {c.top1(scores.dense.top1)} ({between}); {where}"
         made.append(Tile("top-1", c.top1(scores.pruned.top1), note))
     for where, moved in changed(manifest)[:1]:
         note = f"{_moved(moved)}; {where}"
@@ -108,7 +109,10 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
         note = "the dense network was not timed"
         if result.dense_latency is not None:
             words = _speed(manifest, result)
-            note = type(words)(f"{words} from {c.ms(result.dense_latency.p50_ms)}")
+            between = ""
+            if result.speedup_low is not None and result.speedup_high is not None:
+                between = f" ({fixed(result.speedup_low, 2)} to {fixed(result.speedup_high, 2)})"
+            note = type(words)(f"{words}{between} from {c.ms(result.dense_latency.p50_ms)}")
         made.append(Tile(f"p50, {result.engine.target}", c.ms(latency.p50_ms), note))
     if not timed:
         made.append(Tile("latency", "not measured", "no engine was run on this machine"))

@@ -11,6 +11,7 @@ from cswap_deploy.gate.budgets import BudgetResult
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report.cells import Cell, Digest, Mark, text
+from cswap_deploy.report.classes import Evidence
 from cswap_deploy.report.document import Report
 from cswap_deploy.report.sections import describe
 
@@ -19,25 +20,31 @@ _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
 
 
 def render_markdown(
-    manifest: Manifest, plan: PrunePlan, *, results: tuple[BudgetResult, ...] = ()
-) -> str:
+    manifest: Manifest, plan: PrunePlan, *, results: tuple[BudgetResult, ...] = (),
+    evidence: Evidence | None = None,
+) -> str:  # fmt: skip
     """Write the report of a bundle as Markdown (GitHub's tables), without figures.
 
-    The same values give the same text. ``results`` are those of the budgets, where some were given.
+    It opens with a model card's metadata. The same values give the same text. ``results`` are those
+    of the budgets, where some were given; ``evidence`` is what was predicted.
 
     Raises:
         ArtifactError: The plan is not the manifest's.
     """
     _require_own(manifest, plan)
-    return markdown(describe(manifest, plan, results))
+    return markdown(describe(manifest, plan, results, evidence))
 
 
 def render_html(
-    manifest: Manifest, plan: PrunePlan, *, results: tuple[BudgetResult, ...] = ()
-) -> str:
-    """The same as one HTML page with inline figures: no scripts, nothing loaded from elsewhere."""
+    manifest: Manifest, plan: PrunePlan, *, results: tuple[BudgetResult, ...] = (),
+    evidence: Evidence | None = None,
+) -> str:  # fmt: skip
+    """The same as one HTML page: figures and pictures inside, nothing loaded from elsewhere.
+
+    A few lines of script sort tables; nothing needs them.
+    """
     _require_own(manifest, plan)
-    return page(describe(manifest, plan, results))
+    return page(describe(manifest, plan, results, evidence))
 
 
 def markdown(report: Report) -> str:

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from cswap_deploy.gate.budgets import BudgetResult
+from cswap_deploy.measure.noise import noise_in
+from cswap_deploy.measure.statistics import percentile_interval
 from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
 from cswap_deploy.records.bundle import tensor_text
 from cswap_deploy.records.manifest import Manifest
@@ -23,8 +25,10 @@ from cswap_deploy.records.measurements import (
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report import cells as c
 from cswap_deploy.report import figures, headline
+from cswap_deploy.report.classes import Evidence, class_by_class
 from cswap_deploy.report.document import Figure, Report, Row, Section, Table, section, table
-from cswap_deploy.report.explain import explain
+from cswap_deploy.report.explain import class_names, explain
+from cswap_deploy.report.reproduce import card, command
 from cswap_deploy.report.time import time_by_layer
 from cswap_deploy.report.units import effects, removal
 
@@ -37,8 +41,11 @@ _REASONS = {
 }
 
 
-def describe(manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, ...]) -> Report:
-    """The report of a bundle: its manifest, plan and the budgets' results, where there are some.
+def describe(
+    manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, ...],
+    evidence: Evidence | None = None,
+) -> Report:  # fmt: skip
+    """The report of a bundle: manifest, plan, the budgets' results and what was predicted.
 
     Sections stand in reading order; those that would be empty are left out.
     """
@@ -48,6 +55,7 @@ def describe(manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, .
     made = (
         section("Budgets", tables=[table("| budget | measured", budgets)]),
         _accuracy(manifest),
+        None if evidence is None else class_by_class(evidence, manifest, class_names(manifest)),
         _precision(manifest),
         _targets(manifest),
         removal(told, plan.excluded),
@@ -66,6 +74,7 @@ def describe(manifest: Manifest, plan: PrunePlan, results: tuple[BudgetResult, .
         summary=headline.summary(manifest),
         tiles=headline.tiles(manifest),
         warnings=headline.warnings(manifest),
+        card=card(manifest),
         sections=tuple(part for part in made if part is not None),
     )
 
@@ -81,14 +90,18 @@ def _accuracy(manifest: Manifest) -> Section | None:
         return c.interval(c.top1, accuracy.top1, accuracy.low, accuracy.high)
 
     rows = ((where, wilson(x.dense), wilson(x.pruned), *_change(x)) for where, x in scored)
+    tested = ((where, *_tested(x)) for where, x in scored if x.p_value is not None)
     words = (
         "In brackets are 95 % intervals: Wilson's for each top-1, paired by image for the "
-        "drop. “Same class” is the share of images on which both networks agree."
+        "drop. “Same class” is the share of images on which both networks agree, p is McNemar's "
+        "for being right equally often, and the calibration error is how far a network is, on "
+        "average, surer than right."
     )
     made = table("where | dense top-1 | pruned top-1 | drop | same class | images", rows)
+    more = table("where | p | calibration error, dense | pruned", tested)
     caption = "Top-1 of the dense and the pruned network."
     picture = Figure(partial(figures.accuracy_figure, scored), caption)
-    return section("Accuracy", words, tables=[made, metric], figures=[picture])
+    return section("Accuracy", words, tables=[made, more, metric], figures=[picture])
 
 
 def _metric(manifest: Manifest) -> Table | None:
@@ -125,6 +138,13 @@ def _change(change: AccuracyChange) -> Row:
     """Drop, agreement, images."""
     drop = c.interval(c.points, change.drop, change.low, change.high)
     return drop, c.percent(change.agreement), change.pruned.images
+
+
+def _tested(change: AccuracyChange) -> Row:
+    """McNemar's p, and both calibration errors."""
+    errors = (change.dense.calibration_error, change.pruned.calibration_error)
+    p = None if change.p_value is None else c.Amount(f"{change.p_value:.2g}")
+    return p, *(None if error is None else c.percent(error) for error in errors)
 
 
 def _precision(manifest: Manifest) -> Section | None:
@@ -220,7 +240,7 @@ def _targets(manifest: Manifest) -> Section | None:
         for e in engines
     )  # fmt: skip
     timed = (
-        (target, network, x.provider, c.ms(x.p50_ms), c.ms(x.p90_ms), c.ms(x.p99_ms), x.batch,
+        (target, network, x.provider, *(_percentile(x, p) for p in (50, 90, 99)), x.batch,
          len(x.samples_ms), x.warmup, x.threads)
         for target, network, x in calls
     )  # fmt: skip
@@ -233,8 +253,14 @@ def _targets(manifest: Manifest) -> Section | None:
         text.append(
             f"Latency is the wall clock of one inference call, copies included, on "
             f"{manifest.device.cpu} ({manifest.device.cores} cores); dense and pruned calls "
-            "alternate."
+            "alternate. In brackets are 95 % intervals by order statistics; a percentile that has "
+            "too few calls for one is left out."
         )
+        text += [
+            f"{target}, {network}: {words}."
+            for target, network, latency in calls
+            for words in noise_in(latency.samples_ms)
+        ]
     heads = "target | network | provider | p50 | p90 | p99 | batch | calls | warm-up | threads"
     tables = [
         table("target | built for | precision | run here | size | built in", built),
@@ -246,6 +272,12 @@ def _targets(manifest: Manifest) -> Section | None:
     pictures = [Figure(partial(figures.latency_figure, ran), caption)] if ran else []
     text += _gpu_text(manifest)
     return section("Engines and latency", *text, tables=tables, figures=pictures)
+
+
+def _percentile(latency: Latency, percent: int) -> c.Amount | None:
+    """With its interval; none where the calls are too few for one."""
+    ends = percentile_interval(latency.samples_ms, percent)
+    return None if ends is None else c.interval(c.ms, getattr(latency, f"p{percent}_ms"), *ends)
 
 
 def _gpu_tables(manifest: Manifest, calls: list[tuple[str, str, Latency]]) -> list[Table | None]:
@@ -455,4 +487,5 @@ def _reproduce(manifest: Manifest, plan: PrunePlan) -> Section | None:
         pairs("setting of the plan | value", of_plan),
         pairs("tool | version", versions),
     ]
-    return section("To reproduce", tables=tables)
+    words = "The command, and what it met."
+    return section("To reproduce", words, tables=tables, code=command(manifest))

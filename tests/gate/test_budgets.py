@@ -73,14 +73,15 @@ def test_the_documented_file_is_read_and_met(tmp_path: Path) -> None:
     [
         (
             "size_max = 4",
-            "size_max: no such budget; did you mean size_max_mib? known here: accuracy_drop_max, "
-            "top1_min, output_db_min, parity_max, size_max_mib, params_max, macs_max, latency, "
-            "engine",
+            "size_max: no such budget; did you mean size_max_mib? known here: inconclusive, "
+            "accuracy_drop_max, "
+            "top1_min, agreement_min, output_db_min, parity_max, size_max_mib, params_max, "
+            "macs_max, latency, engine",
         ),
         (
             "[latency.onnxruntime]\np95_ms = 1",
             "latency.onnxruntime.p95_ms: no such budget; did you mean p99_ms? known here: p50_ms, "
-            "p90_ms, p99_ms, speedup_min, batch",
+            "p90_ms, p99_ms, throughput_min, memory_max_mib, speedup_min, slowdown_max, batch",
         ),
         ("accuracy_drop_max = 2", "accuracy_drop_max: Input should be less than or equal to 1"),
         ("size_max_mib = -1", "(got -1)"),

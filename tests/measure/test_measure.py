@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cswap_deploy.errors import StageError
-from cswap_deploy.measure.accuracy import accuracy, accuracy_change, predict
+from cswap_deploy.measure.accuracy import Predicted, accuracy, accuracy_change, predict
 from cswap_deploy.measure.device import describe_device, list_gpus
 from cswap_deploy.measure.latency import SETTLED, WARMUP_LIMIT, measure_latency
 from cswap_deploy.measure.parity import parity
@@ -100,13 +100,20 @@ def test_predict_refuses_nan() -> None:
         predict(run, numbered(7), batch=2)
 
 
+def sure(classes: np.ndarray, confidence: float = 1.0) -> Predicted:
+    return Predicted(classes, np.full(len(classes), confidence, dtype=np.float32))
+
+
 def test_accuracy_by_hand() -> None:
     predicted = np.array([0, 1, 2, 2, 4, 5, 6, 7, 9, 9])
-    result = accuracy(predicted, np.arange(10))
+    result = accuracy(sure(predicted), np.arange(10))
     assert (result.top1, result.images) == (0.8, 10)
     assert (result.low, result.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    perfect = accuracy(np.arange(4), np.arange(4))
-    assert (perfect.top1, perfect.high) == (1.0, 1.0)
+    assert result.calibration_error == pytest.approx(0.2), "sure of all, right on four fifths"
+    perfect = accuracy(sure(np.arange(4)), np.arange(4))
+    assert (perfect.top1, perfect.high, perfect.calibration_error) == (1.0, 1.0, 0.0)
+    modest = accuracy(sure(predicted, 0.8), np.arange(10))
+    assert modest.calibration_error == pytest.approx(0.0, abs=1e-6)
 
 
 def test_accuracy_change_by_hand() -> None:
@@ -117,20 +124,22 @@ def test_accuracy_change_by_hand() -> None:
     dense[9:12] = 1
     dense[12:14] = pruned[12:14] = 2
     dense[14], pruned[14] = 3, 4
-    change = accuracy_change(dense, pruned, labels)
+    change = accuracy_change(sure(dense), sure(pruned), labels)
     assert change.dense.top1 == pytest.approx((98 - 6) / 98)
     assert change.pruned.top1 == pytest.approx((98 - 12) / 98)
     assert change.drop == pytest.approx(6 / 98)
     half = 1.959963984540054 * ((0.14 - 0.0036) / 100) ** 0.5
     assert (change.low, change.high) == pytest.approx((0.06 - half, 0.06 + half))
     assert change.agreement == pytest.approx((98 - 13) / 98)
+    # Exact: 3 or fewer, or 9 or more, of 12 throws of a coin.
+    assert change.p_value == pytest.approx(2 * (1 + 12 + 66 + 220) / 2**12)
 
 
 def test_accuracy_refuses_logits_and_nothing() -> None:
     with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2,\)"):
-        accuracy(np.zeros((2, 3), dtype=np.int64), np.zeros(2, dtype=np.int64))
+        accuracy(sure(np.zeros((2, 3), dtype=np.int64)), np.zeros(2, dtype=np.int64))
     with pytest.raises(ValueError, match="N > 0"):
-        accuracy(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        accuracy(sure(np.zeros(0, dtype=np.int64)), np.zeros(0, dtype=np.int64))
 
 
 # --- latency -------------------------------------------------------------------------------------
