@@ -32,6 +32,7 @@ from cswap_deploy.gate.budgets import (
 )
 from cswap_deploy.gate.compare import CompareOptions, compare_accuracy
 from cswap_deploy.gate.subjects import Subject, dense_subject, fetched, open_subject
+from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.latency import measure_latency
 from cswap_deploy.measure.memory import peak_memory
 from cswap_deploy.measure.noise import noise_in
@@ -189,10 +190,11 @@ class _Held:
         base = open_subject(self.base, self.scratch, target=self.target, batch=batch)
         other = base.contender(batch=batch, threads=threads)
         found = self._ratio(other, own, lambda r: r.high - 1 <= limit or r.low - 1 > limit)
-        seen = Seen(
-            found.value - 1, f"slowdown ({where})", "", f" over {self.base}", found.low - 1,
-            found.high - 1,
-        )  # fmt: skip
+        aside = f" over {self.base}"
+        if base.manifest is not None and base.manifest.device.cpu != describe_device().cpu:
+            aside += f", built on {base.manifest.device.cpu} and measured here"
+        low, high = found.low - 1, found.high - 1
+        seen = Seen(found.value - 1, f"slowdown ({where})", "", aside, low, high)
         yield from hold(self._name("slowdown_max"), limit, seen, self.judge)
 
     def _ratio(self, base: Contender, head: Contender, decided: Callable[[Ratio], bool]) -> Ratio:

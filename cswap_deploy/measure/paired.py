@@ -1,10 +1,11 @@
 """Two engines against each other on this machine: paired calls, stopped as soon as they can tell.
 
-Calls alternate in the order A B B A, so that drift and the order of calls cancel, and come in
+Calls alternate in the order A B B A, so that drift and the order of calls cancel; of the two calls
+of each the quicker counts, since one of them may be held up by something else. They come in
 *epochs*. Each epoch loads both engines anew, because where an engine's weights happen to lie in
 memory moves its speed by a percent for as long as it is loaded. An epoch's value is the median of
 the logarithms of its ratios: whatever disturbs the machine for longer than a few calls disturbs
-both, and what hits a single call does not move a median.
+both.
 
 The interval of the mean over epochs is Student's, and may be looked at a few times: each look has
 its part of the error rate (Bonferroni), so that stopping early costs nothing of it.
@@ -119,7 +120,7 @@ def _epoch(base: Contender, head: Contender, *, swapped: bool) -> tuple[float, i
             while 2 * len(ratios) < _LEAST_CALLS or time.perf_counter() < ends:
                 a, b = _timed(first, base.images), _timed(second, head.images)
                 d, c = _timed(second, head.images), _timed(first, base.images)
-                ratios.append((math.log(b / a) + math.log(d / c)) / 2)
+                ratios.append(math.log(min(b, d) / min(a, c)))
         finally:
             if collecting:
                 gc.enable()

@@ -55,7 +55,8 @@ class TargetResult(Value):
 class Manifest(Value):
     """What a bundle holds and how it came about."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[3, 4] = 4
+    """3 had latency samples as lists, no test of accuracy and no predictions beside it."""
     created: str
     """ISO 8601, UTC."""
     tool_version: str

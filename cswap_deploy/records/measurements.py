@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cswap_deploy.records.samples import Samples
 from cswap_deploy.records.value import Fraction, Value
 
 
@@ -185,10 +186,10 @@ class Spread(Value):
 class DeviceTimes(Value):
     """Where a call's time went on the GPU, by CUDA events on its stream (milliseconds)."""
 
-    host_to_device_ms: tuple[float, ...]
+    host_to_device_ms: Samples
     """Raw, in the order taken, as all three."""
-    compute_ms: tuple[float, ...]
-    device_to_host_ms: tuple[float, ...]
+    compute_ms: Samples
+    device_to_host_ms: Samples
     p50_ms: float
     """Median of ``compute_ms``; the next three are of it too: copies are not counted."""
     p90_ms: float
@@ -227,7 +228,7 @@ class Latency(Value):
     """Host wall clock of one inference call, copies included; beside it what the GPU says."""
 
     batch: int
-    samples_ms: tuple[float, ...]
+    samples_ms: Samples
     """Raw, in the order taken."""
     warmup: int
     p50_ms: float

@@ -12,7 +12,7 @@ from typing import Any
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.runtime.probabilities import OutputKind
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSIONS = 3, 4
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class DeviceBundle:
             return cls._from(folder, told)
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             raise ArtifactError(
-                f"{path} is not a manifest of schema version {SCHEMA_VERSION}: "
+                f"{path} is not a manifest of schema version {SCHEMA_VERSIONS[-1]}: "
                 f"{type(err).__name__} {err}",
                 fix="build the bundle again with this version of cswap-deploy",
             ) from err
 
     @classmethod
     def _from(cls, folder: Path, told: dict[str, Any]) -> DeviceBundle:
-        if told["schema_version"] != SCHEMA_VERSION:
+        if told["schema_version"] not in SCHEMA_VERSIONS:
             raise ValueError(f"schema_version {told['schema_version']}")
         model, steps = told["model"], told["model"]["preprocessing"]
         return cls(

@@ -155,9 +155,9 @@ constexpr char kCopyAgain[] = "copy the bundle again, or build it again";
 
 const nlohmann::json &findEngine(const nlohmann::json &manifest) {
   const int schema = manifest.at("schema_version").get<int>();
-  if (schema != 3)
+  if (schema != 3 && schema != 4)
     throw Failure(kArtifact, "manifest.json is of schema version " + std::to_string(schema) +
-                                 ", this program reads 3");
+                                 ", this program reads 3 and 4");
   std::string others;
   for (const auto &target : manifest.at("targets")) {
     const auto &engine = target.at("engine");

@@ -95,8 +95,8 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) ->
 
 def test_a_manifest_of_another_version_is_refused(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 4}))
-    with pytest.raises(ArtifactError, match="is not a Manifest of schema version 3"):
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 5}))
+    with pytest.raises(ArtifactError, match="is not a Manifest of schema version 4"):
         read_bundle(bundle)
 
 

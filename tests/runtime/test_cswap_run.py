@@ -312,9 +312,9 @@ def test_cuda_where_onnxruntime_has_none(bundle: Path, run: Callable[..., Ran]) 
         (None, "is not a bundle: it has no manifest.json\n  fix: name the folder that"),
         (b"{", "cannot read {bundle}/manifest.json: Expecting property name"),
         (b"\xff\xfe\x00", "cannot read {bundle}/manifest.json: "),
-        (b"[]", "manifest.json is not a manifest of schema version 3: TypeError"),
-        (b"{}", "is not a manifest of schema version 3: KeyError 'schema_version'"),
-        (b'{"schema_version": 1}', "version 3: ValueError schema_version 1\n  fix: build the"),
+        (b"[]", "manifest.json is not a manifest of schema version 4: TypeError"),
+        (b"{}", "is not a manifest of schema version 4: KeyError 'schema_version'"),
+        (b'{"schema_version": 1}', "version 4: ValueError schema_version 1\n  fix: build the"),
     ],
 )
 def test_a_manifest_that_is_absent_or_damaged(
@@ -350,7 +350,7 @@ def test_no_value_in_a_manifest_is_a_bug(bundle: Path) -> None:
             inner[path[-1]] = other
             (bundle / "manifest.json").write_text(json.dumps(changed))
             words = opening(bundle)
-            assert words == "" or "is not a manifest of schema version 3" in words
+            assert words == "" or "is not a manifest of schema version 4" in words
 
 
 def test_a_manifest_that_names_files_outside_the_bundle(

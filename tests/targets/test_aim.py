@@ -72,8 +72,10 @@ def test_nodes_have_the_same_names_whatever_the_widths_and_say_whose_they_are(
     dense, *narrowed = timed(make, runtime)
     names = {node.name for node in dense.nodes}
     assert len(names) == len(dense.nodes)
+    # What a runtime puts between nodes, named `before>what`, depends on widths and processors.
+    own = {name for name in names if ">" not in name}
     for each in narrowed:
-        assert len(names & {node.name for node in each.nodes}) >= 0.8 * len(names)
+        assert len(own & {node.name for node in each.nodes}) >= 0.8 * len(own)
     layers = {n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     owners = {name.partition("/")[0] for name in names}
     assert len(layers & owners) >= 0.9 * len(layers), "a fused one is its convolution"
