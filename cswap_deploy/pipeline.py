@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.models.load import LoadedModel
     from cswap_deploy.report.classes import Evidence
+    from cswap_deploy.report.document import Section
     from cswap_deploy.run import Run, State
     from cswap_deploy.stages import PrunedFiles
 
@@ -241,6 +242,18 @@ def profile_kit(
         "kit": str(output), "model": kit.model, "graphs": len(kit.graphs), "batch": kit.batch,
         "then": f"cswap-run --profile {output.name} -o device.json, and --latency-table here",
     }  # fmt: skip
+
+
+def add_to_report(bundle: Path, more: Section) -> None:
+    """Put another section into a bundle's page, and its digest into the manifest."""
+    from cswap_deploy.report.pages import with_section
+
+    page = bundle / "report.html"
+    page.write_text(with_section(page.read_text(), more))
+    manifest = read_value(bundle / MANIFEST, Manifest)
+    files = tuple(ref for ref in list_files(bundle) if ref.path != MANIFEST)
+    manifest = manifest.model_copy(update={"files": files})
+    (bundle / MANIFEST).write_text(manifest.model_dump_json(indent=1))
 
 
 def settings_of(folder: Path) -> Config:

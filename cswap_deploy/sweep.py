@@ -328,12 +328,14 @@ def _write(output: Path, found: Sweep, work: Path) -> None:
     """The sweep's folder, whole or not at all."""
     import shutil
 
-    from cswap_deploy.report.sweep import render_html, render_markdown
+    from cswap_deploy.pipeline import add_to_report
+    from cswap_deploy.report.sweep import curve, render_html, render_markdown
 
     with atomic_folder(output) as folder:
         for point in found.points:
             if point.bundle:
                 shutil.copytree(work / point.bundle, folder / point.bundle)
+                add_to_report(folder / point.bundle, curve(found, point.label))
         (folder / RECORD).write_text(found.model_dump_json(indent=1))
         (folder / TEXT).write_text(render_markdown(found))
         (folder / PAGE).write_text(render_html(found))

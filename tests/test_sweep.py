@@ -42,6 +42,9 @@ def test_each_point_is_a_bundle_that_has_what_was_asked(two: tuple[Path, Sweep, 
         )
         assert bundle.manifest.pruned.params == point.params
         assert bundle.manifest.targets[0].accuracy == point.change
+        page = (path / point.bundle / "report.html").read_text()
+        assert f"This bundle is the point {point.label} of a sweep" in page
+        assert page.index("Accuracy against latency</h2>") < page.index("Accuracy</h2>")
     assert found.points[0].params > found.points[1].params > found.points[2].params
 
 

@@ -214,10 +214,11 @@ def height_of(point: SweepPoint) -> tuple[float, float, float] | None:
     return None if point.error_db is None else (point.error_db, point.error_db, point.error_db)
 
 
-def sweep_figure(points: Sequence[SweepPoint]) -> str:
+def sweep_figure(points: Sequence[SweepPoint], *, chosen: str = "") -> str:
     """Accuracy against latency: the curve of a pruned network, and others beside it.
 
-    ``points`` of which some were timed and evaluated. Returns an ``<svg>`` element.
+    ``points`` of which some were timed and evaluated; one of them can be marked, by its label.
+    Returns an ``<svg>`` element.
     """
     drawn = [
         (p, p.latency.p50_ms, at)
@@ -245,6 +246,8 @@ def sweep_figure(points: Sequence[SweepPoint]) -> str:
             for point, ms, (at, _, _) in own:
                 place: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points"}
                 axes.annotate(point.label, (ms, at), fontsize=8, **place)
+                if point.label == chosen:
+                    axes.plot(ms, at, "o", markersize=14, markerfacecolor="none", color=_INK)
         axes.set_xlim(0, 1.12 * drawn[-1][1])
         axes.set_xlabel("milliseconds per call, median")
         top1 = drawn[0][0].accuracy is not None

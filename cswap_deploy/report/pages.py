@@ -12,9 +12,11 @@ from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report.cells import Cell, Digest, Mark, text
 from cswap_deploy.report.classes import Evidence
-from cswap_deploy.report.document import Report
+from cswap_deploy.report.document import Report, Section
 from cswap_deploy.report.sections import describe
 
+_MORE = "<!-- more -->"
+"""Where a page takes another section."""
 _UNIT = re.compile(r"(?<=\d) (%|ms|KiB|MiB|[kMG]\b)")
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
 
@@ -57,6 +59,12 @@ def page(report: Report) -> str:
     return _render("report.html.j2", report)
 
 
+def with_section(html: str, more: Section) -> str:
+    """A page with one more section before its first."""
+    made = _environment().get_template("section.html.j2").render(section=more)
+    return html.replace(_MORE, f"{made}{_MORE}", 1)
+
+
 def _require_own(manifest: Manifest, plan: PrunePlan) -> None:
     for which, here, there in (
         ("dense", manifest.dense.params, plan.dense.params),
@@ -70,6 +78,10 @@ def _require_own(manifest: Manifest, plan: PrunePlan) -> None:
 
 
 def _render(template: str, report: Report) -> str:
+    return _environment().get_template(template).render(report=report)
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cswap_deploy", "report"),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)),
@@ -77,7 +89,7 @@ def _render(template: str, report: Report) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"plain": _plain, "tight": _tight, "text": text, "look": _look}
-    return environment.get_template(template).render(report=report)
+    return environment
 
 
 def _plain(cell: Cell) -> str:

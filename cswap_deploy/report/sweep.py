@@ -76,13 +76,22 @@ def _beside(pruned: list[SweepPoint], other: SweepPoint) -> str:
     )
 
 
-def _curve(sweep: Sweep) -> Section | None:
+def curve(sweep: Sweep, chosen: str) -> Section:
+    """The curve for the page of one point's own bundle, which is marked in it."""
+    found = _curve(sweep, chosen)
+    assert found is not None
+    return found
+
+
+def _curve(sweep: Sweep, chosen: str = "") -> Section | None:
     heads = "network | top-1 | drop | same class | error | p50 | speed | parameters | MACs | bundle"
     made = table(heads, (_row(point, sweep) for point in sweep.points), optional=_SPARED)
     text = [
         "In brackets are 95 % intervals: Wilson's for top-1, paired by image for the drop, by "
         "alternating calls for the speed."
     ]
+    if chosen:
+        text.insert(0, f"This bundle is the point {chosen} of a sweep over {sweep.model}.")
     timed = [point for point in sweep.points if point.latency is not None]
     if not timed:
         text.append(f"{sweep.target} does not run on this machine: nothing was timed.")
@@ -92,7 +101,7 @@ def _curve(sweep: Sweep) -> Section | None:
             f"Latency on {sweep.target}, all networks in one loop, against what they predict: up "
             "and to the left is better."
         )
-        pictures = [Figure(partial(figures.sweep_figure, timed), caption)]
+        pictures = [Figure(partial(figures.sweep_figure, timed, chosen=chosen), caption)]
     return section("Accuracy against latency", *text, tables=[made], figures=pictures)
 
 
