@@ -98,7 +98,8 @@ def prune(
         data: Images to measure on, as the network takes them: ``(images, labels)`` as tensors or
             arrays, (N, C, H, W) float32 and (N,) integers; an iterable of such batches, for example
             a ``DataLoader``; or the path of a folder of class folders or of an ``.npz`` file, with
-            ``input_size``, ``mean`` and ``std``. Without classes images alone will do.
+            ``input_size``, ``mean`` and ``std``. Images alone will do: a classifier's own
+            predictions stand for labels then.
         ratio: Fraction of the parameters to remove (see ``ratio_of``), 0 <= ratio < 1; 0.4 unless
             said.
         progress: Told of everything that takes time.
@@ -129,7 +130,7 @@ def prune(
         data, module, model=config.model, config=config.data, seed=config.run.seed,
         progress=progress,
     )  # fmt: skip
-    if calibration.task == "classify":
+    if calibration.task == "classify" and calibration.labelled:
         first = calibration.images[:CHECK_IMAGES].contiguous().numpy()
         labels, most = calibration.labels[:CHECK_IMAGES].numpy(), config.engine.batch.max
         check = check_dense(module, first, labels, part="calibration", batch=most)
@@ -137,6 +138,8 @@ def prune(
             notes += (check.words,)
     if told := note(output_kind(module, calibration.images, calibration.task)):
         notes += (told,)
+    if not calibration.labelled:
+        notes += ("no labels were passed: the network's own predictions stand for them",)
     for each in notes:
         progress.note(each)
     done = run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)

@@ -311,6 +311,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
         precision=graphs.precision,
         export_parity=graphs.parity,
         torch_accuracy=score.accuracy,
+        torch_agreement=score.agreement,
         torch_outputs=score.outputs,
         metric=score.metric,
         targets=results,
@@ -371,7 +372,10 @@ def _gather_predictions(run: Run, folder: Path) -> None:
         if name.partition("/")[0] in ("score", "validate") and (made / PREDICTIONS).is_file():
             networks |= read_predictions(made / PREDICTIONS)[0]
     if networks:
-        write_predictions(folder / PREDICTIONS, networks, run.samples.validation.labels)
+        images = run.samples.validation
+        write_predictions(
+            folder / PREDICTIONS, networks, images.labels if images.spec.labelled else None
+        )
 
 
 def _close(

@@ -26,6 +26,7 @@ from cswap_deploy.export.stage import DENSE, Graphs, export_network
 from cswap_deploy.measure import score as scoring
 from cswap_deploy.measure.engine import EngineTest, check_graph, images_needed, summary
 from cswap_deploy.measure.metric import metric_digest
+from cswap_deploy.measure.own_labels import with_own_labels
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
@@ -75,6 +76,7 @@ def load(
         reused=False,
     )
     loaded = with_output_kind(loaded, samples)
+    samples = with_own_labels(loaded, samples)
     for note in (*samples.notes(), *loaded.notes):
         progress.note(note)
     return loaded, samples

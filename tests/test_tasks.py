@@ -314,9 +314,6 @@ def test_in_memory_data_of_every_form() -> None:
     )  # fmt: skip
     sizes = {cswap_deploy.prune(module, data, **settings).plan.pruned.params for data in forms}
     assert len(sizes) == 1
-    with pytest.raises(UsageError, match="not a pair") as err:
-        cswap_deploy.prune(small_models.small(), images, **settings)
-    assert "task='features'" in str(err.value.fix)
     cswap_deploy.prune(small_models.small(), images, task="features", **settings)
 
 

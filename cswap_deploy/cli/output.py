@@ -328,9 +328,11 @@ class _Memory(ProgressColumn):
 
 
 def _target_line(target: dict[str, Any]) -> str:
-    if target["top1"] is None and target["outputs"] is None:
+    if all(target[name] is None for name in ("top1", "agreement", "outputs")):
         return f"built, not run here: {target['reason']}"
-    if target["top1"] is None:
+    if target["top1"] is None and target["agreement"] is not None:
+        line = f"same class as the dense network on {percent(target['agreement'], 2)}"
+    elif target["top1"] is None:
         line = ", ".join(_output_words(*pair) for pair in target["outputs"].items())
     else:
         drop = fixed(100 * target["top1_drop"], 2, sign="+")

@@ -92,6 +92,11 @@ class DataConfig(Section):
             "Labelled images: a folder, an .npz, or hf:NAME[:SPLIT].", metavar="PATH", common=True
         ),
     ] = None  # fmt: skip
+    calibration_data: Annotated[
+        str | None, Flag("Photos to prune on, without classes.", metavar="PATH")
+    ] = None
+    """A folder, nested in any way, or an ``.npz``. Alone it is also tested on, by agreement with
+    the dense network."""
     validation_data: Annotated[str | None, Flag("Test images alone.", metavar="PATH")] = None
     class_map: Annotated[Path | None, Flag("Class index of a name.", metavar="FILE")] = None
     """A JSON object, or the names in the order of the classes: a JSON list, a text of lines."""
@@ -212,9 +217,9 @@ class BuilderOptions(Section):
     hardware_compat: Annotated[
         Literal["none", "ampere+", "same-cc"], Flag("TensorRT: other GPUs that may run it.")
     ] = "none"
-    version_compatible: Annotated[bool, Flag("TensorRT: later versions may run it.")] = False
+    version_compatible: Annotated[bool, Flag("TensorRT: later versions too.")] = False
     compute_capability: Annotated[
-        tuple[str, ...], Flag("TensorRT-RTX: GPUs to build for; repeat.", metavar="X.Y")
+        tuple[str, ...], Flag("TensorRT-RTX: its GPUs; repeat.", metavar="X.Y")
     ] = ()
     strip_weights: Annotated[bool, Flag("TensorRT: the weights stay in model.onnx.")] = False
     refit_engine: Annotated[bool, Flag("TensorRT: the engine's weights may be replaced.")] = False

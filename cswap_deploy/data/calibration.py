@@ -21,17 +21,20 @@ from cswap_deploy.data.sets import ImageSet, Labels
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.factory import examine
 from cswap_deploy.models.load import wrap_module
+from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.progress import Phases
 from cswap_deploy.records.model import Preprocessing
 from cswap_deploy.runtime.preprocess import normalise
 
 Floats = NDArray[np.float32]
 _FIX = (
-    "pass (images, labels), a DataLoader of such batches, or the path of a folder or an .npz file"
+    "pass (images, labels), images alone, a DataLoader of such batches, or the path of a folder or "
+    "an .npz file"
 )
 _PIXELS_FIX = (
     "normalise them as for training, or pass a folder or an .npz file with input_size, mean and std"
 )
+_BATCH = 64
 _LONGEST = 64
 """Images that are read of a loader for each one wanted, at most."""
 
@@ -46,6 +49,8 @@ class Calibration:
     """(N,) int64, class indices of the model; zeros where the task has none."""
     task: Task = "classify"
     """What the network's outputs are."""
+    labelled: bool = True
+    """Else a classifier's labels are its own predictions."""
 
 
 def calibration_set(
@@ -74,8 +79,8 @@ def calibration_from(
             ``DataLoader``; the path of a folder of class folders or of an ``.npz`` file (or
             ``hf:NAME[:SPLIT]``). Images are tensors or arrays (N, C, H, W), normalised as the
             network takes them; labels (N,) are its class indices. A loader in random order is
-            left early; one that is sorted by class is read to its end. For a task without classes
-            labels may be absent, and are not looked at.
+            left early; one that is sorted by class is read to its end. Images alone will do: a
+            classifier's own predictions are its labels then, and a task without classes has none.
         module: Maps (N, C, H, W) to the outputs of ``model.task``; on the CPU, in evaluation mode.
         model: The network's name and, for a path, its preprocessing.
         config: Number of images; class map of a folder.
@@ -112,14 +117,17 @@ def calibration_from(
             f"{broken} of {len(images)} calibration images have values that are not finite",
             fix="check how they are normalised",
         )
-    return _calibration(images, labels, network.task)
+    return _calibration(images, labels, network.task, labelled=network.labelled)
 
 
-def _calibration(images: Floats, labels: Labels, task: Task) -> Calibration:
+def _calibration(
+    images: Floats, labels: Labels, task: Task, *, labelled: bool = True
+) -> Calibration:
     return Calibration(
         images=torch.from_numpy(images).contiguous(memory_format=torch.channels_last),
         labels=torch.from_numpy(labels),
         task=task,
+        labelled=labelled,
     )
 
 
@@ -133,23 +141,28 @@ class _Network:
     """(C, H, W)."""
     classes: int = 0
     task: Task = "classify"
+    labelled: bool = True
 
     def checked(self, batch: Any) -> tuple[Floats, Labels]:
         """(N, C, H, W) and (N,) of a batch; they must fit the network and the batches before.
 
-        A batch is a pair (images, labels). For a task without classes it may be the images alone,
-        or images first with anything after them, and the labels are zeros.
+        A batch is a pair (images, labels), or images alone: a classifier's labels are then what it
+        predicts itself. For a task without classes the labels are zeros, and anything may follow
+        the images.
         """
         alone = isinstance(batch, Tensor | np.ndarray)
         several = isinstance(batch, tuple | list) and len(batch) > 0
         images = self._images(batch[0] if several else batch) if alone or several else None
         if images is not None and self.task != "classify":
             return images, np.zeros(len(images), dtype=np.int64)
+        if images is not None and alone:
+            self.labelled = False
+            return images, self._predicted(images)
         if images is None or not _is_pair(batch):
             raise UsageError(
                 f"a batch of the calibration data is a {type(batch).__name__}, not a pair "
                 "(images, labels)",
-                fix=f"{_FIX}; images alone will do for a network without classes (task='features')",
+                fix=_FIX,
             )
         labels = _array(batch[1])
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
@@ -165,6 +178,15 @@ class _Network:
             fix += ": labels - 1, if they count from 1"
         check_range(labels, self.classes, where="the calibration data", name=name, fix=fix)
         return images, labels
+
+    def _predicted(self, images: Floats) -> Labels:
+        """(N,) its own classes."""
+        with torch.inference_mode():
+            whole = torch.from_numpy(images.astype(np.float32))
+            parts = (self.module(part) for part in torch.split(whole, _BATCH))
+            classes = [next(iter(named_outputs(found).values())).argmax(1) for found in parts]
+        found: Labels = torch.cat(classes).numpy()
+        return found
 
     def _images(self, given: Any) -> Floats:
         """(N, C, H, W) of the size of all others; the first ones say what the network returns."""

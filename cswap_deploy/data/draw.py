@@ -129,7 +129,7 @@ class Drawer:
         mapping, targets = self._source.mapping, self._source.targets
         if targets is not None:
             targets = targets[[index for _, (index, _) in ordered]]
-        labelled = self._request.model.task == "classify"
+        labelled = self._source.labelled
         odd = Counter(what for _, (_, image) in ordered for what in image.oddities)
         told = (f"{n} of {len(ordered)} {part} images {what}" for what, n in sorted(odd.items()))
         spec = DataSpec(

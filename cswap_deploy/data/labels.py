@@ -40,7 +40,7 @@ class ClassMapping:
 
 
 PLAIN = ClassMapping({}, "labels are class indices")
-UNLABELLED = ClassMapping({}, "no class labels wanted")
+UNLABELLED = ClassMapping({}, "no class labels")
 
 
 @dataclass(frozen=True, slots=True)

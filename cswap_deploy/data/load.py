@@ -20,7 +20,7 @@ from cswap_deploy.data.labels import (
 )
 from cswap_deploy.data.sampling import split_counts, split_shares
 from cswap_deploy.data.sets import ImageSet, Samples, image_digest
-from cswap_deploy.data.sources import DATA_FIX, Source, open_folder, open_npz, readable
+from cswap_deploy.data.sources import DATA_FIX, Source, open_folder, open_npz, open_plain, readable
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.demos import IMAGES
 from cswap_deploy.progress import Phases
@@ -35,7 +35,8 @@ def load_samples(config: DataConfig, *, model: ModelSpec, seed: int, progress: P
     Both are balanced by class as far as the source allows, chosen by the seed (whatever the order
     of the directory), and decoded only when chosen. Without ``data`` a demo model uses the images
     that ship with the package and an ImageNet-1k model streams its validation split from the hub.
-    A source with fewer images than both sets ask for is divided between them.
+    A source with fewer images than both sets ask for is divided between them. Photos without
+    classes are pruned on; where there is nothing else, also tested on.
     No image of one set is in the other, by its pixels, unless ``config`` allows it.
 
     Raises:
@@ -44,7 +45,15 @@ def load_samples(config: DataConfig, *, model: ModelSpec, seed: int, progress: P
         MissingDependencyError: The hub or the ``datasets`` package is needed and not there.
     """
     request = Request(model, seed, progress)
-    if config.validation_data is None and (config.data is not None or model.source != "demo"):
+    demo, tested_on = model.source == "demo", config.validation_data or config.data
+    if config.calibration_data is not None and (demo or tested_on is not None):
+        source, wanted = _plain(config, model), config.validation_samples
+        calibration = _take(request, source, config.calibration_samples, "calibration")
+        source = _open(config, request, tested_on, wanted=wanted, part="validation")
+        validation = _take(request, source, wanted, "validation")
+    elif config.calibration_data is not None or (
+        config.validation_data is None and (config.data is not None or not demo)
+    ):
         calibration, validation = _both_of_one_source(config, request)
     else:
         calibration = _whole_set(config, request, "calibration")
@@ -68,6 +77,12 @@ def load_calibration(
     images = _whole_set(config, Request(model, seed, progress), "calibration")
     _check_calibration(images, asked=config.calibration_samples)
     return images
+
+
+def _plain(config: DataConfig, model: ModelSpec) -> Source:
+    """Photos without classes."""
+    assert config.calibration_data is not None
+    return open_plain(Path(config.calibration_data).expanduser(), model)
 
 
 def _open(
@@ -115,7 +130,10 @@ def _open(
 def _both_of_one_source(config: DataConfig, request: Request) -> tuple[ImageSet, ImageSet]:
     """Calibration first, then validation from what is left."""
     wanted = (config.calibration_samples, config.validation_samples)
-    source = _open(config, request, config.data, wanted=sum(wanted), part="calibration")
+    if config.calibration_data is not None:
+        source = _plain(config, request.model)
+    else:
+        source = _open(config, request, config.data, wanted=sum(wanted), part="calibration")
     total = len(source.labels)
     if config.allow_overlap and total < sum(wanted):
         return (

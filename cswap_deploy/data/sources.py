@@ -67,6 +67,8 @@ class Source:
     """Images that did not decode while the source was opened; not among ``labels``."""
     notes: tuple[str, ...] = ()
     """What the user should know of it; see ``records.model.DataSpec``."""
+    labelled: bool = True
+    """Whether classes were read; else ``labels`` are zeros."""
 
 
 def decode(file: Path | IO[bytes], pre: Preprocessing) -> Decoded | str:
@@ -78,6 +80,20 @@ def decode(file: Path | IO[bytes], pre: Preprocessing) -> Decoded | str:
     except UNREADABLE as err:
         vague = isinstance(err, TypeError | IndexError)
         return f"{type(err).__name__}: {err}" if vague else str(err)
+
+
+def open_plain(path: Path, model: ModelSpec) -> Source:
+    """Images without classes: all pictures of a folder, at any depth, or those of an ``.npz`` file.
+
+    Raises:
+        UsageError: It is neither, or has no images that fit.
+    """
+    if path.is_dir():
+        return _open_pictures(path, model)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return _plain_npz(path, model)
+    what = "is neither a folder nor an .npz file" if path.is_file() else "does not exist"
+    raise UsageError(f"{path} {what}", fix="pass --calibration-data DIR of photos, in any folders")
 
 
 def open_folder(root: Path, classes: Classes) -> Source:
@@ -143,6 +159,7 @@ def _open_pictures(root: Path, model: ModelSpec) -> Source:
         where, np.zeros(len(files), dtype=np.int64), UNLABELLED,
         read=lambda i: decode(files[i], model.preprocessing), describe=describe,
         notes=tuple(_left_out(root, others, "as no pictures by their names, or broken links")),
+        labelled=False,
     )  # fmt: skip
 
 
@@ -238,32 +255,10 @@ def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source
     Raises:
         UsageError: The file is no such archive, or its arrays do not fit each other or the model.
     """
-    classify = classes.model.task == "classify"
-    needed = ("images", "labels") if classify else ("images",)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            absent = [key for key in needed if key not in archive.files]
-            if absent:
-                raise UsageError(
-                    f"{path} has no array {' and no array '.join(map(repr, absent))}; it has "
-                    f"{', '.join(archive.files) or 'nothing'}",
-                    fix=_ARRAYS_FIX,
-                )
-            images = archive["images"]
-            labels = archive["labels"] if "labels" in archive.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as err:
-        raise UsageError(f"cannot read {path}: {err}", fix=_ARRAYS_FIX) from err
+    if classes.model.task != "classify":
+        return _plain_npz(path, classes.model, name=name)
     preprocessing = classes.model.preprocessing
-    images = _checked_images(images, path, preprocessing)
-    if not classify:
-        if labels is not None and labels.shape[:1] != (len(images),):
-            raise UsageError(
-                f"{path}: images {images.shape} and labels {labels.shape} do not match"
-            )
-        return Source(
-            name or str(path), np.zeros(len(images), dtype=np.int64), UNLABELLED,
-            read=lambda i: Decoded(_resized(images[i], preprocessing)), targets=labels,
-        )  # fmt: skip
+    images, labels = _arrays(path, ("images", "labels"), preprocessing)
     assert labels is not None
     labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(images),):
@@ -277,6 +272,38 @@ def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source
         read=lambda i: Decoded(_resized(images[i], preprocessing)),
         notes=tuple(classes.coverage(indices, mapping)),
     )  # fmt: skip
+
+
+def _plain_npz(path: Path, model: ModelSpec, *, name: str | None = None) -> Source:
+    """Images of an ``.npz`` file; what else it says of them is kept as it is."""
+    preprocessing = model.preprocessing
+    images, labels = _arrays(path, ("images",), preprocessing)
+    if labels is not None and labels.shape[:1] != (len(images),):
+        raise UsageError(f"{path}: images {images.shape} and labels {labels.shape} do not match")
+    return Source(
+        name or str(path), np.zeros(len(images), dtype=np.int64), UNLABELLED,
+        read=lambda i: Decoded(_resized(images[i], preprocessing)), targets=labels, labelled=False,
+    )  # fmt: skip
+
+
+def _arrays(
+    path: Path, needed: Sequence[str], preprocessing: Preprocessing
+) -> tuple[Pixels, NDArray[Any] | None]:
+    """``images`` (N, H, W, C) that fit, and ``labels`` where there are some."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            absent = [key for key in needed if key not in archive.files]
+            if absent:
+                raise UsageError(
+                    f"{path} has no array {' and no array '.join(map(repr, absent))}; it has "
+                    f"{', '.join(archive.files) or 'nothing'}",
+                    fix=_ARRAYS_FIX,
+                )
+            images = archive["images"]
+            labels = archive["labels"] if "labels" in archive.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as err:
+        raise UsageError(f"cannot read {path}: {err}", fix=_ARRAYS_FIX) from err
+    return _checked_images(images, path, preprocessing), labels
 
 
 def _resized(image: Pixels, preprocessing: Preprocessing) -> Pixels:

@@ -44,9 +44,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from cswap_deploy.errors import GateError, UsageError
-from cswap_deploy.measure.statistics import wilson_interval
 from cswap_deploy.records.amounts import exact, fixed
 from cswap_deploy.records.manifest import Manifest, TargetResult
+from cswap_deploy.records.measurements import Agreement
 from cswap_deploy.records.value import Value
 
 MIB = 1 << 20
@@ -315,6 +315,13 @@ def _accuracy(manifest: Manifest, budgets: Budgets, judge: Judge | None) -> Iter
     if manifest.model.task != "classify":
         why = f"a network of task {manifest.model.task} has no top-1; output_db_min is for it"
     drop = top1 = same = Seen(None, why=why)
+    alike = alike_on(manifest)
+    if alike:
+        where, x = min(alike, key=lambda found: found[1].share)
+        same = Seen(x.share, f"same class ({where}, {x.images:,} images)", "", "", x.low, x.high)
+    if manifest.validation is not None and not manifest.validation.labelled and alike:
+        why = "the validation images have no labels; agreement_min needs none"
+        drop = top1 = Seen(None, why=why)
     if changes:
         aside = f"; not run: {', '.join(unseen)}" if unseen else ""
         where, worst = max(changes.items(), key=lambda c: (math.isnan(c[1].drop), c[1].drop))
@@ -326,13 +333,16 @@ def _accuracy(manifest: Manifest, budgets: Budgets, judge: Judge | None) -> Iter
         top1 = Seen(
             found.top1, f"top-1 ({where}, {images})", aside=aside, low=found.low, high=found.high
         )
-        where, least = min(changes.items(), key=lambda c: c[1].agreement)
-        count = least.pruned.images
-        ends = wilson_interval(round(least.agreement * count), count)
-        same = Seen(least.agreement, f"same class ({where})", "", aside, *ends)
     yield from hold("accuracy_drop_max", budgets.accuracy_drop_max, drop, judge)
     yield from hold("top1_min", budgets.top1_min, top1, judge)
     yield from hold("agreement_min", budgets.agreement_min, same, judge)
+
+
+def alike_on(manifest: Manifest) -> list[tuple[str, Agreement]]:
+    """Where predictions were compared whatever the labels: the targets that ran, then PyTorch."""
+    rows = [(r.engine.target, r.agreement) for r in manifest.targets]
+    rows.append(("PyTorch", manifest.torch_agreement))
+    return [(where, found) for where, found in rows if found is not None]
 
 
 def _outputs(manifest: Manifest, budgets: Budgets) -> Iterator[BudgetResult]:

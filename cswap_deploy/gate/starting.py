@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cswap_deploy.errors import UsageError
+from cswap_deploy.gate.budgets import alike_on
 from cswap_deploy.records.bundle import DENSE
 from cswap_deploy.records.manifest import Manifest
 
@@ -54,8 +55,10 @@ def budgets_text(
         drop = max(0.0, *(change.drop for change in scored))
         lines += [
             f"accuracy_drop_max = {_up(drop + margin / 10)}  # from the dense network, fraction",
-            f"agreement_min = {_down(min(c.agreement for c in scored) * (1 - margin / 2))}",
         ]
+    if alike := alike_on(manifest):
+        least = min(found.share for _, found in alike)
+        lines.append(f"agreement_min = {_down(least * (1 - margin / 2))}")
     for result in manifest.targets:
         found, target = result.latency, result.engine.target
         if found is None:

@@ -14,14 +14,16 @@ import numpy.typing as npt
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.measure.parity import Run, check_finite
 from cswap_deploy.measure.statistics import mcnemar, paired_difference_interval, wilson_interval
-from cswap_deploy.records.measurements import Accuracy, AccuracyChange
-from cswap_deploy.runtime.probabilities import OutputKind, to_probabilities
+from cswap_deploy.records.measurements import Accuracy, AccuracyChange, Agreement
+from cswap_deploy.runtime.probabilities import LEAST, OutputKind, to_probabilities
 from cswap_deploy.runtime.session import Floats
 
 Classes = npt.NDArray[np.integer[Any]]
 PREDICTIONS = "predictions.npz"
 """Of a bundle: labels, and of each network the classes and how sure it was of them."""
 _BINS = 15
+_MOST_LOGS = 8_000_000
+"""Numbers: 2,000 images of 4,000 classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +34,37 @@ class Predicted:
     """(N,) the likeliest."""
     confidence: Floats
     """(N,) its probability."""
+    logs: Floats | None = None
+    """(N, classes) logarithms of all probabilities, where they are few enough to keep."""
 
 
 def predicted(outputs: Floats, kind: OutputKind) -> Predicted:
     """(N, classes) outputs of a network as predictions."""
     probabilities = to_probabilities(outputs, kind)
-    return Predicted(outputs.argmax(1), probabilities.max(1).astype(np.float32))
+    logs = None
+    if outputs.size <= _MOST_LOGS:
+        logs = np.log(np.maximum(probabilities, LEAST)).astype(np.float32)
+    return Predicted(outputs.argmax(1), probabilities.max(1).astype(np.float32), logs)
 
 
 def write_predictions(
-    path: Path, networks: Mapping[str, Predicted], labels: Classes | None = None
-) -> None:
-    """Save predictions of the same N images, compressed; with the labels where they are known."""
+    path: Path, networks: Mapping[str, Predicted], labels: Classes | None = None, *,
+    whole: bool = False,
+) -> None:  # fmt: skip
+    """Save predictions of the same N images, compressed.
+
+    Args:
+        path: Of the file.
+        networks: By name.
+        labels: (N,) where they are known.
+        whole: Also all probabilities.
+    """
     arrays: dict[str, Any] = {} if labels is None else {"labels": np.asarray(labels, np.int32)}
     for name, one in networks.items():
         arrays[f"{name}.classes"] = one.classes.astype(np.int32)
         arrays[f"{name}.confidence"] = one.confidence
+        if whole and one.logs is not None:
+            arrays[f"{name}.logs"] = one.logs
     np.savez_compressed(path, **arrays)
 
 
@@ -60,7 +77,12 @@ def read_predictions(path: Path) -> tuple[dict[str, Predicted], Classes | None]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = [key.removesuffix(".classes") for key in arrays if key.endswith(".classes")]
-            found = {n: Predicted(arrays[f"{n}.classes"], arrays[f"{n}.confidence"]) for n in names}
+            found = {
+                n: Predicted(
+                    arrays[f"{n}.classes"], arrays[f"{n}.confidence"], arrays.get(f"{n}.logs")
+                )
+                for n in names
+            }  # fmt: skip
             return found, arrays.get("labels", None)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
         raise ArtifactError(f"{path} holds no predictions: {err}") from err
@@ -159,6 +181,20 @@ def accuracy_change(dense: Predicted, pruned: Predicted, labels: Classes) -> Acc
         agreement=float((dense.classes == pruned.classes).mean()),
         p_value=mcnemar(only_dense, only_pruned),
     )  # fmt: skip
+
+
+def agreement(before: Predicted, after: Predicted) -> Agreement:
+    """How alike two networks predict N > 0 images."""
+    same = before.classes == after.classes
+    low, high = wilson_interval(int(same.sum()), len(same))
+    kl = None
+    if before.logs is not None and after.logs is not None:
+        first, second = (logs.astype(np.float64) for logs in (before.logs, after.logs))
+        kl = max(0.0, float((np.exp(first) * (first - second)).sum(1).mean()))
+    share = float(same.mean())
+    return Agreement(
+        share=share, low=min(low, share), high=max(high, share), kl=kl, images=len(same)
+    )
 
 
 def _right(predicted: Classes, labels: Classes) -> npt.NDArray[np.bool_]:

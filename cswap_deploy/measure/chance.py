@@ -34,8 +34,9 @@ def check_labels(
 ) -> tuple[DenseCheck, ...]:
     """Stop before anything takes long where the dense network only guesses on the images.
 
-    Tasks without classes are not checked, nor random weights. Of validation images only those with
-    a source of their own are: the others have the labels of the calibration images.
+    Tasks without classes are not checked, nor random weights, nor images without labels. Of
+    validation images only those with a source of their own are: the others have the labels of the
+    calibration images.
 
     Raises:
         UsageError: It is no better than guessing, and ``allow_chance`` was not given.
@@ -51,6 +52,8 @@ def check_labels(
         sets["validation"] = samples.validation
     found = []
     for part, images in sets.items():
+        if not images.spec.labelled:
+            continue
         progress.begin(f"evaluating the dense network on {part} images", 0)
         check = check_dense(
             loaded.module, normalise(images.images[:CHECK_IMAGES], spec.preprocessing),

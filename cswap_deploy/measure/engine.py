@@ -12,7 +12,7 @@ from torch import nn
 
 from cswap_deploy.config import Config
 from cswap_deploy.errors import GateError, PruneError
-from cswap_deploy.measure.accuracy import PREDICTIONS, write_predictions
+from cswap_deploy.measure.accuracy import PREDICTIONS, agreement, write_predictions
 from cswap_deploy.measure.evaluate import Evaluation, Predictions, torch_run
 from cswap_deploy.measure.latency import measure_latency
 from cswap_deploy.measure.outputs import (
@@ -140,7 +140,8 @@ class EngineTest:
         """
         what = f"the {self.config.export.precision} graph"
         judged = self._judged(engine, session, what, name)
-        return judged.model_copy(update={"accuracy": None, "outputs": None})
+        nothing = dict.fromkeys(("accuracy", "agreement", "outputs"))
+        return judged.model_copy(update=nothing)
 
     def _judged(
         self, engine: EngineArtifact, session: Session, what: str, name: str
@@ -156,7 +157,10 @@ class EngineTest:
             if self.out is not None:
                 write_predictions(self.out / PREDICTIONS, {engine.target: classes})
             change = self.evaluation.change(self.reference.dense, classes)
-            result = TargetResult(engine=engine, accuracy=change)
+            result = TargetResult(
+                engine=engine, accuracy=change if self.evaluation.labelled else None,
+                agreement=agreement(self.reference.dense, classes),
+            )  # fmt: skip
             if export.precision != "fp32":
                 reduced = self.evaluation.change(self.reference.pruned, classes)
                 require_precision(reduced, engine.target, **gate)
@@ -284,6 +288,8 @@ def summary(result: TargetResult, *, pruned: bool = True) -> str:
     change, text = result.accuracy, "not evaluated"
     if change is not None:
         text = f"top-1 {percent(change.dense.top1, 2)} -> {percent(change.pruned.top1, 2)}"
+    elif result.agreement is not None:
+        text = f"same class on {percent(result.agreement.share, 2)} of the images"
     elif result.outputs is not None:
         text = worst_words(result.outputs)
     if result.dense_latency is not None:

@@ -44,6 +44,11 @@ class Evaluation:
     kind: OutputKind = "logits"
     """What classifiers give."""
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels of their own, not those of the dense network."""
+        return self.images.spec.labelled
+
     def classify(self, network: Run, *, what: str, largest: int = EVALUATION_BATCH) -> Predicted:
         """Predicted class of every image.
 

@@ -7,13 +7,19 @@ from pathlib import Path
 
 from torch import nn
 
-from cswap_deploy.measure.accuracy import PREDICTIONS, read_predictions, write_predictions
+from cswap_deploy.measure.accuracy import (
+    PREDICTIONS,
+    agreement,
+    read_predictions,
+    write_predictions,
+)
 from cswap_deploy.measure.engine import OutputReference
 from cswap_deploy.measure.evaluate import Evaluation, Predictions
 from cswap_deploy.measure.outputs import torch_outputs, worst_words
 from cswap_deploy.records.amounts import percent
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.graphs import Score
+from cswap_deploy.records.measurements import Agreement
 from cswap_deploy.records.model import ModelSpec
 
 
@@ -39,12 +45,16 @@ def score_networks(
     before, after = (torch_outputs(module, spec.outputs) for module in (dense, pruned))
     if spec.task == "classify":
         found = evaluation.networks(dense, pruned, largest=largest)
-        write_predictions(folder / PREDICTIONS, {"dense": found.dense, "pruned": found.pruned})
-        score = Score(accuracy=evaluation.change(found.dense, found.pruned))
+        both = {"dense": found.dense, "pruned": found.pruned}
+        write_predictions(folder / PREDICTIONS, both, whole=True)
+        score = Score(agreement=agreement(found.dense, found.pruned))
+        if evaluation.labelled:
+            change = evaluation.change(found.dense, found.pruned)
+            score = score.model_copy(update={"accuracy": change})
     else:
         what = "the dense and the pruned network"
-        change = evaluation.output_change(before, after, spec.task, what=what, largest=largest)
-        score = Score(outputs=change)
+        outputs = evaluation.output_change(before, after, spec.task, what=what, largest=largest)
+        score = Score(outputs=outputs)
     if metric is None:
         return score
     figures = evaluation.metric(metric, before, after, largest=largest)
@@ -70,12 +80,20 @@ def reference_of(
     return OutputReference(dense, spec, rows)
 
 
+def agreement_words(found: Agreement) -> str:
+    """The same where there are no labels."""
+    kl = "" if found.kl is None else f", KL {found.kl:.3g} nats"
+    return f"same class as the dense network on {percent(found.share, 2)} of the images{kl}"
+
+
 def summary(score: Score) -> str:
     """One line for the screen."""
     told = []
     if score.accuracy is not None:
         dense, smaller = (x.top1 for x in (score.accuracy.dense, score.accuracy.pruned))
         told.append(f"top-1 {percent(dense, 2)} -> {percent(smaller, 2)}")
+    elif score.agreement is not None:
+        told.append(agreement_words(score.agreement))
     if score.outputs is not None:
         told.append(worst_words(score.outputs))
     if score.metric is not None:

@@ -162,6 +162,8 @@ def _target(result: TargetResult) -> dict[str, Any]:
         "reason": result.engine.reason,
         "top1": None if accuracy is None else accuracy.pruned.top1,
         "top1_drop": None if accuracy is None else accuracy.drop,
+        "agreement": None if result.agreement is None else result.agreement.share,
+        "kl": None if result.agreement is None else result.agreement.kl,
         "outputs": _outputs(result.outputs),
         "p50_ms": None if latency is None else latency.p50_ms,
         "p99_ms": None if latency is None else latency.p99_ms,

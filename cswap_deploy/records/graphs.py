@@ -5,6 +5,7 @@ from __future__ import annotations
 from cswap_deploy.records.engine import OnnxArtifact
 from cswap_deploy.records.measurements import (
     AccuracyChange,
+    Agreement,
     MetricChange,
     OutputChange,
     Parity,
@@ -33,7 +34,9 @@ class Score(Value):
     """``score.json``: from the dense to the pruned network in PyTorch."""
 
     accuracy: AccuracyChange | None = None
-    """``None`` for a task without classes."""
+    """``None`` for a task without classes, and for images without labels."""
+    agreement: Agreement | None = None
+    """Of classifiers."""
     outputs: OutputChange | None = None
     """For those."""
     metric: MetricChange | None = None

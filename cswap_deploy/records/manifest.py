@@ -10,6 +10,7 @@ from cswap_deploy.config import RatioOf
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
 from cswap_deploy.records.measurements import (
     AccuracyChange,
+    Agreement,
     DenseCheck,
     Device,
     Latency,
@@ -29,6 +30,9 @@ class TargetResult(Value):
     engine: EngineArtifact
     parity: Parity | None = None
     accuracy: AccuracyChange | None = None
+    """``None`` where it was not run, or the validation images have no labels."""
+    agreement: Agreement | None = None
+    """Of a classifier, from the dense network in PyTorch to the engine."""
     reduced: AccuracyChange | None = None
     """From the pruned float32 network (``dense`` here) to the graph of reduced precision."""
     judged_by: str = ""
@@ -75,6 +79,8 @@ class Manifest(Value):
     """After export and after each graph pass."""
     torch_accuracy: AccuracyChange | None = None
     """Dense and pruned network in PyTorch."""
+    torch_agreement: Agreement | None = None
+    """The same whatever the labels."""
     torch_outputs: OutputChange | None = None
     """In its place for a task without classes."""
     metric: MetricChange | None = None

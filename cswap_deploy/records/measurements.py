@@ -143,6 +143,20 @@ class AccuracyChange(Value):
     """McNemar's exact test that both are right equally often; ``None`` in older manifests."""
 
 
+class Agreement(Value):
+    """How alike two classifiers predict, whatever the labels."""
+
+    share: Fraction
+    """Of the images, that get the same class from both."""
+    low: Fraction
+    """95 % Wilson score interval."""
+    high: Fraction
+    kl: float | None
+    """Mean KL divergence from the first one's prediction (nats); ``None`` where there are too many
+    classes and images to keep it."""
+    images: int
+
+
 class OutputError(Value):
     """What changed in one output of a network."""
 

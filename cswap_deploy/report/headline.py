@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from cswap_deploy.gate.budgets import alike_on
 from cswap_deploy.records.amounts import fixed, speed
 from cswap_deploy.records.manifest import Manifest, TargetResult
-from cswap_deploy.records.measurements import AccuracyChange, OutputChange, Parity
+from cswap_deploy.records.measurements import AccuracyChange, Agreement, OutputChange, Parity
 from cswap_deploy.records.model import DataSpec
 from cswap_deploy.report import cells as c
 from cswap_deploy.report.document import Tile
@@ -17,6 +18,12 @@ def scored(manifest: Manifest) -> list[tuple[str, AccuracyChange]]:
     """Where accuracy was measured: the targets that ran, then PyTorch."""
     rows = [(r.engine.target, r.accuracy) for r in manifest.targets]
     return [(name, x) for name, x in (*rows, ("PyTorch", manifest.torch_accuracy)) if x is not None]
+
+
+def unlabelled(manifest: Manifest) -> list[tuple[str, Agreement]]:
+    """Where there is agreement with the dense network alone, since the images have no labels."""
+    labelled = manifest.validation is None or manifest.validation.labelled
+    return [] if labelled or manifest.model.task != "classify" else alike_on(manifest)
 
 
 def changed(manifest: Manifest) -> list[tuple[str, OutputChange]]:
@@ -54,11 +61,13 @@ def summary(manifest: Manifest) -> str:
             f"{change.pruned.images:,} images ({where}): {_drop(change.drop)}, 95 % interval "
             f"{c.points(change.low)} to {c.points(change.high)}."
         )
+    for where, found in unlabelled(manifest)[:1]:
+        text += f" The images have no labels, so top-1 is not known; {_alike(found)} ({where})."
     for where, moved in changed(manifest)[:1]:
         text += (
             f" Task {manifest.model.task}: {_moved(moved)}, on {moved.images:,} images ({where})."
         )
-    if not scored(manifest) and not changed(manifest):
+    if not scored(manifest) and not changed(manifest) and not unlabelled(manifest):
         text += " Accuracy was not measured."
     if any(check.verdict == "at" for check in manifest.dense_checks):
         text += " The dense network is no better than guessing on these images."
@@ -99,10 +108,14 @@ def tiles(manifest: Manifest) -> tuple[Tile, ...]:
         between = f"{c.points(scores.low)} to {c.points(scores.high)}"
         note = f"{_drop(scores.drop)} from {c.top1(scores.dense.top1)} ({between}); {where}"
         made.append(Tile("top-1", c.top1(scores.pruned.top1), note))
+    for where, found in unlabelled(manifest)[:1]:
+        share = c.interval(c.percent, found.share, found.low, found.high)
+        kl = "" if found.kl is None else f"KL {c.nats(found.kl)} nats; "
+        made.append(Tile("same class", share, f"as the dense network; {kl}{where}"))
     for where, moved in changed(manifest)[:1]:
         note = f"{_moved(moved)}; {where}"
         made.append(Tile("output error", c.decibels(moved.worst_db), note))
-    if not scored(manifest) and not changed(manifest):
+    if not scored(manifest) and not changed(manifest) and not unlabelled(manifest):
         made.append(Tile("top-1", "not measured", "no validation images"))
     timed = [(r, r.latency) for r in manifest.targets if r.latency is not None]
     for result, latency in timed:
@@ -175,6 +188,13 @@ def _ask_for_speed(manifest: Manifest) -> str:
     return (
         f"; a ratio of {RATIO_WORDS[manifest.ratio_of]} need not save time, --speedup asks for it"
     )
+
+
+def _alike(found: Agreement) -> str:
+    """Agreement in words."""
+    share = c.interval(c.percent, found.share, found.low, found.high)
+    kl = "" if found.kl is None else f", at a KL divergence of {c.nats(found.kl)} nats"
+    return f"it has the dense network's class on {share} of {found.images:,} images{kl}"
 
 
 def _moved(change: OutputChange) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cswap_deploy.gate.budgets import BudgetResult
+from cswap_deploy.gate.budgets import BudgetResult, alike_on
 from cswap_deploy.measure.noise import noise_in
 from cswap_deploy.measure.statistics import percentile_interval
 from cswap_deploy.measure.trtexec import TOOLS, trtexec_line
@@ -83,6 +83,20 @@ def _accuracy(manifest: Manifest) -> Section | None:
     scored, metric = headline.scored(manifest), _metric(manifest)
     if changed := headline.changed(manifest):
         return _outputs(manifest, changed, metric)
+    alike = table(
+        "where | the dense network's class, 95 % | KL, nats | images",
+        (
+            (where, c.interval(c.percent, x.share, x.low, x.high),
+             None if x.kl is None else c.nats(x.kl), x.images)
+            for where, x in alike_on(manifest)
+        ),
+    )  # fmt: skip
+    if not scored and headline.unlabelled(manifest):
+        words = (
+            "The validation images have no labels: top-1, and whether the dense network is right, "
+            "cannot be known here. What is known is how alike the two networks predict."
+        )
+        return section("Accuracy", words, tables=[alike, metric])
     if not scored:
         return section("Accuracy", "Not measured: no validation images were scored.")
 
@@ -101,7 +115,7 @@ def _accuracy(manifest: Manifest) -> Section | None:
     more = table("where | p | calibration error, dense | pruned", tested)
     caption = "Top-1 of the dense and the pruned network."
     picture = Figure(partial(figures.accuracy_figure, scored), caption)
-    return section("Accuracy", words, tables=[made, more, metric], figures=[picture])
+    return section("Accuracy", words, tables=[made, more, alike, metric], figures=[picture])
 
 
 def _metric(manifest: Manifest) -> Table | None:
@@ -419,6 +433,12 @@ def _data(manifest: Manifest) -> Section | None:
     )  # fmt: skip
     roles = ("calibration", "validation")
     text = [f"No {role} images were used." for role in roles if role not in used]
+    if manifest.calibration is not None and not manifest.calibration.labelled:
+        text.append(
+            "The calibration images have no labels: the KL divergence and the refit need none; "
+            "where an effect on the true class is meant, it is on the class that the dense network "
+            "predicts, and verdicts are of that."
+        )
     for role, data in used.items():
         if data.class_indices:
             named = tuple(f"{name} = {index}" for name, index in sorted(data.class_indices.items()))

@@ -156,10 +156,8 @@ BROKEN[3, 1, 2, 2] = np.nan
 @pytest.mark.parametrize(
     ("data", "words", "fix"),
     [
-        (None, "is of type NoneType", r"pass \(images, labels\), a DataLoader of such batches"),
+        (None, "is of type NoneType", r"pass \(images, labels\), images alone, a DataLoader"),
         (TensorDataset(torch.from_numpy(X)), "is of type TensorDataset", "a DataLoader"),
-        (X, "a batch of the calibration data is a ndarray, not a pair", "a DataLoader"),
-        ([X], "a batch of the calibration data is a ndarray, not a pair", "a DataLoader"),
         ([{"x": X}], "is a dict, not a pair", "a DataLoader"),
         ([], "has no batches", "a DataLoader"),
         ((X[0], LABELS), r"have shape \(3, 8, 8\), \(N, C, H, W\) is wanted", "a DataLoader"),
