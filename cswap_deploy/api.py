@@ -143,6 +143,17 @@ def prune(
     for each in notes:
         progress.note(each)
     done = run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
+    if config.prune.recover is not None and config.prune.ratio > 0:
+        from cswap_deploy.network.placing import device_for
+        from cswap_deploy.pruning.recover import recover
+
+        trained, record = recover(
+            done.module, module, calibration.images, minutes=config.prune.recover,
+            task=calibration.task, seed=config.run.seed, device=device_for(config.prune),
+            progress=progress,
+        )  # fmt: skip
+        plan = done.plan.model_copy(update={"recovery": record})
+        done = replace(done, module=trained, plan=plan)
     return replace(done, notes=(*notes, *done.notes))
 
 

@@ -129,6 +129,8 @@ def build(
     run.fallbacks += loaded.notes
     run.dense_checks = check_labels(config, loaded, samples, progress)
     pruned = stages.prune(run) if source is None else stages.take_pruned(run, source)
+    if source is None and config.prune.recover is not None and config.prune.ratio > 0:
+        pruned = stages.recover(run, pruned)
     graphs = stages.export(run, pruned) if _reached(until, "export") else None
     engines: dict[str, Path] = {}
     if graphs is not None and _reached(until, "engine"):

@@ -22,7 +22,7 @@ from cswap_deploy.records.value import sha256_text
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 12, "export": 6, "precision": 6, "engine": 6, "score": 6, "validate": 8,
+    "prune": 13, "recover": 1, "export": 6, "precision": 6, "engine": 6, "score": 6, "validate": 8,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
@@ -117,8 +117,8 @@ class Run:
         found = self.store.find(key) if self.config.run.resume else None
         self.stages[name] = "run" if found is None else "reused"
         if found is None:
-            self.store.remove(key)  # what is there is not wanted, or create() would keep it
-            with self.store.create(key) as out:
+            # What is there is not wanted, but another build may be reading it.
+            with self.store.create(key, replace=not self.config.run.resume) as out:
                 make(out)
             found = self.store.find(key)
             assert found is not None

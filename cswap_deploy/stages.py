@@ -34,6 +34,8 @@ from cswap_deploy.network.placing import device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
+from cswap_deploy.pruning.recover import ProgressStore, recovery_words
+from cswap_deploy.pruning.recover import recover as train
 from cswap_deploy.pruning.rounds import NEAR
 from cswap_deploy.pruning.state import RoundStore
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
@@ -138,6 +140,38 @@ def prune(run: Run) -> PrunedFiles:
         f"{plan.dense.params:,} -> {plan.pruned.params:,} parameters "
         f"({percent(plan.effective('params'), 1)} removed)",
     )
+    return PrunedFiles(folder, plan, run)
+
+
+def recover(run: Run, pruned: PrunedFiles) -> PrunedFiles:
+    """Train the pruned network towards the dense one for the minutes that were asked for."""
+    minutes, seed, task = run.config.prune.recover, run.config.run.seed, run.loaded.spec.task
+    assert minutes is not None
+    device = device_for(run.config.prune)
+    run.progress.stage("recover", f"{minutes:g} min of training, without labels")
+    inputs = {
+        "weights": sha256_file(pruned.folder / WEIGHTS), "device": device.type,
+        **run.calibration_key, **run.network_key,
+    }  # fmt: skip
+    settings = {"minutes": minutes, "seed": seed}
+    tools = tool_versions("cswap-deploy", "torch")
+    key = key_of("recover", inputs=inputs, settings=settings, tools=tools)
+    kept = ProgressStore(run.store, key, resume=run.config.run.resume)
+
+    def make(out: Path) -> None:
+        module, record = train(
+            pruned.module, run.loaded.module, run.calibration.images, minutes=minutes, task=task,
+            seed=seed, device=device, progress=run.progress, before=kept.load(), save=kept.save,
+        )  # fmt: skip
+        plan = pruned.plan.model_copy(update={"recovery": record})
+        (out / PLAN).write_text(plan.model_dump_json(indent=1))
+        save_file(contiguous_state(module), out / WEIGHTS, metadata={"format": "pt"})
+
+    folder = run.stage("recover", make, inputs=inputs, settings=settings, tools=tools)
+    kept.forget()
+    plan = read_plan(folder)
+    assert plan.recovery is not None
+    run.done("recover", recovery_words(plan.recovery))
     return PrunedFiles(folder, plan, run)
 
 
@@ -292,7 +326,8 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
         "score",
         make,
         inputs={
-            "pruned": run.keys["prune"],
+            "pruned": sha256_file(pruned.folder / WEIGHTS),
+            "network": run.network_key,
             "validation": run.samples.validation.spec.sha256,
             "metric": "" if metric is None else metric_digest(metric),
         },

@@ -94,7 +94,12 @@ def _continue_command(until: Stage) -> Callable[..., None]:
     def command(
         folder: Folder, as_json: Json = False, quiet: Quiet = False, **settings: Any
     ) -> None:
-        _build(_going_on(folder, settings), until, folder, console_of(as_json=as_json, quiet=quiet))
+        _build(
+            _going_on(folder, settings, until),
+            until,
+            folder,
+            console_of(as_json=as_json, quiet=quiet),
+        )
 
     return command
 
@@ -119,7 +124,7 @@ def _engine_command() -> Callable[..., None]:
             check_operators(graph, targets)
             console.result({"onnx": str(graph), "supported_by": targets})
         else:
-            _build(_going_on(folder, settings), "engine", folder, console)
+            _build(_going_on(folder, settings, "engine"), "engine", folder, console)
 
     return command
 
@@ -294,12 +299,19 @@ def _version(
         raise typer.Exit
 
 
-def _going_on(folder: Path, settings: dict[str, Any]) -> Config:
+def _going_on(folder: Path, settings: dict[str, Any], until: Stage) -> Config:
     """The settings that a folder was built with, under those that are given now."""
     from cswap_deploy.config import load_config
+    from cswap_deploy.errors import UsageError
     from cswap_deploy.pipeline import settings_of
+    from cswap_deploy.records.bundle import MANIFEST
 
     before = settings_of(folder).settings()
+    if (folder / MANIFEST).is_file() and settings.get("output") is None and until != "validate":
+        raise UsageError(
+            f"{folder} is a finished bundle: {until} would leave it without manifest and reports",
+            fix=f"pass another folder with -o, or go on to the end: `cswap-deploy validate {folder}`",
+        )
     if settings["precision"] not in (None, before["precision"]):
         # What was set for another precision is not for this one.
         for name in ("int8_calibration", "int8_quantizer", "keep_fp32", "precision_drop"):

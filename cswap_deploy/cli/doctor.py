@@ -137,7 +137,7 @@ def _probe(code: str, module: str) -> Any:
     environment = {**os.environ, "PYTHONPATH": path, "ORT_DISABLE_TELEMETRY": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, errors="replace",
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, errors="replace",
             timeout=_PROBE_SECONDS, check=False, env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired as err:

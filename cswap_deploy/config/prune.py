@@ -45,9 +45,7 @@ class PruneConfig(Section):
         float | None, Field(gt=0), Flag("At most, on the target.", metavar="4ms")
     ] = None
     """Milliseconds."""
-    latency_table: Annotated[
-        Path | None, Flag("Of another device; see profile-kit.", "FILE", in_key=False)
-    ] = None
+    latency_table: Annotated[Path | None, Flag("Of another device.", "FILE", in_key=False)] = None
     """What ``cswap-run --profile`` wrote there: speed is then aimed at on that device."""
     method: Annotated[
         Literal["cswap", "paper"], Flag("The best measured, or as published.", in_key=False)
@@ -92,6 +90,10 @@ class PruneConfig(Section):
         ByteSize | None, Field(ge=1), Flag("2GiB; a third of free.", "SIZE", in_key=False)
     ] = None
     refit: Annotated[bool, Flag("Refit what is left.")] = True
+    recover: Annotated[
+        float | None, Field(gt=0, le=1440), Flag("Minutes of training.", "MIN", in_key=False)
+    ] = None
+    """After pruning, towards the dense network, without labels: :mod:`pruning.recover`."""
     branches: Annotated[bool, Flag("Residual ones may go.")] = True
     refit_producers: Annotated[
         bool, Flag("In the last round also reconstruct producers.", expert=True)

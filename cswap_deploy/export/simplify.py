@@ -67,7 +67,8 @@ def _restore_names(path: Path, original: Path) -> None:
 def _run_onnxsim(source: Path, target: Path) -> str:
     """Simplify a file; returns onnxsim's last words when it fails, else nothing."""
     done = subprocess.run(
-        [sys.executable, "-c", _SIMPLIFY, os.fspath(source), os.fspath(target)],
+        # -P: a file called onnx.py in the working directory is not what is meant.
+        [sys.executable, "-P", "-c", _SIMPLIFY, os.fspath(source), os.fspath(target)],
         capture_output=True, text=True, errors="replace", check=False,
         # onnxsim imports onnxruntime, which else writes a usage database into the home folder.
         env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},

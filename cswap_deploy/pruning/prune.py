@@ -181,6 +181,7 @@ def _plan(job: Job, state: State) -> PrunePlan:
         biased=network.biased,
         refitted=state.refitted,
         producers=state.producers,
+        starved=state.starved,
         rounds=tuple(state.rounds),
         latency=_by_layer(network, state),
     )

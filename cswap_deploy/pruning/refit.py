@@ -6,7 +6,7 @@ Closed form from forward passes: no gradient is computed and no training happens
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,6 +43,8 @@ class Refit:
     """Layers above ``MAX_FEATURES``."""
     producers: tuple[str, ...] = ()
     """Layers that were reconstructed."""
+    starved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Layer -> its rows and its unknowns, where the rows are fewer."""
 
 
 def solvable(graph: Graph) -> list[str]:
@@ -119,7 +121,8 @@ def refit(
             (solved if done else skipped).append(layer)
             if tick is not None:
                 tick(1)
-    return Refit(tuple(solved), tuple(skipped), tuple(producers))
+    starved = {name: pair for name, pair in work.rows.items() if pair[0] < pair[1]}
+    return Refit(tuple(solved), tuple(skipped), tuple(producers), starved)
 
 
 @dataclass(slots=True)
@@ -135,6 +138,8 @@ class _Refitting:
     """(R, O), of the layer that was solved last."""
     reads: Reads | None = None
     """What its producer reads."""
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Layer -> rows and unknowns of its normal equations."""
 
     def solve(self, layer: str, hold: fx.Node, chain: Chain | None = None) -> bool:
         """Refit a layer; False where it is too wide. Notes what the producer of a chain reads.
@@ -172,6 +177,7 @@ class _Refitting:
                 found.append(wanted)
         self.wanted = torch.cat(found) if found else None
         system.solve(self.ridge)
+        self.rows[layer] = system.rows, system.features
         return True
 
     def reconstruct(self, chain: Chain) -> bool:
@@ -210,6 +216,11 @@ class _System:
                 part = slice(begin, begin + step)
                 u = unfold(own, where[part], self._window)[0].flatten(1)
                 group.add(u, wanted[part, group.rows])
+
+    @property
+    def rows(self) -> int:
+        """Rows that were counted in."""
+        return min(g.inputs.count if g.inputs is not None else 0 for g in self._groups)
 
     def solve(self, ridge: float | None) -> None:
         """Set the layer's weights and constant."""

@@ -274,4 +274,4 @@ class _Loop:
                 producers=self.job.config.refit_producers and last,
             )  # fmt: skip
             state.refitted, state.not_refitted = done.layers, done.skipped
-            state.producers = done.producers
+            state.producers, state.starved = done.producers, dict(done.starved)

@@ -33,6 +33,8 @@ class State:
     not_refitted: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
     """Layers whose units were reconstructed."""
+    starved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Layers whose last refit had fewer rows than unknowns: both."""
 
     def costs(self, group: Group, effect: Literal["kl", "true-class"]) -> np.ndarray:
         """(units,) the latest effects that rank; zero where nothing was measured yet."""
@@ -92,6 +94,6 @@ class RoundStore:
 
     def _key(self, path: Sequence[float]) -> str:
         return stage_key(
-            "round", version=9, inputs={"prune": self._prune_key}, settings={"path": list(path)},
+            "round", version=10, inputs={"prune": self._prune_key}, settings={"path": list(path)},
             tools={},
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cswap_deploy.config import RatioOf, Task
-from cswap_deploy.records.value import Value
+from cswap_deploy.records.value import Fraction, Value
 
 Verdict = Literal["critical", "neutral", "detrimental"]
 
@@ -138,10 +138,41 @@ class ScoringCost(Value):
     """What measuring the same units on all of these images would have taken."""
 
 
+class RecoveryCheck(Value):
+    """A look at the held-out images in the middle of a recovery."""
+
+    seconds: float
+    """Of training before it."""
+    divergence: float
+    """Mean KL divergence from the dense network's prediction (nats); without classes, squared
+    change of the outputs over their squared size."""
+    agreement: Fraction | None = None
+    """Images that get the dense network's class."""
+
+
+class Recovery(Value):
+    """Training after pruning, where it was asked for: towards the dense network, without labels."""
+
+    minutes: float
+    """Asked for."""
+    seconds: float
+    """Taken; less where nothing was gained any more."""
+    steps: int
+    images: int
+    held_out: int
+    """Calibration images that judged, and were not trained on."""
+    divergence_before: float
+    divergence: float
+    """As in :class:`RecoveryCheck`, of the weights that were kept."""
+    agreement_before: Fraction | None = None
+    agreement: Fraction | None = None
+    checks: tuple[RecoveryCheck, ...]
+
+
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[5, 6] = 6
+    schema_version: Literal[5, 6, 7] = 7
     settings: dict[str, Any]
     """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
     task: Task = "classify"
@@ -157,9 +188,14 @@ class PrunePlan(Value):
     """Layers whose weights were refitted."""
     producers: tuple[str, ...] = ()
     """Layers whose remaining units were reconstructed to carry what the removed ones did."""
+    starved: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Refitted layer -> its rows and its unknowns, where the images gave fewer rows: the ridge then
+    keeps it near the weights that it had."""
     rounds: tuple[RoundLog, ...] = ()
     latency: LatencyByLayer | None = None
     """``None`` where latency was no aim."""
+    recovery: Recovery | None = None
+    """``None`` where the network was not trained, as is the default."""
 
     @property
     def criterion(self) -> str:

@@ -115,11 +115,12 @@ class Store:
             return None
 
     @contextmanager
-    def create(self, key: str) -> Iterator[Path]:
+    def create(self, key: str, *, replace: bool = False) -> Iterator[Path]:
         """Lend an empty folder to fill; it becomes the entry of ``key`` when the block ends well.
 
         When the block raises (Ctrl-C too) nothing is left. When another process finished the same
-        key first, its entry stays and this one is dropped. Ask ``find`` for the finished folder.
+        key first, its entry stays and this one is dropped, unless it is to ``replace`` what is
+        there; what is there stays until then. Ask ``find`` for the finished folder.
 
         Raises:
             UsageError: The store cannot be written.
@@ -133,7 +134,7 @@ class Store:
             index = StoreIndex(key=key, files=list_files(files))
             (entry / "index.json").write_text(index.canonical_json())
             flush(entry)
-            self._publish(entry, key)
+            self._publish(entry, key, replace=replace)
 
     def remove(self, key: str) -> None:
         """Drop an entry, where there is one."""
@@ -148,14 +149,14 @@ class Store:
             inner.mkdir()
             yield inner
 
-    def _publish(self, entry: Path, key: str) -> None:
+    def _publish(self, entry: Path, key: str, *, replace: bool) -> None:
         final = self.root / key
         try:
             os.rename(entry, final)
         except OSError as err:
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            if _fault(final, key) is None:
+            if not replace and _fault(final, key) is None:
                 return
             self._discard(final)
             os.rename(entry, final)

@@ -9,6 +9,7 @@ from cswap_deploy.records.amounts import fixed, speed
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.measurements import AccuracyChange, Agreement, OutputChange, Parity
 from cswap_deploy.records.model import DataSpec
+from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.report import cells as c
 from cswap_deploy.report.document import Tile
 from cswap_deploy.report.units import RATIO_WORDS
@@ -43,7 +44,7 @@ def image_sets(manifest: Manifest) -> dict[str, DataSpec]:
     return {role: data for role, data in sets if data is not None}
 
 
-def summary(manifest: Manifest) -> str:
+def summary(manifest: Manifest, plan: PrunePlan | None = None) -> str:
     """The result in two or three sentences."""
     name, of, reached = manifest.model.name, manifest.ratio_of, manifest.ratio_effective
     text = f"{name} was exported dense: no removal was asked for."
@@ -69,6 +70,14 @@ def summary(manifest: Manifest) -> str:
         )
     if not scored(manifest) and not changed(manifest) and not unlabelled(manifest):
         text += " Accuracy was not measured."
+    trained = None if plan is None else plan.recovery
+    if trained is not None:
+        text += (
+            f" After pruning it was trained for {trained.seconds / 60:.1f} minutes, towards the "
+            "dense network and without labels: these figures are with that."
+        )
+    elif manifest.ratio_requested > 0:
+        text += " Nothing was trained."
     if any(check.verdict == "at" for check in manifest.dense_checks):
         text += " The dense network is no better than guessing on these images."
     if manifest.metric is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -61,7 +62,8 @@ def describe(
         removal(told, plan.excluded),
         effects(told),
         time_by_layer(plan),
-        _rounds(plan),
+        _rounds(plan, 0 if manifest.calibration is None else manifest.calibration.count),
+        _recovery(plan),
         _parity(manifest),
         _data(manifest),
         _notes(manifest),
@@ -71,7 +73,7 @@ def describe(
     return Report(
         title=manifest.model.name,
         about=f"cswap-deploy {manifest.tool_version} · {manifest.created}",
-        summary=headline.summary(manifest),
+        summary=headline.summary(manifest, plan),
         tiles=headline.tiles(manifest),
         warnings=headline.warnings(manifest),
         card=card(manifest),
@@ -361,7 +363,7 @@ def _gpu_text(manifest: Manifest) -> list[str]:
     return text + [f"{target}: {note}." for target, gpu in gpus for note in gpu.notes]
 
 
-def _rounds(plan: PrunePlan) -> Section | None:
+def _rounds(plan: PrunePlan, images: int) -> Section | None:
     if not plan.rounds:
         return None
     cost, text = plan.scoring, []
@@ -382,6 +384,11 @@ def _rounds(plan: PrunePlan) -> Section | None:
         ("Layers that gained a bias for what was folded in", plan.biased),
     )
     text += [f"{what}: {len(names):,}." for what, names in layers if names]
+    if plan.starved:
+        text.append(
+            f"{len(plan.starved):,} refitted layers had fewer rows than unknowns, so a ridge kept "
+            f"them near what they were: {_starved(plan, images)}."
+        )
     heads = "round | units measured | masked forwards | removed | parameters left | time"
     rows = (
         (
@@ -395,6 +402,36 @@ def _rounds(plan: PrunePlan) -> Section | None:
         for r in plan.rounds
     )
     return section("Rounds", *text, tables=[table(heads, rows)])
+
+
+def _starved(plan: PrunePlan, images: int) -> str:
+    """The worst of them: rows, unknowns, and how many images would give enough."""
+    worst = sorted(plan.starved.items(), key=lambda item: item[1][0] / item[1][1])[:5]
+    told = (
+        f"{name} ({rows:,} rows for {unknowns:,} inputs; {math.ceil(images * unknowns / rows):,} "
+        "images would do)"
+        for name, (rows, unknowns) in worst
+    )
+    return ", ".join(told)
+
+
+def _recovery(plan: PrunePlan) -> Section | None:
+    found = plan.recovery
+    if found is None:
+        return None
+    words = (
+        f"Asked for: {found.minutes:g} minutes of training after pruning, towards the dense "
+        f"network and without labels, on {found.images:,} calibration images with flips, shifts "
+        f"and mixing; {found.held_out:,} others judged, and the weights with the least divergence "
+        f"there were kept. It took {found.seconds:.0f} s and {found.steps:,} steps.",
+    )
+    rows = (
+        (c.seconds(x.seconds), c.nats(x.divergence),
+         None if x.agreement is None else c.percent(x.agreement))
+        for x in found.checks
+    )  # fmt: skip
+    heads = "after | divergence from the dense network | same class"
+    return section("Recovery (training)", *words, tables=[table(heads, rows)])
 
 
 def _parity(manifest: Manifest) -> Section | None:

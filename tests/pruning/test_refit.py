@@ -355,3 +355,17 @@ def test_sampled_positions_still_recover_a_duplicate() -> None:
     remove(graph.on(module), grouping(module), 1)
     fit(graph.on(module), graph, {"reader": torch.tensor([0, 2, 3, 4, 5])}, images, ridge=1e-7)
     torch.testing.assert_close(logits(module, images), dense, rtol=0, atol=1e-4)
+
+
+def test_layers_with_fewer_rows_than_unknowns_are_named() -> None:
+    import small_models
+
+    import cswap_deploy
+
+    settings = {"ratio": 0.2, "rounds": 1, "round_to": 1, "scoring_samples": 10}
+    images = torch.randn(200, *small_models.INPUT_SIZE)
+    few = cswap_deploy.prune(small_models.small(), images[:12], **settings).plan
+    rows, unknowns = few.starved["head"]
+    assert rows == 12, "one row an image behind the pool"
+    assert rows < unknowns <= 32
+    assert not cswap_deploy.prune(small_models.small(), images, **settings).plan.starved

@@ -1,0 +1,168 @@
+"""Recovery: training that was asked for, on held-out images never worse, and gone on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import small_models
+import torch
+from torch import nn
+
+import cswap_deploy
+from cswap_deploy.errors import UsageError
+from cswap_deploy.progress import Silent
+from cswap_deploy.pruning import recover as module_
+from cswap_deploy.pruning.recover import Progressed, ProgressStore, divergence, recover, varied
+from cswap_deploy.records.store import Store
+
+if TYPE_CHECKING:
+    from conftest import Made, Ran
+
+CPU = torch.device("cpu")
+IMAGES = torch.randn(60, *small_models.INPUT_SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def damaged(module: nn.Module) -> nn.Module:
+    """The network with a layer shaken."""
+    other = small_models.small()
+    other.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        other.conv2.weight *= 0.5
+    return other
+
+
+def trained(**more: Any) -> Any:
+    dense = small_models.small()
+    given = {"minutes": 0.05, "task": "classify", "seed": 0, "device": CPU, "progress": Silent()}
+    return (*recover(damaged(dense), dense, IMAGES, **(given | more)), dense)
+
+
+def test_it_comes_nearer_to_the_dense_network_and_says_how() -> None:
+    module, found, dense = trained()
+    assert found.divergence < found.divergence_before
+    assert found.held_out == 10
+    assert found.images == 50
+    assert found.steps > 0
+    assert found.checks[0].divergence == found.divergence_before
+    assert found.divergence == min(check.divergence for check in found.checks)
+    held_out = IMAGES[5::6]
+    with torch.no_grad():
+        own = divergence({"y": dense(held_out)}, {"y": module(held_out)}, "classify").mean()
+    assert float(own) == pytest.approx(found.divergence, rel=1e-4), "it is what was kept"
+    assert not module.training
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_it_never_ends_worse_than_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rate that breaks everything."""
+    monkeypatch.setattr(module_, "_RATE", 10.0)
+    dense = small_models.small()
+    before = damaged(dense)
+    module, found = recover(
+        before, dense, IMAGES, minutes=0.02, task="classify", seed=0, device=CPU, progress=Silent()
+    )
+    assert found.divergence == found.divergence_before
+    for one, other in zip(module.state_dict().values(), before.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_neither_network_is_changed_and_the_dense_one_does_not_learn() -> None:
+    dense = small_models.small()
+    pruned = damaged(dense)
+    kept = [{n: v.clone() for n, v in m.state_dict().items()} for m in (dense, pruned)]
+    recover(
+        pruned, dense, IMAGES, minutes=0.01, task="classify", seed=0, device=CPU, progress=Silent()
+    )
+    for module, before in zip((dense, pruned), kept, strict=True):
+        assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    store = ProgressStore(Store(tmp_path), "key")
+    assert store.load() is None
+    seen: list[int] = []
+
+    def stops(state: Progressed) -> None:
+        store.save(state)
+        seen.append(state.step)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(save=stops)
+    before = store.load()
+    assert before is not None
+    assert before.step == seen[-1]
+    assert 0 < before.seconds < 3
+    assert before.moments
+    _, found, _ = trained(before=before, save=store.save)
+    assert found.steps > seen[-1]
+    assert found.seconds < 4
+    assert len(found.checks) > 4
+    store.forget()
+    assert store.load() is None
+
+
+def test_too_few_images_are_refused() -> None:
+    dense = small_models.small()
+    with pytest.raises(UsageError, match="--recover needs 24 calibration images, there are 20"):
+        recover(
+            dense, dense, IMAGES[:20], minutes=1, task="classify", seed=0, device=CPU,
+            progress=Silent(),
+        )  # fmt: skip
+
+
+def test_pictures_are_shifted_mirrored_and_mixed_within_their_range() -> None:
+    images = torch.rand(32, 3, 16, 16)
+    found = varied(images, torch.Generator().manual_seed(0))
+    assert found.shape == images.shape
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+    assert not torch.equal(found, images)
+    again = varied(images, torch.Generator().manual_seed(0))
+    assert torch.equal(found, again)
+
+
+def test_no_gradient_step_without_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a step was taken")
+
+    for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(optimizer, "step", never)
+    settings = {"ratio": 0.2, "rounds": 1, "round_to": 1, "scoring_samples": 20}
+    done = cswap_deploy.prune(small_models.small(), IMAGES, **settings)
+    assert done.plan.recovery is None
+    with pytest.raises(AssertionError, match="a step was taken"):
+        cswap_deploy.prune(small_models.small(), IMAGES, recover=0.01, **settings)
+
+
+def test_a_build_says_that_it_was_trained(
+    command: Callable[..., Ran], made: Made, store: Path, tmp_path: Path
+) -> None:
+    done = command(
+        "build", *made.flags, "--target", "onnxruntime", "--recover", "0.05", "--store", store,
+        "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json()["stages"]["prune"] == "reused", "pruning does not depend on it"
+    assert done.json()["stages"]["recover"] == "run"
+    bundle = cswap_deploy.load(tmp_path / "out")
+    found = bundle.plan.recovery
+    assert found is not None
+    assert found.divergence <= found.divergence_before
+    text = (tmp_path / "out/report.md").read_text()
+    assert "it was trained for" in text
+    assert "## Recovery (training)" in text
+    assert "--recover 0.05" in text
+    assert "Nothing was trained." in (made.bundle / "report.md").read_text()
+    module = bundle.module()
+    with torch.no_grad():
+        assert torch.isfinite(module(IMAGES)).all()
+    again = command(
+        "build", *made.flags, "--target", "onnxruntime", "--recover", "0.05", "--store", store,
+        "-o", tmp_path / "again", "--json",
+    )  # fmt: skip
+    assert again.json()["stages"]["recover"] == "reused"
