@@ -310,7 +310,7 @@ def _going_on(folder: Path, settings: dict[str, Any], until: Stage) -> Config:
     if (folder / MANIFEST).is_file() and settings.get("output") is None and until != "validate":
         raise UsageError(
             f"{folder} is a finished bundle: {until} would leave it without manifest and reports",
-            fix=f"pass another folder with -o, or go on to the end: `cswap-deploy validate {folder}`",
+            fix=f"pass another folder with -o, or go to the end: `cswap-deploy validate {folder}`",
         )
     if settings["precision"] not in (None, before["precision"]):
         # What was set for another precision is not for this one.
