@@ -209,8 +209,8 @@ def history_add(
 
     mark = revision or this_revision()
     found = [one for path in results for one in measurements_of(path, revision=mark)]
-    History(file).add(found)
-    console_of(as_json=as_json).result({"history": str(file), "added": len(found)})
+    added = History(file).add(found)
+    console_of(as_json=as_json).result({"history": str(file), "added": added})
 
 
 @history.command("show")

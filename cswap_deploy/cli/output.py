@@ -123,7 +123,7 @@ class Console:
             mark = "[green]ok  [/]" if v.ok else "[red]FAIL[/]"
             if v.ok and v.inconclusive:
                 mark = "[yellow]?   [/]"
-            self.err.print(f"{mark} {escape(v.name)}: {escape(v.text)}")
+            self.err.print(f"{mark} {escape(v.name)}: {escape(v.text)}", soft_wrap=True)
 
     def bundle(self, told: dict[str, Any]) -> None:
         """A finished build: its path on stdout, a summary on stderr."""

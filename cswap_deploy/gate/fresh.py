@@ -92,9 +92,10 @@ def check_here(
         assert first.manifest is not None
         judge = Judge(budgets.inconclusive)
         results = exact_limits(first.manifest, budgets, judge)
-        base: Path | None = None
+        base: _Base | None = None
         if budgets.baseline is not None:
-            base = fetched(budgets.baseline.bundle, scratch, near=near)
+            place = budgets.baseline.bundle
+            base = _Base(fetched(place, scratch, near=near), place)
         for target, limits in budgets.latency.items():
             progress.stage("check", f"{bundle} on {target}")
             held = _Held(first, target, limits, base, scratch, judge, options, progress)
@@ -107,13 +108,26 @@ def check_here(
 
 
 @dataclass(frozen=True, slots=True)
+class _Base:
+    """What a bundle is held against."""
+
+    path: Path
+    place: str
+    """As the budgets file names it."""
+
+    def opened(self, scratch: Path, *, target: str, batch: int = 1) -> Subject:
+        """Its engine for a target."""
+        return open_subject(self.path, scratch, target=target, batch=batch, label=self.place)
+
+
+@dataclass(frozen=True, slots=True)
 class _Held:
     """One target's limits, and all that measuring them needs."""
 
     bundle: Subject
     target: str
     limits: LatencyBudget
-    base: Path | None
+    base: _Base | None
     scratch: Path
     judge: Judge
     options: FreshOptions
@@ -187,10 +201,10 @@ class _Held:
         assert self.base is not None
         assert self.limits.slowdown_max is not None
         limit = self.limits.slowdown_max
-        base = open_subject(self.base, self.scratch, target=self.target, batch=batch)
+        base = self.base.opened(self.scratch, target=self.target, batch=batch)
         other = base.contender(batch=batch, threads=threads)
         found = self._ratio(other, own, lambda r: r.high - 1 <= limit or r.low - 1 > limit)
-        aside = f" over {self.base}"
+        aside = f" over {self.base.place}"
         if base.manifest is not None and base.manifest.device.cpu != describe_device().cpu:
             aside += f", built on {base.manifest.device.cpu} and measured here"
         low, high = found.low - 1, found.high - 1
@@ -262,17 +276,17 @@ def _percent(name: str) -> float:
 
 
 def _against(
-    bundle: Subject, base: Path, limits: BaselineBudget, scratch: Path, judge: Judge
+    bundle: Subject, base: _Base, limits: BaselineBudget, scratch: Path, judge: Judge
 ) -> Iterator[BudgetResult]:
     """What is relative to the baseline and needs no timing."""
-    before = open_subject(base, scratch, target=bundle.target)
+    before = base.opened(scratch, target=bundle.target)
     if limits.top1_drop_max is not None:
         compared = compare_accuracy(before, bundle, CompareOptions())
         seen = Seen(None, why="the baseline's build was tested on other images, or kept none")
         if compared is not None and (change := compared.change) is not None:
-            what = f"top-1 drop over {base}"
+            what = f"top-1 drop over {base.place}"
             seen = Seen(change.drop, what, "", "", change.low, change.high)
         yield from hold("baseline.top1_drop_max", limits.top1_drop_max, seen, judge)
     growth = bundle.size_bytes / before.size_bytes - 1
-    seen = Seen(growth, f"growth of the {bundle.target} engine over {base}")
+    seen = Seen(growth, f"growth of the {bundle.target} engine over {base.place}")
     yield from hold("baseline.size_growth_max", limits.size_growth_max, seen)

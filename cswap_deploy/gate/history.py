@@ -38,7 +38,7 @@ CREATE TABLE measurements (
     high REAL,
     unit TEXT NOT NULL
 );
-CREATE INDEX by_series ON measurements (series, runner, at);
+CREATE UNIQUE INDEX by_series ON measurements (series, runner, at, value);
 """
 _FEWEST = 8
 """Measurements in a series before change points are looked for."""
@@ -119,19 +119,26 @@ class History:
                     fix="name another file; a history is what `cswap-deploy history add` made",
                 )
 
-    def add(self, measurements: Sequence[Measurement]) -> None:
-        """Add all, or none."""
+    def add(self, measurements: Sequence[Measurement]) -> int:
+        """Add all, or none; what is there already is not added again.
+
+        Returns:
+            How many were new.
+        """
         rows = [
             (m.at, m.runner or runner_name(), m.revision, m.series, m.value, m.low, m.high, m.unit)
             for m in measurements
         ]
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
+            before = connection.total_changes
             connection.executemany(
-                "INSERT INTO measurements (at, runner, revision, series, value, low, high, unit) "
+                "INSERT OR IGNORE INTO measurements "
+                "(at, runner, revision, series, value, low, high, unit) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
+            return connection.total_changes - before
 
     def trends(self, pattern: str = "*") -> list[Trend]:
         """Every series whose name matches, oldest measurement first, runner by runner."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MANIFEST, read_bundle
 from cswap_deploy.records.comparison import Comparison
 from cswap_deploy.records.manifest import Manifest
@@ -27,7 +28,7 @@ def described(found: Comparison, both: tuple[Manifest | None, ...]) -> Report:
     words = (
         f"Timed in alternation on {found.device.cpu} ({found.device.cores} cores), target "
         f"{found.target}, batch {found.batch}: better or worse is a change of over half of "
-        f"{100 * found.min_effect:.3g} % of the latency, or of {100 * found.max_drop:.3g} points "
+        f"{100 * found.min_effect:.3g} % of the latency, or half of {100 * found.max_drop:.3g} % "
         "of top-1, that the 95 % interval is clear of.",
     )
     made = (
@@ -40,7 +41,7 @@ def described(found: Comparison, both: tuple[Manifest | None, ...]) -> Report:
         about=f"cswap-deploy {found.tool_version} · {found.created}",
         summary=f"{found.head} is {found.verdict}.", tiles=tiles,
         sections=tuple(part for part in made if part is not None),
-        sources=("both bundles",),
+        sources=(),
     )  # fmt: skip
 
 
@@ -50,16 +51,16 @@ def _word(verdict: str) -> str:
 
 def _beside(found: Comparison, both: tuple[Manifest | None, ...]) -> Section | None:
     """What the builds recorded of both."""
-    told: tuple[tuple[str, Callable[[Manifest], c.Cell]], ...] = (
+    told: tuple[tuple[str, Callable[[Manifest], str]], ...] = (
         ("model", lambda m: m.model.name),
         ("built", lambda m: m.created[:16].replace("T", " ")),
-        ("parameters", lambda m: c.short(m.pruned.params)),
-        ("MACs per image", lambda m: c.short(m.pruned.macs)),
+        ("parameters", lambda m: f"{m.pruned.params:,}"),
+        ("MACs per image", lambda m: f"{m.pruned.macs:,}"),
         ("precision", lambda m: m.onnx.precision),
-        ("model.onnx", lambda m: c.size(m.onnx.size_bytes)),
+        ("model.onnx", lambda m: mebibytes(m.onnx.size_bytes)),
         ("top-1, as built", _top1),
         ("p50 on the target, as built", lambda m: _p50(m, found.target)),
-        ("weights sha256", lambda m: c.Digest(m.model.weights_sha256)),
+        ("weights sha256", lambda m: m.model.weights_sha256[:16]),
         ("device of the build", lambda m: m.device.cpu),
         ("cswap-deploy", lambda m: m.tool_version),
     )
@@ -70,12 +71,12 @@ def _beside(found: Comparison, both: tuple[Manifest | None, ...]) -> Section | N
     return section("Side by side", tables=[table(heads, rows)])
 
 
-def _top1(manifest: Manifest) -> c.Cell:
+def _top1(manifest: Manifest) -> str:
     change = manifest.torch_accuracy
-    return None if change is None else c.top1(change.pruned.top1)
+    return "-" if change is None else percent(change.pruned.top1, 2)
 
 
-def _p50(manifest: Manifest, target: str) -> c.Cell:
+def _p50(manifest: Manifest, target: str) -> str:
     found = (r.latency for r in manifest.targets if r.engine.target == target)
     latency = next(found, None)
-    return None if latency is None else c.ms(latency.p50_ms)
+    return "-" if latency is None else f"{fixed(latency.p50_ms, 2)} ms"
