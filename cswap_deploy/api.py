@@ -145,12 +145,12 @@ def prune(
     done = run(module, calibration, config=config.prune, seed=config.run.seed, progress=progress)
     if config.prune.recover is not None and config.prune.ratio > 0:
         from cswap_deploy.network.placing import device_for
-        from cswap_deploy.pruning.recover import recover
+        from cswap_deploy.pruning.recover import Lesson, recover
 
+        minutes, seed, device = config.prune.recover, config.run.seed, device_for(config.prune)
         trained, record = recover(
-            done.module, module, calibration.images, minutes=config.prune.recover,
-            task=calibration.task, seed=config.run.seed, device=device_for(config.prune),
-            progress=progress,
+            done.module, module, calibration.images,
+            Lesson(minutes, calibration.task, seed, device), progress=progress,
         )  # fmt: skip
         plan = done.plan.model_copy(update={"recovery": record})
         done = replace(done, module=trained, plan=plan)

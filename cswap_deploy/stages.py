@@ -34,7 +34,7 @@ from cswap_deploy.network.placing import device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
-from cswap_deploy.pruning.recover import ProgressStore, recovery_words
+from cswap_deploy.pruning.recover import Lesson, ProgressStore, recovery_words
 from cswap_deploy.pruning.recover import recover as train
 from cswap_deploy.pruning.rounds import NEAR
 from cswap_deploy.pruning.state import RoundStore
@@ -160,8 +160,9 @@ def recover(run: Run, pruned: PrunedFiles) -> PrunedFiles:
 
     def make(out: Path) -> None:
         module, record = train(
-            pruned.module, run.loaded.module, run.calibration.images, minutes=minutes, task=task,
-            seed=seed, device=device, progress=run.progress, before=kept.load(), save=kept.save,
+            pruned.module, run.loaded.module, run.calibration.images,
+            Lesson(minutes, task, seed, device), progress=run.progress, before=kept.load(),
+            save=kept.save,
         )  # fmt: skip
         plan = pruned.plan.model_copy(update={"recovery": record})
         (out / PLAN).write_text(plan.model_dump_json(indent=1))
@@ -328,6 +329,7 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
         inputs={
             "pruned": sha256_file(pruned.folder / WEIGHTS),
             "network": run.network_key,
+            "preprocessing": spec.preprocessing.model_dump(mode="json"),
             "validation": run.samples.validation.spec.sha256,
             "metric": "" if metric is None else metric_digest(metric),
         },

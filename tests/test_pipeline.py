@@ -225,7 +225,10 @@ def test_a_folder_that_was_changed_on_the_way_is_refused(
 ) -> None:
     copy = shutil.copytree(made.bundle, tmp_path / "copy")
     flip_a_byte(copy / "pruned.safetensors")
-    done = command("export", copy)
+    refused = command("export", copy)
+    assert refused.code == 2
+    assert "is a finished bundle: export would leave it without" in refused.err
+    done = command("export", copy, "-o", tmp_path / "other")
     assert done.code == 6
     assert "is damaged: pruned.safetensors has sha256" in done.err
     assert "fix: copy the folder again, or prune again" in done.err

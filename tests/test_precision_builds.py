@@ -247,5 +247,5 @@ def test_a_stage_at_a_time_in_another_precision(
     manifest = read_value(work / "manifest.json", Manifest)
     assert manifest.onnx.precision == "fp16"
     assert manifest.settings["keep_fp32"] == ["*/Conv"], "of the same precision, so it stays"
-    ran = command("export", work, "--precision", "fp32", "--store", store)
+    ran = command("export", work, "--precision", "fp32", "--store", store, "-o", tmp_path / "o")
     assert ran.code == 0, "of another one, so it goes: " + ran.err

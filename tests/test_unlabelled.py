@@ -53,18 +53,13 @@ def trained(made: Made) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def bundle(
-    trained: tuple[Any, ...], photos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    from conftest import in_a_process  # type: ignore[attr-defined]
-
+def bundle(made: Made, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unlabelled")
-    done = in_a_process(
-        "build", *trained, "--calibration-data", photos, "-o", folder / "out", "--store",
-        folder / "store",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    return folder / "out"
+    kept = {k: v for k, v in made.settings.items() if k not in ("data", "validation_data")}
+    settings = kept | {
+        "calibration_data": str(photos), "output": folder / "out", "store": folder / "store",
+    }  # fmt: skip
+    return cswap_deploy.build(**settings).path
 
 
 def test_only_photos_give_a_bundle_that_says_what_cannot_be_known(bundle: Path) -> None:

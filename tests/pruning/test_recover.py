@@ -15,14 +15,24 @@ import cswap_deploy
 from cswap_deploy.errors import UsageError
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import recover as module_
-from cswap_deploy.pruning.recover import Progressed, ProgressStore, divergence, recover, varied
+from cswap_deploy.pruning.recover import (
+    Lesson,
+    Progressed,
+    ProgressStore,
+    divergence,
+    recover,
+    varied,
+)
 from cswap_deploy.records.store import Store
 
 if TYPE_CHECKING:
     from conftest import Made, Ran
 
-CPU = torch.device("cpu")
 IMAGES = torch.randn(60, *small_models.INPUT_SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def lesson(minutes: float) -> Lesson:
+    return Lesson(minutes, "classify", 0, torch.device("cpu"))
 
 
 def damaged(module: nn.Module) -> nn.Module:
@@ -36,8 +46,8 @@ def damaged(module: nn.Module) -> nn.Module:
 
 def trained(**more: Any) -> Any:
     dense = small_models.small()
-    given = {"minutes": 0.05, "task": "classify", "seed": 0, "device": CPU, "progress": Silent()}
-    return (*recover(damaged(dense), dense, IMAGES, **(given | more)), dense)
+    found = recover(damaged(dense), dense, IMAGES, lesson(0.05), progress=Silent(), **more)
+    return (*found, dense)
 
 
 def test_it_comes_nearer_to_the_dense_network_and_says_how() -> None:
@@ -48,7 +58,8 @@ def test_it_comes_nearer_to_the_dense_network_and_says_how() -> None:
     assert found.steps > 0
     assert found.checks[0].divergence == found.divergence_before
     assert found.divergence == min(check.divergence for check in found.checks)
-    held_out = IMAGES[5::6]
+    generator = torch.Generator().manual_seed(0)
+    held_out = torch.cat([varied(IMAGES[5::6], generator) for _ in range(3)])
     with torch.no_grad():
         own = divergence({"y": dense(held_out)}, {"y": module(held_out)}, "classify").mean()
     assert float(own) == pytest.approx(found.divergence, rel=1e-4), "it is what was kept"
@@ -61,9 +72,7 @@ def test_it_never_ends_worse_than_it_came(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module_, "_RATE", 10.0)
     dense = small_models.small()
     before = damaged(dense)
-    module, found = recover(
-        before, dense, IMAGES, minutes=0.02, task="classify", seed=0, device=CPU, progress=Silent()
-    )
+    module, found = recover(before, dense, IMAGES, lesson(0.02), progress=Silent())
     assert found.divergence == found.divergence_before
     for one, other in zip(module.state_dict().values(), before.state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -73,9 +82,7 @@ def test_neither_network_is_changed_and_the_dense_one_does_not_learn() -> None:
     dense = small_models.small()
     pruned = damaged(dense)
     kept = [{n: v.clone() for n, v in m.state_dict().items()} for m in (dense, pruned)]
-    recover(
-        pruned, dense, IMAGES, minutes=0.01, task="classify", seed=0, device=CPU, progress=Silent()
-    )
+    recover(pruned, dense, IMAGES, lesson(0.01), progress=Silent())
     for module, before in zip((dense, pruned), kept, strict=True):
         assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
 
@@ -109,10 +116,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 def test_too_few_images_are_refused() -> None:
     dense = small_models.small()
     with pytest.raises(UsageError, match="--recover needs 24 calibration images, there are 20"):
-        recover(
-            dense, dense, IMAGES[:20], minutes=1, task="classify", seed=0, device=CPU,
-            progress=Silent(),
-        )  # fmt: skip
+        recover(dense, dense, IMAGES[:20], lesson(1), progress=Silent())
 
 
 def test_pictures_are_shifted_mirrored_and_mixed_within_their_range() -> None:

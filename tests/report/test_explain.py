@@ -374,7 +374,7 @@ def test_a_damaged_plan(command: Command, bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     done = command("explain", bundle)
     assert done.code == 6
-    assert "plan.json is not a PrunePlan of schema version 6: groups.0.effects." in done.err
+    assert "plan.json is not a PrunePlan of schema version 7: groups.0.effects." in done.err
 
 
 def test_top_is_at_least_one(command: Command, bundle: Path) -> None:

