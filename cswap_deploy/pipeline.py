@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +31,7 @@ from cswap_deploy.records.graphs import SCORE, Score
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store
-from cswap_deploy.records.value import read_value
+from cswap_deploy.records.value import now, read_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -252,10 +251,7 @@ def add_to_report(bundle: Path, more: Section) -> None:
 
     page = bundle / "report.html"
     page.write_text(with_section(page.read_text(), more))
-    manifest = read_value(bundle / MANIFEST, Manifest)
-    files = tuple(ref for ref in list_files(bundle) if ref.path != MANIFEST)
-    manifest = manifest.model_copy(update={"files": files})
-    (bundle / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    _seal(bundle, read_value(bundle / MANIFEST, Manifest))
 
 
 def settings_of(folder: Path) -> Config:
@@ -299,7 +295,7 @@ def _measure(run: Run, pruned: PrunedFiles, graphs: Graphs, engines: dict[str, P
     results = tuple(stages.validate(run, name, built, before) for name, built in engines.items())
     plan, samples, score = pruned.plan, run.samples, read_value(scores / SCORE, Score)
     return Manifest(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         tool_version=tool_versions("cswap-deploy")["cswap-deploy"],
         model=run.loaded.spec,
         calibration=samples.calibration.spec,
@@ -399,6 +395,12 @@ def _close(
     told: dict[str, Any] = {"results": checked, "evidence": _evidence(run, folder)}
     for name, render in (("report.md", render_markdown), ("report.html", render_html)):
         (folder / name).write_text(render(manifest, plan, **told))
-    manifest = manifest.model_copy(update={"files": list_files(folder)})
+    return _seal(folder, manifest)
+
+
+def _seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest, with every file beside it as it is now."""
+    files = tuple(ref for ref in list_files(folder) if ref.path != MANIFEST)
+    manifest = manifest.model_copy(update={"files": files})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     return manifest

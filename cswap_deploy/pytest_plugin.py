@@ -54,7 +54,6 @@ class BundleUnderTest:
             threads: Of CPU runtimes; ``None`` for all cores.
             at_most: Seconds of timing.
         """
-        from cswap_deploy.gate.budgets import Judge
         from cswap_deploy.gate.fresh import time_limits
 
         found = _TIME.fullmatch(limit.strip())
@@ -65,7 +64,7 @@ class BundleUnderTest:
             own = subject.contender(batch=batch, threads=threads)
             results = time_limits(
                 own, {f"p{percentile:g}_ms": ms}, None, where=f"{subject.target}, batch {batch}",
-                prefix=f"latency.{subject.target}.", judge=Judge("pass"), at_most=at_most,
+                prefix=f"latency.{subject.target}.", inconclusive="pass", at_most=at_most,
             )  # fmt: skip
         _judge(results)
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +25,7 @@ from cswap_deploy.records.bundle import MODEL
 from cswap_deploy.records.files import atomic_folder, check_output
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.sweep import Sweep, SweepPoint
+from cswap_deploy.records.value import now
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,7 +184,7 @@ def sweep(
         except GateError as err:
             refused = err
         found = Sweep(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=now(),
             tool_version=tool_versions("cswap-deploy")["cswap-deploy"],
             model=config.model.model, target=config.engine.target[0],
             ratio_of="latency" if speedups else config.prune.ratio_of,

@@ -94,12 +94,8 @@ def _continue_command(until: Stage) -> Callable[..., None]:
     def command(
         folder: Folder, as_json: Json = False, quiet: Quiet = False, **settings: Any
     ) -> None:
-        _build(
-            _going_on(folder, settings, until),
-            until,
-            folder,
-            console_of(as_json=as_json, quiet=quiet),
-        )
+        console = console_of(as_json=as_json, quiet=quiet)
+        _build(_going_on(folder, settings, until), until, folder, console)
 
     return command
 

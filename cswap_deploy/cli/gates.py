@@ -11,6 +11,7 @@ from cswap_deploy.cli.shared import Json, Quiet, console_of, fraction, numbers, 
 
 if TYPE_CHECKING:
     from cswap_deploy.cli.output import Console
+    from cswap_deploy.errors import GateError
     from cswap_deploy.gate.budgets import BudgetResult
 
 app = typer.Typer()
@@ -46,7 +47,7 @@ def check(
     from cswap_deploy.api import check as checked
 
     console = console_of(as_json=as_json, quiet=quiet)
-    limit = seconds(at_most) or 60.0
+    limit = seconds(at_most)
     with console.progress() as progress:
         results = checked(
             bundle, budget, recorded=recorded, threads=threads, at_most=limit, progress=progress
@@ -92,13 +93,15 @@ def compare(
     options = CompareOptions(
         target=target, batch=batch, threads=threads,
         min_effect=effect_on(history_file, None if min_effect is None else fraction(min_effect)),
-        max_drop=fraction(max_drop), at_most=seconds(at_most) or 60.0,
+        max_drop=fraction(max_drop), at_most=seconds(at_most),
     )  # fmt: skip
     with console.progress() as progress:
         found = compared(base, head, options, progress=progress)
     results = results_of(found, inconclusive_passes=inconclusive == "pass")
     if history_file is not None:
-        _add(history_file, found, "")
+        from cswap_deploy.gate.history import History, measurements_from, this_revision
+
+        History(history_file).add(measurements_from(found, this_revision()))
     if html is not None:
         from cswap_deploy.report.compare import render_html
 
@@ -108,9 +111,7 @@ def compare(
     console.comparison(found)
     if failed := [result for result in results if not result.ok]:
         names = ", ".join(result.name for result in failed)
-        err = GateError(f"{head} is {found.verdict} ({names})")
-        typer.echo(f"error: {err}", err=True)
-        raise typer.Exit(err.exit_code)
+        raise _failed(GateError(f"{head} is {found.verdict} ({names})"))
 
 
 @app.command()
@@ -137,20 +138,21 @@ def bench(
 
     console = console_of(as_json=as_json, quiet=quiet)
     sizes = [int(size) for size in numbers(batch)]
+    lasts = None if lasting is None else seconds(lasting)
     if self_test:
         if len(paths) != 1:
             raise UsageError("--self-test takes one engine")
         with console.progress() as progress:
             tested = benches.self_test(
                 paths[0], target=target[0] if target else None, batch=sizes[0], threads=threads,
-                seconds=seconds(lasting) or 60.0, progress=progress,
+                seconds=lasts or 60.0, progress=progress,
             )  # fmt: skip
         console.self_test(tested)
         return
     with console.progress() as progress:
         found = benches.bench(
             paths, targets=target or (), batches=sizes, threads=threads, runs=runs,
-            seconds=seconds(lasting), progress=progress,
+            seconds=lasts, progress=progress,
         )  # fmt: skip
     console.bench(found)
 
@@ -249,8 +251,13 @@ def conclude(
     try:
         require(results)
     except GateError as err:
-        typer.echo(f"error: {err}", err=True)
-        raise typer.Exit(err.exit_code) from err
+        raise _failed(err) from err
+
+
+def _failed(err: GateError) -> typer.Exit:
+    """Say why; what was measured is on stdout already, so this is no error object there."""
+    typer.echo(f"error: {err}", err=True)
+    return typer.Exit(err.exit_code)
 
 
 def _annotate(results: tuple[BudgetResult, ...]) -> None:
@@ -273,9 +280,3 @@ def _write(
     if markdown is not None:
         write_atomic(markdown, text.encode())
     add_to_summary(text)
-
-
-def _add(file: Path, found: Any, revision: str) -> None:
-    from cswap_deploy.gate.history import History, measurements_from, this_revision
-
-    History(file).add(measurements_from(found, revision or this_revision()))

@@ -37,7 +37,7 @@ def numbers(text: str | None) -> list[float]:
         raise UsageError(f"{text!r}: numbers with commas between them are wanted") from err
 
 
-def seconds(text: str | None) -> float | None:
+def seconds(text: str) -> float:
     """``30s``, ``2min``, ``45`` -> seconds.
 
     Raises:
@@ -45,8 +45,6 @@ def seconds(text: str | None) -> float | None:
     """
     from cswap_deploy.errors import UsageError
 
-    if text is None:
-        return None
     found = _SECONDS.fullmatch(text.strip())
     if found is None or float(found[1]) <= 0:
         raise UsageError(f"{text!r} is no duration", fix="write 30s, 2min, or seconds")

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,15 +22,15 @@ from cswap_deploy.measure.statistics import mean_interval, ratio_interval
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.comparison import Bench, BenchRow, Ratio, SelfTest
 from cswap_deploy.records.measurements import Latency
+from cswap_deploy.records.value import now
 from cswap_deploy.runtime.session import Session
 
-RUNS = 200
 _BLOCKS = 20
 
 
 def bench(
     paths: Sequence[Path], *, targets: Sequence[str] = (), batches: Sequence[int] = (1,),
-    threads: int | None = None, runs: int = RUNS, seconds: float | None = None,
+    threads: int | None = None, runs: int, seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Bench:  # fmt: skip
     """Time engines in one loop, batch by batch.
@@ -66,7 +65,7 @@ def bench(
             )  # fmt: skip
             progress.done(f"{len(rows[-1].latency.samples_ms):,} calls of each", reused=False)
     return Bench(
-        created=_now(), tool_version=__version__,
+        created=now(), tool_version=__version__,
         rows=tuple(rows), device=describe_device(),
     )  # fmt: skip
 
@@ -97,12 +96,8 @@ def self_compared(one: Contender, *, seconds: float, progress: Progress | None =
     spread = statistics.stdev(map(float, np.log(ratio.epochs)))
     half = max(ratio.value / ratio.low, ratio.high / ratio.value) - 1
     return SelfTest(
-        created=_now(), ratio=ratio, spread=spread, smallest=2 * half, device=describe_device()
+        created=now(), ratio=ratio, spread=spread, smallest=2 * half, device=describe_device()
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _engines(path: Path, scratch: Path, targets: Sequence[str], batch: int) -> list[Subject]:

@@ -54,6 +54,7 @@ _IDENTICAL = 300.0
 """Decibels; float64 holds no smaller error."""
 Limit = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
+Inconclusive = Literal["pass", "fail"]
 Count = Annotated[int, Field(strict=True, ge=0)]
 
 
@@ -87,7 +88,7 @@ class BaselineBudget(Value):
 class Budgets(Value):
     """The limits of ``budgets.toml``; ``None`` is no limit."""
 
-    inconclusive: Literal["pass", "fail"] = "pass"
+    inconclusive: Inconclusive = "pass"
     """What a limit counts as that lies inside the interval of what was measured."""
     accuracy_drop_max: Share | None = None
     top1_min: Share | None = None
@@ -180,11 +181,11 @@ def check_budgets(manifest: Manifest, budgets: Budgets) -> tuple[BudgetResult, .
 
 
 def exact_limits(
-    manifest: Manifest, budgets: Budgets, judge: Judge | None = None
+    manifest: Manifest, budgets: Budgets, inconclusive: Inconclusive | None = None
 ) -> list[BudgetResult]:
-    """What needs no timing and no engine's file; intervals count where there is a judge."""
+    """What needs no timing and no engine's file; intervals count where ``inconclusive`` is set."""
     pruned, size = manifest.pruned, manifest.onnx.size_bytes / MIB
-    results = [*_accuracy(manifest, budgets, judge), *_outputs(manifest, budgets)]
+    results = [*_accuracy(manifest, budgets, inconclusive), *_outputs(manifest, budgets)]
     results += _parity(manifest, budgets)
     results += hold("size_max_mib", budgets.size_max_mib, Seen(size, "model.onnx"))
     results += hold("params_max", budgets.params_max, Seen(pruned.params, "pruned network"))
@@ -228,19 +229,13 @@ class Seen:
     high: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """How a limit and an interval are held against each other."""
-
-    inconclusive: Literal["pass", "fail"]
-
-    def state(self, seen: Seen, limit: float, *, at_least: bool) -> bool | None:
-        """Whether all of the interval is within the limit, or beyond; ``None`` for neither."""
-        if seen.low is None or seen.high is None:
-            return None
-        if at_least:
-            return True if seen.low >= limit else False if seen.high < limit else None
-        return True if seen.high <= limit else False if seen.low > limit else None
+def _within(seen: Seen, limit: float, *, at_least: bool) -> bool | None:
+    """Whether all of an interval is within a limit, or beyond; ``None`` for neither."""
+    assert seen.low is not None
+    assert seen.high is not None
+    if at_least:
+        return True if seen.low >= limit else False if seen.high < limit else None
+    return True if seen.high <= limit else False if seen.low > limit else None
 
 
 _AMOUNTS: dict[str, tuple[int, int, str]] = {
@@ -274,11 +269,11 @@ def _written(name: str, value: float | None, limit: float) -> tuple[str, str]:
 
 
 def hold(
-    name: str, limit: float | None, seen: Seen, judge: Judge | None = None
+    name: str, limit: float | None, seen: Seen, inconclusive: Inconclusive | None = None
 ) -> Iterator[BudgetResult]:
     """The result of one limit, a least one where its name ends so; none where no limit is set.
 
-    With a judge, an interval decides where there is one.
+    Where ``inconclusive`` says what a limit inside an interval counts as, intervals decide.
     """
     if limit is None:
         return
@@ -290,21 +285,23 @@ def hold(
         return
     ok = seen.value >= limit if at_least else seen.value <= limit  # NaN is neither
     text = f"{seen.what} {value}, {bound}{seen.aside}"
-    if judge is None or seen.low is None or seen.high is None:
+    if inconclusive is None or seen.low is None or seen.high is None:
         yield BudgetResult(name, seen.value, limit, ok, text)
         return
     unit = value.partition(" ")[2]
     ends = (_written(name.rpartition(".")[2], end, limit)[0] for end in (seen.low, seen.high))
     between = " to ".join(end.removesuffix(f" {unit}") for end in ends)
     text = f"{seen.what} {value} ({between}), {bound}{seen.aside}"
-    state = judge.state(seen, limit, at_least=at_least)
+    state = _within(seen, limit, at_least=at_least)
     if state is None:
         text += "; inconclusive: the limit lies in the interval"
-    ok = judge.inconclusive == "pass" if state is None else state
+    ok = inconclusive == "pass" if state is None else state
     yield BudgetResult(name, seen.value, limit, ok, text, seen.low, seen.high, state is None)
 
 
-def _accuracy(manifest: Manifest, budgets: Budgets, judge: Judge | None) -> Iterator[BudgetResult]:
+def _accuracy(
+    manifest: Manifest, budgets: Budgets, inconclusive: Inconclusive | None
+) -> Iterator[BudgetResult]:
     changes = {r.engine.target: r.accuracy for r in manifest.targets if r.accuracy is not None}
     unseen = [r.engine.target for r in manifest.targets if r.accuracy is None]
     why = "no validation images were scored"
@@ -333,9 +330,9 @@ def _accuracy(manifest: Manifest, budgets: Budgets, judge: Judge | None) -> Iter
         top1 = Seen(
             found.top1, f"top-1 ({where}, {images})", aside=aside, low=found.low, high=found.high
         )
-    yield from hold("accuracy_drop_max", budgets.accuracy_drop_max, drop, judge)
-    yield from hold("top1_min", budgets.top1_min, top1, judge)
-    yield from hold("agreement_min", budgets.agreement_min, same, judge)
+    yield from hold("accuracy_drop_max", budgets.accuracy_drop_max, drop, inconclusive)
+    yield from hold("top1_min", budgets.top1_min, top1, inconclusive)
+    yield from hold("agreement_min", budgets.agreement_min, same, inconclusive)
 
 
 def alike_on(manifest: Manifest) -> list[tuple[str, Agreement]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +17,7 @@ from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.comparison import Compared, Comparison, Ratio, Verdict
 from cswap_deploy.records.measurements import AccuracyChange
+from cswap_deploy.records.value import now
 
 MIN_EFFECT = 0.02
 MAX_DROP = 0.01
@@ -70,7 +70,7 @@ def compare(
             parts.append(accurate)
         parts.append(_size(first, second, options))
     found = Comparison(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), tool_version=__version__,
+        created=now(), tool_version=__version__,
         base=str(base), head=str(head), target=second.target, batch=options.batch,
         threads=options.threads, min_effect=options.min_effect, max_drop=options.max_drop,
         parts=tuple(parts), device=describe_device(),

@@ -23,7 +23,7 @@ from cswap_deploy.gate.budgets import (
     BaselineBudget,
     BudgetResult,
     Budgets,
-    Judge,
+    Inconclusive,
     LatencyBudget,
     Seen,
     engine_limits,
@@ -90,20 +90,21 @@ def check_here(
         scratch = Path(folder)
         first = open_subject(bundle, scratch)
         assert first.manifest is not None
-        judge = Judge(budgets.inconclusive)
-        results = exact_limits(first.manifest, budgets, judge)
+        results = exact_limits(first.manifest, budgets, budgets.inconclusive)
         base: _Base | None = None
         if budgets.baseline is not None:
             place = budgets.baseline.bundle
             base = _Base(fetched(place, scratch, near=near), place)
         for target, limits in budgets.latency.items():
             progress.stage("check", f"{bundle} on {target}")
-            held = _Held(first, target, limits, base, scratch, judge, options, progress)
+            held = _Held(
+                first, target, limits, base, scratch, budgets.inconclusive, options, progress
+            )
             results += held.results()
             progress.done(f"{len(results)} limits held", reused=False)
         results += engine_limits(first.manifest, budgets)
         if budgets.baseline is not None and base is not None:
-            results += _against(first, base, budgets.baseline, scratch, judge)
+            results += _against(first, base, budgets.baseline, scratch, budgets.inconclusive)
     return tuple(results)
 
 
@@ -129,7 +130,7 @@ class _Held:
     limits: LatencyBudget
     base: _Base | None
     scratch: Path
-    judge: Judge
+    inconclusive: Inconclusive
     options: FreshOptions
     progress: Progress
 
@@ -177,7 +178,7 @@ class _Held:
         if asked or self.limits.throughput_min is not None:
             prefix, least = self._name(""), self.limits.throughput_min
             yield from time_limits(
-                own, asked, least, where=where, prefix=prefix, judge=self.judge,
+                own, asked, least, where=where, prefix=prefix, inconclusive=self.inconclusive,
                 at_most=self.options.at_most,
             )  # fmt: skip
 
@@ -193,7 +194,7 @@ class _Held:
         other = dense.contender(batch=batch, threads=threads)
         found = self._ratio(own, other, lambda r: r.low >= (limit or 0) or r.high < (limit or 0))
         seen = Seen(found.value, f"speed-up ({where})", "", "", found.low, found.high)
-        yield from hold(self._name("speedup_min"), limit, seen, self.judge)
+        yield from hold(self._name("speedup_min"), limit, seen, self.inconclusive)
 
     def _slowdown(
         self, own: Contender, batch: int, threads: int | None, where: str
@@ -209,7 +210,7 @@ class _Held:
             aside += f", built on {base.manifest.device.cpu} and measured here"
         low, high = found.low - 1, found.high - 1
         seen = Seen(found.value - 1, f"slowdown ({where})", "", aside, low, high)
-        yield from hold(self._name("slowdown_max"), limit, seen, self.judge)
+        yield from hold(self._name("slowdown_max"), limit, seen, self.inconclusive)
 
     def _ratio(self, base: Contender, head: Contender, decided: Callable[[Ratio], bool]) -> Ratio:
         at_most = self.options.at_most
@@ -218,7 +219,7 @@ class _Held:
 
 def time_limits(
     own: Contender, asked: Mapping[str, float], least: float | None, *, where: str, prefix: str,
-    judge: Judge, at_most: float,
+    inconclusive: Inconclusive, at_most: float,
 ) -> list[BudgetResult]:  # fmt: skip
     """Time an engine until its percentiles and its throughput are clear of their limits.
 
@@ -228,7 +229,7 @@ def time_limits(
         least: Images a second, or no limit.
         where: What is measured, in words.
         prefix: Of the results' names.
-        judge: What the results count as.
+        inconclusive: What a limit inside an interval counts as.
         at_most: Seconds, of all calls.
     """
     needed = [samples_for(_percent(name), level=_LEVEL) for name in asked]
@@ -239,7 +240,7 @@ def time_limits(
             found = measure_latency(
                 {"": session}, images=own.images, runs=runs, data="normal noise"
             )[""]  # fmt: skip
-            results = _timed(found, asked, least, where, prefix, judge)
+            results = _timed(found, asked, least, where, prefix, inconclusive)
             took = max(time.perf_counter() - begun, 1e-3)
             if not any(r.inconclusive for r in results) or took >= at_most:
                 break
@@ -252,7 +253,7 @@ def time_limits(
 
 def _timed(
     found: Latency, asked: Mapping[str, float], least: float | None, where: str, prefix: str,
-    judge: Judge,
+    inconclusive: Inconclusive,
 ) -> list[BudgetResult]:  # fmt: skip
     told = noise_in(found.samples_ms)
     aside = "".join(f"; {words}" for words in told)
@@ -263,11 +264,11 @@ def _timed(
         assert ends is not None, "as many calls were made as it needs"
         what = f"{name.removesuffix('_ms')} ({where}, {len(calls):,} calls)"
         seen = Seen(float(np.percentile(calls, percent)), what, "", aside, *ends)
-        results += hold(f"{prefix}{name}", limit, seen, judge)
+        results += hold(f"{prefix}{name}", limit, seen, inconclusive)
     if least is not None:
         rate = throughput(found)
         seen = Seen(rate.value, f"throughput ({where})", "", aside, rate.low, rate.high)
-        results += hold(f"{prefix}throughput_min", least, seen, judge)
+        results += hold(f"{prefix}throughput_min", least, seen, inconclusive)
     return results
 
 
@@ -276,7 +277,7 @@ def _percent(name: str) -> float:
 
 
 def _against(
-    bundle: Subject, base: _Base, limits: BaselineBudget, scratch: Path, judge: Judge
+    bundle: Subject, base: _Base, limits: BaselineBudget, scratch: Path, inconclusive: Inconclusive
 ) -> Iterator[BudgetResult]:
     """What is relative to the baseline and needs no timing."""
     before = base.opened(scratch, target=bundle.target)
@@ -286,7 +287,7 @@ def _against(
         if compared is not None and (change := compared.change) is not None:
             what = f"top-1 drop over {base.place}"
             seen = Seen(change.drop, what, "", "", change.low, change.high)
-        yield from hold("baseline.top1_drop_max", limits.top1_drop_max, seen, judge)
+        yield from hold("baseline.top1_drop_max", limits.top1_drop_max, seen, inconclusive)
     growth = bundle.size_bytes / before.size_bytes - 1
     seen = Seen(growth, f"growth of the {bundle.target} engine over {base.place}")
     yield from hold("baseline.size_growth_max", limits.size_growth_max, seen)

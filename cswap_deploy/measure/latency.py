@@ -89,7 +89,7 @@ def measure_latency(
             session.run(batches[name])
 
     on_gpu = any(session.on_gpu for session in sessions.values())
-    with _no_collecting(), GpuMonitor() if on_gpu else nullcontext() as gpu:
+    with no_collecting(), GpuMonitor() if on_gpu else nullcontext() as gpu:
         rounds = 0
         while rounds < warmup or (
             rounds < WARMUP_LIMIT * warmup and not all(t.settled() for t in warm.values())
@@ -121,7 +121,7 @@ def measure_latency(
 
 
 @contextmanager
-def _no_collecting() -> Iterator[None]:
+def no_collecting() -> Iterator[None]:
     """Without Python's garbage collector."""
     collecting = gc.isenabled()
     gc.collect()

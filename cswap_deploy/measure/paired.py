@@ -18,7 +18,6 @@ Source:
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -26,6 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from cswap_deploy.measure.latency import no_collecting
 from cswap_deploy.measure.statistics import mean_interval
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.comparison import Ratio
@@ -75,20 +75,21 @@ def paired_ratio(
     epochs: list[float] = []
     calls = 0
     progress.begin(f"comparing {head.label} with {base.label}", _EPOCHS)
-    while True:
-        value, count = _epoch(base, head, swapped=len(epochs) % 2 == 1)
-        epochs.append(value)
-        calls += count
-        progress.advance(1)
-        elapsed = time.perf_counter() - begun
-        one = elapsed / len(epochs)
-        over = elapsed + one > at_most or len(epochs) == _EPOCHS
-        if not (over or len(epochs) in LOOKS) or len(epochs) < _FEWEST_EPOCHS:
-            continue
-        found = _looked(epochs, calls, elapsed)
-        if over or decided(found):
-            progress.end()
-            return found
+    with no_collecting():
+        while True:
+            value, count = _epoch(base, head, swapped=len(epochs) % 2 == 1)
+            epochs.append(value)
+            calls += count
+            progress.advance(1)
+            elapsed = time.perf_counter() - begun
+            one = elapsed / len(epochs)
+            over = elapsed + one > at_most or len(epochs) == _EPOCHS
+            if not (over or len(epochs) in LOOKS) or len(epochs) < _FEWEST_EPOCHS:
+                continue
+            found = _looked(epochs, calls, elapsed)
+            if over or decided(found):
+                progress.end()
+                return found
 
 
 def _looked(epochs: Sequence[float], calls: int, seconds: float) -> Ratio:
@@ -112,18 +113,12 @@ def _epoch(base: Contender, head: Contender, *, swapped: bool) -> tuple[float, i
         for _ in range(_WARM_CALLS):
             first.run(base.images)
             second.run(head.images)
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            ratios: list[float] = []
-            ends = time.perf_counter() + _EPOCH_SECONDS
-            while 2 * len(ratios) < _LEAST_CALLS or time.perf_counter() < ends:
-                a, b = _timed(first, base.images), _timed(second, head.images)
-                d, c = _timed(second, head.images), _timed(first, base.images)
-                ratios.append(math.log(min(b, d) / min(a, c)))
-        finally:
-            if collecting:
-                gc.enable()
+        ratios: list[float] = []
+        ends = time.perf_counter() + _EPOCH_SECONDS
+        while 2 * len(ratios) < _LEAST_CALLS or time.perf_counter() < ends:
+            a, b = _timed(first, base.images), _timed(second, head.images)
+            d, c = _timed(second, head.images), _timed(first, base.images)
+            ratios.append(math.log(min(b, d) / min(a, c)))
     return statistics.median(ratios), 2 * len(ratios)
 
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cswap_deploy.causal.effects import kl_divergence
 from cswap_deploy.config import Task
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.outputs import named_outputs
@@ -246,8 +247,7 @@ def divergence(expected: dict[str, Tensor], found: dict[str, Tensor], task: Task
     """(N,) how far each image's outputs are from what is expected: nats, or relative squares."""
     if task == "classify":
         one, other = (next(iter(outputs.values())) for outputs in (expected, found))
-        logs = F.log_softmax(one, 1)
-        return (logs.exp() * (logs - F.log_softmax(other, 1))).sum(1)
+        return kl_divergence(other[None], one)[0]
     parts = []
     for name, wanted in expected.items():
         if wanted.is_floating_point() and wanted.ndim:
