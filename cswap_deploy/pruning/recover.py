@@ -32,6 +32,7 @@ from cswap_deploy.config import Task
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.outputs import named_outputs
 from cswap_deploy.models.plain import copied
+from cswap_deploy.network.probabilities import giving_logits, output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.records.amounts import percent
 from cswap_deploy.records.plan import Recovery, RecoveryCheck
@@ -125,9 +126,11 @@ def recover(
     held_out = images[HELD_OUT - 1 :: HELD_OUT][:_MOST_JUDGED]
     judged = torch.cat([varied(held_out, generator, mixed=False) for _ in range(_VARIANTS)])
     rest = torch.tensor([at for at in range(len(images)) if at % HELD_OUT != HELD_OUT - 1])
-    trainer = _Trainer(student, teacher, images[rest], judged, lesson)
-    state = before or Progressed()
-    trainer.run(state, 60 * lesson.minutes, progress, save)
+    state, kind = before or Progressed(), output_kind(dense, images, lesson.task)
+    # Of a softmax inside the network another one would see next to nothing.
+    with giving_logits(student, kind), giving_logits(teacher, kind):
+        trainer = _Trainer(student, teacher, images[rest], judged, lesson)
+        trainer.run(state, 60 * lesson.minutes, progress, save)
     student.load_state_dict(state.best)
     first, last = state.checks[0], min(state.checks, key=lambda check: check.divergence)
     record = Recovery(

@@ -170,3 +170,15 @@ def test_a_build_says_that_it_was_trained(
         "-o", tmp_path / "again", "--json",
     )  # fmt: skip
     assert again.json()["stages"]["recover"] == "reused"
+
+
+def test_a_softmax_inside_is_no_logits() -> None:
+    """The divergence is that of the network without it, not of a softmax of a softmax."""
+    dense = small_models.small()
+    plain = damaged(dense)
+    inside = [nn.Sequential(module, nn.Softmax(1)).eval() for module in (plain, dense)]
+    _, expected = recover(plain, dense, IMAGES, lesson(0.005), progress=Silent())
+    module, found = recover(*inside, IMAGES, lesson(0.005), progress=Silent())
+    assert found.divergence_before == pytest.approx(expected.divergence_before, rel=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(module(IMAGES).sum(1), torch.ones(len(IMAGES)))
