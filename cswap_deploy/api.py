@@ -33,13 +33,15 @@ class Bundle:
     manifest: Manifest
     results: tuple[BudgetResult, ...] = ()
     """Results of the budgets that ``build`` was given."""
+    was_named: bool = False
+    """Whether this process named the model: a factory that a file names is not called."""
 
     def module(self, architecture: nn.Module | None = None) -> nn.Module:
         """The pruned network in PyTorch, in evaluation mode, its weights loaded strictly.
 
         Args:
-            architecture: The dense network, any weights; not changed. Needed where the bundle was
-                built from a module in memory; else it is made from the model's name.
+            architecture: The dense network, any weights; not changed. Needed where a factory or a
+                module in memory was built from; else it is made from the model's name.
 
         Raises:
             UsageError: The network cannot be made from its name.
@@ -72,6 +74,14 @@ class Bundle:
             raise UsageError(
                 f"{self.path} was built from a {spec.name} in memory, which no name makes again",
                 fix="pass the dense network: bundle.module(architecture)",
+            )
+        if spec.source == "factory" and not self.was_named:
+            raise UsageError(
+                f"{self.path} was built from {spec.name}, code that it only names; what a file "
+                "names is not run",
+                fix="if it is yours, call it: bundle.module({0}()), with {0} of {1}".format(
+                    *reversed(spec.name.split(":", 1))
+                ),
             )
         return fresh_module(spec)
 
@@ -215,7 +225,7 @@ def build(
     module = None if isinstance(model, str) else model
     built = run(load_config(config, **settings), module=module, progress=progress)
     assert built.manifest is not None
-    return Bundle(built.path, built.plan, built.manifest, built.results)
+    return Bundle(built.path, built.plan, built.manifest, built.results, was_named=True)
 
 
 def load(path: str | os.PathLike[str]) -> Bundle:

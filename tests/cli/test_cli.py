@@ -89,6 +89,7 @@ def test_a_command_has_the_flags_of_its_sections(command: Command, name: str) ->
         if not (later and section in ("model", "prune"))
         if field != "model" and not flag_of(kind, field).expert
     }
+    wanted |= {"--model", "--checkpoint"} if later else set()
     text = command(name, "--help").out
     missing = {flag for flag in wanted | own if flag not in text}
     assert not missing
