@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cswap_deploy.gate.budgets import BudgetResult
+    from cswap_deploy.records.bundle import BundleCheck, Finding
     from cswap_deploy.pruning.prune import Pruned
     from cswap_deploy.runtime.classifier import Classifier
 
@@ -239,6 +240,46 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     folder = Path(path)
     manifest = verify_bundle(folder).manifest
     return Bundle(folder, read_plan(folder), manifest)
+
+
+def verify(path: str | os.PathLike[str]) -> BundleCheck:
+    """Hold everything in a bundle against its manifest, and its weights against its plan.
+
+    The pruned network is made again from a demo's or timm's name, and its recorded weights loaded;
+    a factory that the bundle names is not called. The command ``cswap-deploy verify`` exits with 6
+    where something is wrong.
+
+    Raises:
+        ArtifactError: It is no bundle, or its manifest cannot be read.
+    """
+    from cswap_deploy.records.bundle import examine_bundle
+
+    checked = examine_bundle(Path(path))
+    if checked.wrong:
+        return checked
+    return replace(checked, findings=(*checked.findings, _replayed(checked)))
+
+
+def _replayed(checked: BundleCheck) -> Finding:
+    """The plan, applied to the network that it is of, and the weights in it."""
+    from cswap_deploy.errors import ArtifactError, CswapError, first_line
+    from cswap_deploy.records.bundle import PLAN, WEIGHTS, Finding, read_plan
+
+    manifest, plan = checked.manifest, read_plan(checked.path)
+    if manifest.model.source == "factory":
+        words = f"not loaded: {manifest.model.name} is code, which is not run here"
+        return Finding(WEIGHTS, True, words)
+    try:
+        module = Bundle(checked.path, plan, manifest).module()
+    except ArtifactError as err:
+        return Finding(WEIGHTS, False, first_line(err))
+    except CswapError as err:
+        return Finding(WEIGHTS, True, f"not loaded: {first_line(err)}")
+    count = sum(parameter.numel() for parameter in module.parameters())
+    words = f"{count:,} parameters load into what {PLAN} makes of {manifest.model.name}"
+    if count != plan.pruned.params:
+        words = f"{count:,} parameters, {plan.pruned.params:,} in {PLAN}"
+    return Finding(WEIGHTS, count == plan.pruned.params, words)
 
 
 def check(

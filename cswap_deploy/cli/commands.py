@@ -242,6 +242,37 @@ def inspect(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="A finished bundle.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Only print the JSON Schema of manifest.json.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a bundle is as it was built: digests, sizes, records, weights against the plan."""
+    from cswap_deploy.errors import UsageError
+
+    if schema:
+        from cswap_deploy.runtime.schema import MANIFEST_SCHEMA
+
+        typer.echo(MANIFEST_SCHEMA.read_text(), nl=False)
+        return
+    if bundle is None:
+        raise UsageError("no bundle is named", fix="cswap-deploy verify BUNDLE, or --schema")
+    from cswap_deploy.api import verify as verified
+    from cswap_deploy.records.bundle import require_sound
+
+    console = console_of(as_json=as_json)
+    with console.waiting("reading every file"):
+        checked = verified(bundle)
+    if not (as_json and checked.wrong):  # else the error is the one JSON object
+        console.verified(checked)
+    require_sound(checked)
+
+
+@app.command()
 def explain(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or any folder with a plan.json.")],
     group: Annotated[str | None, typer.Argument(help="One group; without: all of them.")] = None,

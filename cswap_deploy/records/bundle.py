@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.errors import ArtifactError, first_line
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.files import compare_files, differences, require_files
 from cswap_deploy.records.manifest import Manifest, TargetResult
@@ -137,7 +137,7 @@ def examine_bundle(path: Path) -> BundleCheck:
             try:
                 found += look(path, manifest)
             except ArtifactError as err:
-                found.append(Finding(name, False, str(err).partition("\n")[0]))
+                found.append(Finding(name, False, first_line(err)))
     _, extra = compare_files(path, ())
     unlisted = tuple(name for name in extra if name not in listed | {MANIFEST})
     return BundleCheck(path, manifest, tuple(found), unlisted)
@@ -204,10 +204,12 @@ def _build_findings(path: Path, manifest: Manifest) -> Iterator[Finding]:
 
 def _against_the_plan(settings: dict[str, Any], plan: PrunePlan) -> Iterator[str]:
     """Settings of pruning that are not those of the plan, which knows what ``auto`` came to."""
-    timed = settings.get("max_latency") is not None
+    free = {"ratio"} if settings.get("max_latency") is not None else set()
+    if not plan.ratio_requested:  # nothing was ranked
+        free.add("criterion")
     for name in _SAID_TWICE:
         asked, done = settings.get(name), plan.settings.get(name)
-        if None not in (asked, done) and asked != done and not (name == "ratio" and timed):
+        if None not in (asked, done) and asked != done and name not in free:
             yield f"the setting {name} is {asked!r}, in the plan {done!r}"
 
 

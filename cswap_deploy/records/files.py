@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cswap_deploy.errors import ArtifactError, CswapError, MissingDependencyError, UsageError
+from cswap_deploy.errors import ArtifactError, CswapError, MissingDependencyError, UsageError, first_line
 from cswap_deploy.records.value import FileRef, sha256_file
 from cswap_deploy.runtime.documents import regular_file
 
@@ -79,7 +79,7 @@ def _difference(folder: Path, ref: FileRef) -> str:
     except OSError as err:
         return f"cannot be read: {err.strerror or err}"
     except ArtifactError as err:
-        return str(err).partition("\n")[0].removeprefix(f"{folder / ref.path} ")
+        return first_line(err).removeprefix(f"{folder / ref.path} ")
     same = digest == ref.sha256
     return "" if same else f"has sha256 {digest[:12]}… instead of {ref.sha256[:12]}…"
 

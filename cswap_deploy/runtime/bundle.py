@@ -13,6 +13,10 @@ from cswap_deploy.errors import ArtifactError
 from cswap_deploy.runtime.documents import regular_file
 from cswap_deploy.runtime.manifest import read_manifest
 from cswap_deploy.runtime.probabilities import OutputKind
+_FIX = "copy the bundle again, or build it again"
+_PART = 1 << 20
+"""Bytes that are hashed at once."""
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -99,11 +103,33 @@ class DeviceBundle:
         if name not in self.files:
             raise ArtifactError(f"{self.folder / name} is not listed in the manifest")
         sha256, size = self.files[name]
-        fix, absent_fix = "copy the bundle again, or build it again", "copy the bundle again"
         return read_verified(
-            self.folder / name, sha256, size=size, within=self.folder, fix=fix,
-            absent_fix=absent_fix,
+            self.folder / name, sha256, size=size, within=self.folder, fix=_FIX,
+            absent_fix="copy the bundle again",
         )  # fmt: skip
+
+
+    def verify(self) -> None:
+        """Hold every file that is here against its recorded digest, whether it is needed or not.
+
+        A file that is not here is missed by whoever reads it: a device may have only some.
+
+        Raises:
+            ArtifactError: A file was altered; names it.
+        """
+        for name, (sha256, size) in self.files.items():
+            path = self.folder / name
+            if not os.path.lexists(path):
+                continue
+            try:
+                with regular_file(path, within=self.folder) as file:
+                    there, found = os.fstat(file.fileno()).st_size, hashlib.sha256()
+                    while there == size and (part := file.read(_PART)):
+                        found.update(part)
+            except OSError as err:
+                raise ArtifactError(f"cannot read {path}: {err.strerror or err}", fix=_FIX) from err
+            if there != size or found.hexdigest() != sha256:
+                raise _altered(path, there, size, found.hexdigest(), sha256, _FIX)
 
 
 def read_verified(
@@ -126,21 +152,23 @@ def read_verified(
     try:
         with regular_file(path, within=within) as file:
             there = os.fstat(file.fileno()).st_size
-            if size is not None and there != size:
-                raise ArtifactError(
-                    f"{path} is not the file that was built: {there:,} bytes, recorded {size:,}",
-                    fix=fix,
-                )
-            content = file.read()
+            content = b"" if size not in (None, there) else file.read()
     except OSError as err:
         raise ArtifactError(f"cannot read {path}: {err.strerror or err}", fix=absent_fix) from err
     found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ArtifactError(
-            f"{path} is not the file that was built: sha256 {found[:12]}…, recorded {sha256[:12]}…",
-            fix=fix,
-        )
+    if size not in (None, there) or found != sha256:
+        raise _altered(path, there, there if size is None else size, found, sha256, fix)
     return content
+
+
+def _altered(
+    path: Path, there: int, size: int, found: str, sha256: str, fix: str
+) -> ArtifactError:
+    """The error for a file whose size (bytes) or digest is another than recorded."""
+    words = f"sha256 {found[:12]}…, recorded {sha256[:12]}…"
+    if there != size:
+        words = f"{there:,} bytes, recorded {size:,}"
+    return ArtifactError(f"{path} is not the file that was built: {words}", fix=fix)
 
 
 def _with_rows(outputs: list[dict[str, Any]]) -> Iterator[str]:
