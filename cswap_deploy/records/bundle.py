@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
+from cswap_deploy.config import RatioOf
 from cswap_deploy.errors import ArtifactError, first_line
 from cswap_deploy.records.engine import TensorSpec
 from cswap_deploy.records.files import compare_files, differences, require_files
@@ -82,7 +83,9 @@ def read_bundle(path: Path) -> Manifest:
             f"{path} {state}; a bundle is the folder that `cswap-deploy build -o` writes"
         )
     told, _ = read_manifest(path)
-    return validated(told, Manifest, path / MANIFEST)
+    manifest = validated(told, Manifest, path / MANIFEST)
+    _require_settings(manifest.settings, {"ratio": float, "ratio_of": str}, path / MANIFEST)
+    return manifest
 
 
 def read_plan(path: Path) -> PrunePlan:
@@ -91,7 +94,20 @@ def read_plan(path: Path) -> PrunePlan:
     Raises:
         ArtifactError: The plan is absent, damaged or of another schema version.
     """
-    return read_value(path / PLAN, PrunePlan)
+    plan = read_value(path / PLAN, PrunePlan)
+    asked = {"criterion": str, "ratio": float, "ratio_of": str, "alpha": float}
+    _require_settings(plan.settings, asked, path / PLAN)
+    return plan
+
+
+def _require_settings(settings: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
+    """Refuse a record without the settings that everyone reads."""
+    for name, kind in kinds.items():
+        value = settings.get(name)
+        if not isinstance(value, (kind, int) if kind is float else kind):
+            raise ArtifactError(f"{path} is damaged: the setting {name} is {value!r}")
+    if settings["ratio_of"] not in get_args(RatioOf):
+        raise ArtifactError(f"{path} is damaged: the setting ratio_of is {settings['ratio_of']!r}")
 
 
 def read_build(folder: Path) -> BuildRecord:

@@ -99,6 +99,10 @@ class Manifest(Sealed):
     stages: dict[str, Literal["run", "reused"]] = Field(default_factory=dict)
     files: tuple[FileRef, ...] = ()
 
+    def lists(self, name: str) -> bool:
+        """Whether a file belongs to the bundle; others in its folder are not read."""
+        return any(ref.path == name for ref in self.files)
+
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why its accuracy says little: random weights, or a dense network that only guesses."""

@@ -13,7 +13,7 @@ import pytest
 from made_up_bundle import made_up_manifest, reseal, write_made_up_bundle
 
 from cswap_deploy.errors import ArtifactError
-from cswap_deploy.records.bundle import BuildRecord, examine_bundle, read_bundle, verify_bundle
+from cswap_deploy.records.bundle import BuildRecord, examine_bundle, read_bundle, read_plan, verify_bundle
 from cswap_deploy.records.manifest import Manifest, schema
 from cswap_deploy.records.value import read_value, write_sealed
 from cswap_deploy.runtime.bundle import DeviceBundle
@@ -188,6 +188,23 @@ def test_what_manifest_and_plan_both_say_agrees(
     (wrong,) = examine_bundle(bundle).wrong
     assert wrong.what == "plan.json"
     assert words in wrong.words
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"ratio": "much"}, {"ratio": 0.4, "ratio_of": "luck"}, {"ratio_of": "params"}]
+)
+def test_what_was_asked_is_there(
+    command: Command, bundle: Path, settings: dict[str, Any]
+) -> None:
+    told = json.loads((bundle / "manifest.json").read_text())
+    reseal(bundle / "manifest.json", told | {"settings": settings})
+    done = command("inspect", bundle)
+    assert done.code == 6
+    assert "manifest.json is damaged: the setting ratio" in done.err
+    plan = json.loads((bundle / "plan.json").read_text())
+    (bundle / "plan.json").write_text(json.dumps(plan | {"settings": settings}))
+    with pytest.raises(ArtifactError, match=r"plan\.json is damaged: the setting "):
+        read_plan(bundle)
 
 
 def test_a_record_of_another_network_is_refused(copy: Path) -> None:
