@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cswap_deploy.gate.budgets import BudgetResult
-    from cswap_deploy.records.bundle import BundleCheck, Finding
     from cswap_deploy.pruning.prune import Pruned
+    from cswap_deploy.records.bundle import BundleCheck, Finding
     from cswap_deploy.runtime.classifier import Classifier
 
 

@@ -288,7 +288,9 @@ def going_on(folder: Path, given: dict[str, Any], until: Stage) -> Config:
     if odd := [name for name, value in named.items() if not str(value).isprintable()]:
         raise ArtifactError(f"{folder / BUILD} names no file and no code as {', '.join(odd)}")
     if unsaid := {name: named[name] for name in named.keys() - given.keys() - {"output", "store"}}:
-        flags = [f"--{n.replace('_', '-')} {shlex.quote(str(v))}" for n, v in sorted(unsaid.items())]
+        flags = [
+            f"--{n.replace('_', '-')} {shlex.quote(str(v))}" for n, v in sorted(unsaid.items())
+        ]
         raise UsageError(
             f"{folder} was built with code or files that it only names, which may be anyone's; "
             "they are used when you name them",

@@ -186,7 +186,10 @@ def test_what_this_process_named_is_made_again(made: Made, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"source": "timm", "name": "local-dir:/tmp/net"}, "there is no model 'local-dir:/tmp/net'"),
+        (
+            {"source": "timm", "name": "local-dir:/tmp/net"},
+            "there is no model 'local-dir:/tmp/net'",
+        ),
         ({"source": "timm", "name": "hf-hub:some/net"}, "there is no model 'hf-hub:some/net'"),
         ({"source": "demo", "name": "demo-none"}, "there is no model 'demo-none'"),
     ],
@@ -210,7 +213,9 @@ def test_arguments_that_make_timm_open_files_are_refused(
     told = json.loads((copy / "manifest.json").read_text())
     told["model"] |= {"source": "timm", "name": "resnet18", "arguments": {argument: 1}}
     reseal(copy / "manifest.json", told)
-    with pytest.raises(ArtifactError, match=f"arguments.{argument}: '{argument}' is none of"):
+    with pytest.raises(
+        ArtifactError, match=f"arguments.{argument}: '{argument}' is not of the form"
+    ):
         cswap_deploy.load(copy)
 
 

@@ -51,7 +51,7 @@ def command_line(asked: str | None = None) -> typer.Typer:
             from cswap_deploy.cli.flags import with_settings
             from cswap_deploy.config import AIMS, ModelConfig
 
-            without = AIMS if name in _WITHOUT_AIM else ()
+            without: tuple[str, ...] = AIMS if name in _WITHOUT_AIM else ()
             if sections is _LATER:  # the rest of the model is the folder's to say
                 without = tuple(ModelConfig.model_fields.keys() - {"model", "checkpoint"})
             command = with_settings(stage, sections, argument=argument, but=without)
@@ -251,7 +251,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say whether a bundle is as it was built: digests, sizes, records, weights against the plan."""
+    """Say whether a bundle is as it was built: digests, sizes, records, weights and plan."""
     from cswap_deploy.errors import UsageError
 
     if schema:

@@ -55,7 +55,8 @@ class ModelConfig(Section):
         str, Flag("demo-resnet, demo-vit, a timm name, or package.module:factory.", local=True)
     ]
     checkpoint: Annotated[
-        Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True, local=True)
+        Path | None,
+        Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True, local=True),
     ] = None
     checkpoint_key: Annotated[str | None, Flag("Which of its weights.", metavar="KEY")] = None
     """Where they lie in the file, as ``state_dict_ema``; see :mod:`models.checkpoints`."""
@@ -100,8 +101,12 @@ class DataConfig(Section):
     ] = None
     """A folder, nested in any way, or an ``.npz``. Alone it is also tested on, by agreement with
     the dense network."""
-    validation_data: Annotated[str | None, Flag("Test images alone.", metavar="PATH", local=True)] = None
-    class_map: Annotated[Path | None, Flag("Class index of a name.", metavar="FILE", local=True)] = None
+    validation_data: Annotated[
+        str | None, Flag("Test images alone.", metavar="PATH", local=True)
+    ] = None
+    class_map: Annotated[
+        Path | None, Flag("Class index of a name.", metavar="FILE", local=True)
+    ] = None
     """A JSON object, or the names in the order of the classes: a JSON list, a text of lines."""
     calibration_samples: Annotated[int, Field(ge=1), Flag("To prune on.")] = 1024
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and

@@ -18,7 +18,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cswap_deploy.errors import ArtifactError, CswapError, MissingDependencyError, UsageError, first_line
+from cswap_deploy.errors import (
+    ArtifactError,
+    CswapError,
+    MissingDependencyError,
+    UsageError,
+    first_line,
+)
 from cswap_deploy.records.value import FileRef, sha256_file
 from cswap_deploy.runtime.documents import regular_file
 

@@ -18,6 +18,8 @@ Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 """Neither zero nor too small for a float32 to divide by."""
 
+TimmArgument = Annotated[str, Field(pattern="^(img_size|in_chans|num_classes)$")]
+
 
 class Preprocessing(Value):
     """From a decoded RGB (or grey) image to the network's input.
@@ -68,9 +70,7 @@ class ModelSpec(Value):
     name: str
     """As the user typed it."""
     source: Literal["demo", "timm", "factory"]
-    arguments: dict[
-        Literal["img_size", "in_chans", "num_classes"], Side | tuple[Side, Side]
-    ] = Field(default_factory=dict)
+    arguments: dict[TimmArgument, Side | tuple[Side, Side]] = Field(default_factory=dict)
     """Keyword arguments of ``timm.create_model``; it knows others, which open files."""
     weights: str
     """Where the weights came from, for people: a file, a hub repository, a package, ``random``."""

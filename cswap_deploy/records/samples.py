@@ -62,8 +62,6 @@ Samples = Annotated[
     tuple[float, ...],
     BeforeValidator(_unpacked),
     PlainSerializer(_packed, return_type=str, when_used="json"),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "number"}}]}
-    ),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "number"}}]}),
 ]
 """Milliseconds, in the order taken; in JSON compressed."""

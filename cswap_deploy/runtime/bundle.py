@@ -13,6 +13,7 @@ from cswap_deploy.errors import ArtifactError
 from cswap_deploy.runtime.documents import regular_file
 from cswap_deploy.runtime.manifest import read_manifest
 from cswap_deploy.runtime.probabilities import OutputKind
+
 _FIX = "copy the bundle again, or build it again"
 _PART = 1 << 20
 """Bytes that are hashed at once."""
@@ -108,7 +109,6 @@ class DeviceBundle:
             absent_fix="copy the bundle again",
         )  # fmt: skip
 
-
     def verify(self) -> None:
         """Hold every file that is here against its recorded digest, whether it is needed or not.
 
@@ -161,9 +161,7 @@ def read_verified(
     return content
 
 
-def _altered(
-    path: Path, there: int, size: int, found: str, sha256: str, fix: str
-) -> ArtifactError:
+def _altered(path: Path, there: int, size: int, found: str, sha256: str, fix: str) -> ArtifactError:
     """The error for a file whose size (bytes) or digest is another than recorded."""
     words = f"sha256 {found[:12]}…, recorded {sha256[:12]}…"
     if there != size:

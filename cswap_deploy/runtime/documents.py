@@ -1,7 +1,7 @@
 """Files that anyone may have written: opened only where they are files, read no further than said.
 
-A sealed document is a JSON object whose ``seal`` is the sha256 of its own bytes, with zeros where the
-seal's 64 digits stand.
+A sealed document is a JSON object whose ``seal`` is the sha256 of its own bytes, with zeros where
+the seal's 64 digits stand.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from cswap_deploy.errors import ArtifactError
 
@@ -31,7 +32,7 @@ _AGAIN = "copy the bundle again, or build it again"
 
 
 @contextmanager
-def regular_file(path: Path, *, within: Path | None = None) -> Iterator[BinaryIO]:
+def regular_file(path: Path, *, within: Path | None = None) -> Iterator[BufferedReader]:
     """Open a file for reading; a pipe, a device or a folder is refused and never waited for.
 
     Args:
@@ -115,9 +116,8 @@ def parse_sealed(content: bytes, *, since: int) -> tuple[dict[str, Any], bool]:
     version, seal = told.get("schema_version"), told.get("seal")
     if not isinstance(version, int) or isinstance(version, bool):
         raise ValueError(f"schema_version is {version!r:.60}")
-    if "seal" in told:
-        if not isinstance(seal, str) or seal != _seal_of(content, seal):
-            raise ValueError("it was changed: its seal is not that of its content")
+    if "seal" in told and (not isinstance(seal, str) or seal != _seal_of(content, seal)):
+        raise ValueError("it was changed: its seal is not that of its content")
     if ("seal" in told) != (version >= since):
         has = "a seal" if "seal" in told else "no seal"
         raise ValueError(f"it was changed: it has {has} in schema version {version}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,7 +84,7 @@ def _contradictions(told: dict[str, Any]) -> Iterator[str]:
     names = Counter(ref["path"] for ref in told["files"])
     yield from (f"files names {name} twice" for name, count in names.items() if count > 1)
     files = {ref["path"]: ref for ref in told["files"]}
-    stated = [("onnx", told["onnx"], ())]
+    stated: list[tuple[str, dict[str, Any], Sequence[str]]] = [("onnx", told["onnx"], ())]
     for index, target in enumerate(told["targets"]):
         engine = target["engine"]
         stated.append((f"targets.{index}.engine", engine, engine.get("extra_files", ())))

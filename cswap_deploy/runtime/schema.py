@@ -1,6 +1,7 @@
 """Plain data held against a JSON Schema: the part of the standard that pydantic writes.
 
-The device has neither pydantic nor a library for schemas; what is checked there is what is published.
+The device has neither pydantic nor a library for schemas; what is checked there is what is
+published.
 """
 
 from __future__ import annotations
@@ -75,9 +76,7 @@ def _check(value: Any, schema: Mapping[str, Any], defs: Mapping[str, Any], at: s
             _check(item, inner, defs, f"{at}.{index}")
 
 
-def _check_any(
-    value: Any, schemas: list[dict[str, Any]], defs: Mapping[str, Any], at: str
-) -> None:
+def _check_any(value: Any, schemas: list[dict[str, Any]], defs: Mapping[str, Any], at: str) -> None:
     """One of several; what is wrong with the one of the value's kind is told."""
     told: list[ValueError] = []
     for each in schemas:

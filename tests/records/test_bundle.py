@@ -96,7 +96,7 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) ->
 def test_a_manifest_of_another_version_is_refused(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     reseal(bundle / "manifest.json", manifest | {"schema_version": 6})
-    with pytest.raises(ArtifactError, match="is not a manifest of schema version 5: .*version 6"):
+    with pytest.raises(ArtifactError, match=r"is not a manifest of schema version 5: .*version 6"):
         read_bundle(bundle)
 
 

@@ -1,4 +1,4 @@
-"""Bundles of every earlier schema are read; ``bundles/schema-1`` is one that a build of then left."""
+"""Bundles of every earlier schema are read; a build of then left ``bundles/schema-1``."""
 
 from __future__ import annotations
 

@@ -13,7 +13,13 @@ import pytest
 from made_up_bundle import made_up_manifest, reseal, write_made_up_bundle
 
 from cswap_deploy.errors import ArtifactError
-from cswap_deploy.records.bundle import BuildRecord, examine_bundle, read_bundle, read_plan, verify_bundle
+from cswap_deploy.records.bundle import (
+    BuildRecord,
+    examine_bundle,
+    read_bundle,
+    read_plan,
+    verify_bundle,
+)
 from cswap_deploy.records.manifest import Manifest, schema
 from cswap_deploy.records.value import read_value, write_sealed
 from cswap_deploy.runtime.bundle import DeviceBundle
@@ -142,8 +148,14 @@ def test_a_value_is_sealed_anew_each_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["onnx"].update(sha256="0" * 64), "onnx and files have another sha256 of model"),
-        (lambda m: m["onnx"].update(size_bytes=1), "onnx and files have another size of model.onnx"),
+        (
+            lambda m: m["onnx"].update(sha256="0" * 64),
+            "onnx and files have another sha256 of model",
+        ),
+        (
+            lambda m: m["onnx"].update(size_bytes=1),
+            "onnx and files have another size of model.onnx",
+        ),
         (
             lambda m: m["targets"][1]["engine"].update(sha256="0" * 64),
             "targets.1.engine and files have another sha256 of engine/tensorrt-rtx/model.engine",
@@ -175,8 +187,16 @@ def test_a_digest_that_is_stated_twice_is_one(
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("manifest.json", {"pruned": {"units": 1, "params": 1, "macs": 1}}, "another size of the pr"),
-        ("manifest.json", {"ratio_effective": {"params": 0.9}}, "another effective ratio of params"),
+        (
+            "manifest.json",
+            {"pruned": {"units": 1, "params": 1, "macs": 1}},
+            "another size of the pr",
+        ),
+        (
+            "manifest.json",
+            {"ratio_effective": {"params": 0.9}},
+            "another effective ratio of params",
+        ),
         ("manifest.json", {"settings": {"ratio": 0.4, "ratio_of": "macs"}}, "setting ratio_of is"),
     ],
 )
@@ -193,9 +213,7 @@ def test_what_manifest_and_plan_both_say_agrees(
 @pytest.mark.parametrize(
     "settings", [{}, {"ratio": "much"}, {"ratio": 0.4, "ratio_of": "luck"}, {"ratio_of": "params"}]
 )
-def test_what_was_asked_is_there(
-    command: Command, bundle: Path, settings: dict[str, Any]
-) -> None:
+def test_what_was_asked_is_there(command: Command, bundle: Path, settings: dict[str, Any]) -> None:
     told = json.loads((bundle / "manifest.json").read_text())
     reseal(bundle / "manifest.json", told | {"settings": settings})
     done = command("inspect", bundle)
