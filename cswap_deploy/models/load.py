@@ -75,7 +75,8 @@ def fresh_module(spec: ModelSpec) -> nn.Module:
         module = demos.DEMOS[spec.name]()
     else:
         timm_models.pretrained_cfg(spec.name)  # timm also takes names of folders and of hubs
-        module = timm_models.create(spec.name, pretrained=False, arguments=spec.arguments)
+        arguments = {str(name): value for name, value in spec.arguments.items()}
+        module = timm_models.create(spec.name, pretrained=False, arguments=arguments)
     return plain(module)[0]
 
 

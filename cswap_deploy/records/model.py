@@ -18,7 +18,7 @@ Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 """Neither zero nor too small for a float32 to divide by."""
 
-TimmArgument = Annotated[str, Field(pattern="^(img_size|in_chans|num_classes)$")]
+TimmArgument = Literal["img_size", "in_chans", "num_classes"]
 
 
 class Preprocessing(Value):
