@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.pruning.prune import Pruned
+    from cswap_deploy.records.bundle import BundleCheck, Finding
     from cswap_deploy.runtime.classifier import Classifier
 
 
@@ -33,13 +34,15 @@ class Bundle:
     manifest: Manifest
     results: tuple[BudgetResult, ...] = ()
     """Results of the budgets that ``build`` was given."""
+    was_named: bool = False
+    """Whether this process named the model: a factory that a file names is not called."""
 
     def module(self, architecture: nn.Module | None = None) -> nn.Module:
         """The pruned network in PyTorch, in evaluation mode, its weights loaded strictly.
 
         Args:
-            architecture: The dense network, any weights; not changed. Needed where the bundle was
-                built from a module in memory; else it is made from the model's name.
+            architecture: The dense network, any weights; not changed. Needed where a factory or a
+                module in memory was built from; else it is made from the model's name.
 
         Raises:
             UsageError: The network cannot be made from its name.
@@ -72,6 +75,14 @@ class Bundle:
             raise UsageError(
                 f"{self.path} was built from a {spec.name} in memory, which no name makes again",
                 fix="pass the dense network: bundle.module(architecture)",
+            )
+        if spec.source == "factory" and not self.was_named:
+            raise UsageError(
+                f"{self.path} was built from {spec.name}, code that it only names; what a file "
+                "names is not run",
+                fix="if it is yours, call it: bundle.module({0}()), with {0} of {1}".format(
+                    *reversed(spec.name.split(":", 1))
+                ),
             )
         return fresh_module(spec)
 
@@ -215,7 +226,7 @@ def build(
     module = None if isinstance(model, str) else model
     built = run(load_config(config, **settings), module=module, progress=progress)
     assert built.manifest is not None
-    return Bundle(built.path, built.plan, built.manifest, built.results)
+    return Bundle(built.path, built.plan, built.manifest, built.results, was_named=True)
 
 
 def load(path: str | os.PathLike[str]) -> Bundle:
@@ -229,6 +240,46 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     folder = Path(path)
     manifest = verify_bundle(folder).manifest
     return Bundle(folder, read_plan(folder), manifest)
+
+
+def verify(path: str | os.PathLike[str]) -> BundleCheck:
+    """Hold everything in a bundle against its manifest, and its weights against its plan.
+
+    The pruned network is made again from a demo's or timm's name, and its recorded weights loaded;
+    a factory that the bundle names is not called. The command ``cswap-deploy verify`` exits with 6
+    where something is wrong.
+
+    Raises:
+        ArtifactError: It is no bundle, or its manifest cannot be read.
+    """
+    from cswap_deploy.records.bundle import examine_bundle
+
+    checked = examine_bundle(Path(path))
+    if checked.wrong:
+        return checked
+    return replace(checked, findings=(*checked.findings, _replayed(checked)))
+
+
+def _replayed(checked: BundleCheck) -> Finding:
+    """The plan, applied to the network that it is of, and the weights in it."""
+    from cswap_deploy.errors import ArtifactError, CswapError, first_line
+    from cswap_deploy.records.bundle import PLAN, WEIGHTS, Finding, read_plan
+
+    manifest, plan = checked.manifest, read_plan(checked.path)
+    if manifest.model.source == "factory":
+        words = f"not loaded: {manifest.model.name} is code, which is not run here"
+        return Finding(WEIGHTS, True, words)
+    try:
+        module = Bundle(checked.path, plan, manifest).module()
+    except ArtifactError as err:
+        return Finding(WEIGHTS, False, first_line(err))
+    except CswapError as err:
+        return Finding(WEIGHTS, True, f"not loaded: {first_line(err)}")
+    count = sum(parameter.numel() for parameter in module.parameters())
+    words = f"{count:,} parameters load into what {PLAN} makes of {manifest.model.name}"
+    if count != plan.pruned.params:
+        words = f"{count:,} parameters, {plan.pruned.params:,} in {PLAN}"
+    return Finding(WEIGHTS, count == plan.pruned.params, words)
 
 
 def check(

@@ -6,6 +6,7 @@ another machine and gone on with; a bundle is such a folder with all stages done
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,25 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cswap_deploy.config import Config, load_config
+from cswap_deploy.config import Config, load_config, sections
+from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.bundle import (
     BUILD,
     DENSE,
-    MANIFEST,
     MODEL,
     PLAN,
     WEIGHTS,
     BuildRecord,
     describe,
     read_build,
+    read_bundle,
+    verify_bundle,
 )
 from cswap_deploy.records.files import atomic_folder, check_output, list_files
 from cswap_deploy.records.graphs import SCORE, Score
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.plan import PrunePlan
 from cswap_deploy.records.store import Store
-from cswap_deploy.records.value import now, read_value
+from cswap_deploy.records.value import now, read_value, write_sealed
+from cswap_deploy.runtime.manifest import MANIFEST
+from cswap_deploy.settings import flag_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -251,16 +256,71 @@ def add_to_report(bundle: Path, more: Section) -> None:
 
     page = bundle / "report.html"
     page.write_text(with_section(page.read_text(), more))
-    _seal(bundle, read_value(bundle / MANIFEST, Manifest))
+    _seal(bundle, read_bundle(bundle))
 
 
-def settings_of(folder: Path) -> Config:
-    """The settings that a folder was built with, for going on from it.
+def going_on(folder: Path, given: dict[str, Any], until: Stage) -> Config:
+    """The settings that a folder was built with, under those that are given now.
+
+    A folder may come from anyone: what names code or a file of this machine is not taken from it.
+
+    Args:
+        folder: What an earlier stage left, or a bundle.
+        given: By name; ``None`` counts as not given.
+        until: The last stage that is to run.
 
     Raises:
-        ArtifactError: The folder holds no build, or its record is damaged.
+        ArtifactError: The folder holds no build, or is damaged.
+        UsageError: It names what must be named by whoever goes on, or would lose its manifest.
     """
-    return load_config(**read_build(folder).settings)
+    given = {name: value for name, value in given.items() if value is not None}
+    if (folder / MANIFEST).exists():
+        _refuse_to_undo(folder, given, until)
+        verify_bundle(folder)
+    record = read_build(folder)
+    try:
+        before = load_config(**record.settings).settings()
+    except UsageError as err:
+        raise ArtifactError(
+            f"{folder / BUILD} has no settings of this version: {err}", fix="prune again"
+        ) from err
+    named = {name: before[name] for name in before if _is_of_a_machine(name, before[name])}
+    if odd := [name for name, value in named.items() if not str(value).isprintable()]:
+        raise ArtifactError(f"{folder / BUILD} names no file and no code as {', '.join(odd)}")
+    if unsaid := {name: named[name] for name in named.keys() - given.keys() - {"output", "store"}}:
+        flags = [
+            f"--{n.replace('_', '-')} {shlex.quote(str(v))}" for n, v in sorted(unsaid.items())
+        ]
+        raise UsageError(
+            f"{folder} was built with code or files that it only names, which may be anyone's; "
+            "they are used when you name them",
+            fix=f"if these are yours, add {' '.join(flags)}",
+        )
+    if given.get("precision") not in (None, before["precision"]):
+        # What was set for another precision is not for this one.
+        for name in ("int8_calibration", "int8_quantizer", "keep_fp32", "precision_drop"):
+            del before[name]
+    kept = {name: value for name, value in before.items() if name not in named}
+    return load_config(**(kept | {"output": folder} | given))
+
+
+def _refuse_to_undo(folder: Path, given: dict[str, Any], until: Stage) -> None:
+    output = given.get("output")
+    if until != "validate" and (output is None or Path(output).resolve() == folder.resolve()):
+        raise UsageError(
+            f"{folder} is a finished bundle: {until} would leave it without manifest and reports",
+            fix=f"pass another folder with -o, or go to the end: `cswap-deploy validate {folder}`",
+        )
+
+
+def _is_of_a_machine(name: str, value: Any) -> bool:
+    """Whether a setting names code, or a file of the machine that it was made on."""
+    section = next(kind for kind in sections().values() if name in kind.model_fields)
+    if value is None or not flag_of(section, name).local:
+        return False
+    if name == "model":
+        return ":" in value
+    return not (isinstance(value, str) and value.startswith("hf:"))
 
 
 def check_names(config: Config, until: Stage) -> None:
@@ -335,7 +395,7 @@ def _assemble(
         dense_weights_sha256=run.loaded.spec.weights_sha256,
         files=list_files(folder),
     )
-    (folder / BUILD).write_text(record.model_dump_json(indent=1))
+    write_sealed(folder / BUILD, record)
     if graphs is not None:
         shutil.copyfile(graphs.folder / MODEL, folder / MODEL)
         if run.config.export.with_dense:
@@ -401,6 +461,4 @@ def _close(
 def _seal(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest, with every file beside it as it is now."""
     files = tuple(ref for ref in list_files(folder) if ref.path != MANIFEST)
-    manifest = manifest.model_copy(update={"files": files})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-    return manifest
+    return write_sealed(folder / MANIFEST, manifest.model_copy(update={"files": files}))

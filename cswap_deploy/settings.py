@@ -29,6 +29,8 @@ class Flag:
     """In TOML files and Python only; the command has no flag for it."""
     in_key: bool = True
     """Whether another value may give another result, so that it belongs to the store's key."""
+    local: bool = False
+    """Names code or a file of this machine: never taken from a folder, which may be anyone's."""
 
 
 class BatchRange(BaseModel):

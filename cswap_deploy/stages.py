@@ -40,7 +40,6 @@ from cswap_deploy.pruning.rounds import NEAR
 from cswap_deploy.pruning.state import RoundStore
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
 from cswap_deploy.records.bundle import MODEL, PLAN, WEIGHTS, read_build, read_plan
-from cswap_deploy.records.files import require_files
 from cswap_deploy.records.graphs import SCORE, PrecisionRecord, Score
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.plan import PrunePlan
@@ -183,7 +182,6 @@ def take_pruned(run: Run, folder: Path) -> PrunedFiles:
         ArtifactError: A file is missing or changed, or the model is not the one that was pruned.
     """
     record, spec = read_build(folder), run.loaded.spec
-    require_files(folder, record.files, fix="copy the folder again, or prune again")
     if record.dense_weights_sha256 != spec.weights_sha256:
         raise ArtifactError(
             f"{folder} was pruned from other weights of {spec.name}: sha256 "

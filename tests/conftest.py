@@ -70,6 +70,12 @@ class Made:
     flags: tuple[str, ...]
     """The same build for the command, without output and store."""
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """What a later stage is told again: a folder's own words are not enough."""
+        named = ("model", "data", "validation_data")
+        return tuple(p for n in named for p in (f"--{n.replace('_', '-')}", self.settings[n]))
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

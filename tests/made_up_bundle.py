@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -13,7 +14,8 @@ from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.measurements import Accuracy, AccuracyChange, Device, Latency, Parity
 from cswap_deploy.records.model import DataSpec, ModelSpec, Preprocessing
 from cswap_deploy.records.plan import GroupPlan, PrunePlan, RoundLog, Size, UnitEffect
-from cswap_deploy.records.value import sha256_text
+from cswap_deploy.records.value import sha256_text, write_sealed
+from cswap_deploy.runtime.documents import UNSEALED, sealed
 from cswap_deploy.settings import BatchRange
 
 DENSE = Size(units=336, params=272_186, macs=40_550_000)
@@ -236,5 +238,23 @@ def write_made_up_bundle(folder: Path, **changes: Any) -> Manifest:
     (folder / "model.onnx").write_bytes(b"graph")
     (folder / "engine" / "tensorrt-rtx" / "model.engine").write_bytes(b"engine")
     manifest = made_up_manifest(**({"files": list_files(folder)} | changes))
-    (folder / "manifest.json").write_text(manifest.canonical_json())
-    return manifest
+    return write_sealed(folder / "manifest.json", agreeing(manifest))
+
+
+def agreeing(manifest: Manifest) -> Manifest:
+    """The same with the digests and sizes that ``files`` has of the graph and the engines."""
+    refs = {ref.path: ref.model_dump(exclude={"path"}) for ref in manifest.files}
+    targets = tuple(
+        target.model_copy(
+            update={"engine": target.engine.model_copy(update=refs.get(str(target.engine.path)))}
+        )
+        for target in manifest.targets
+    )
+    onnx = manifest.onnx.model_copy(update=refs.get(str(manifest.onnx.path)))
+    return manifest.model_copy(update={"onnx": onnx, "targets": targets})
+
+
+def reseal(file: Path, told: dict[str, Any] | None = None) -> None:
+    """Seal a manifest.json or build.json that a test has changed, or writes."""
+    told = json.loads(file.read_text()) if told is None else told
+    file.write_bytes(sealed(json.dumps(told | {"seal": UNSEALED})))

@@ -51,11 +51,11 @@ def pictures(count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return (patterns[labels] + noise).clip(0, 255).astype(np.uint8), labels
 
 
-def small() -> nn.Module:
+def small(width: int = 16) -> nn.Module:
     """A network that does classify ``pictures``: random features, a solved classifier."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        module = SmallNet().eval()
+        module = SmallNet(width).eval()
     images, labels = pictures(500, seed=1234)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.25)
     with torch.no_grad():
@@ -78,6 +78,11 @@ def with_softmax() -> nn.Module:
 def with_log_softmax() -> nn.Module:
     """The same with a log-softmax."""
     return nn.Sequential(small(), nn.LogSoftmax(dim=-1))
+
+
+def tiny() -> nn.Module:
+    """The same with a thousand parameters; ``bundles/schema-1`` was built from it."""
+    return small(width=4)
 
 
 def other() -> nn.Module:

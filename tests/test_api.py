@@ -181,7 +181,11 @@ def test_bad_settings_are_named() -> None:
 def test_a_loaded_bundle_gives_its_network_and_its_classifier(made: Made) -> None:
     bundle = cswap_deploy.load(made.bundle)
     assert bundle.manifest.model.name == "small_models:small"
-    module = bundle.module()
+    with pytest.raises(
+        UsageError, match=r"bundle\.module\(small\(\)\), with small of small_models"
+    ):
+        bundle.module()
+    module = bundle.module(small_models.small())
     assert sum(p.numel() for p in module.parameters()) == bundle.plan.pruned.params
     images, _ = small_models.pictures(8, seed=5)
     x, _ = tensors(8, seed=5)

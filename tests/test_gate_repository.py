@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from junitparser import Failure, JUnitXml, Skipped
+from made_up_bundle import reseal
 
 if TYPE_CHECKING:
     from conftest import Made, Ran
@@ -151,7 +152,7 @@ def test_a_baseline_of_another_device_is_measured_here_and_said(
     manifest = other / "manifest.json"
     told = json.loads(manifest.read_text())
     told["device"]["cpu"] = "Another Processor"
-    manifest.write_text(json.dumps(told))
+    reseal(manifest, told)
     done = check(
         '[latency.onnxruntime]\nslowdown_max = 0.5\n[baseline]\nbundle = "bundles/before"\n'
     )

@@ -201,7 +201,7 @@ def test_stages_one_at_a_time_give_what_build_gives(
             shutil.rmtree(entry)
     with monkeypatch.context() as patch:  # another version of a tool exports again
         another_version_of("onnxscript", patch)
-        done = command("export", elsewhere, "--store", store, "--json")
+        done = command("export", elsewhere, *made.own, "--store", store, "--json")
     assert done.code == 0, done.err
     assert done.json()["stages"] == {"prune": "reused", "export": "run", "export/dense": "run"}
     assert "measuring" not in done.err
@@ -209,11 +209,11 @@ def test_stages_one_at_a_time_give_what_build_gives(
     for name in ("model.onnx", "pruned.safetensors"):
         assert (elsewhere / name).read_bytes() == (made.bundle / name).read_bytes(), name
 
-    done = command("engine", elsewhere, "--store", store, "--json")
+    done = command("engine", elsewhere, *made.own, "--store", store, "--json")
     assert done.code == 0, done.err
     states = done.json()["stages"]
     assert (states["export"], states["engine/onnxruntime"]) == ("reused", "run")
-    done = command("validate", elsewhere, "--store", store, "--json")
+    done = command("validate", elsewhere, *made.own, "--store", store, "--json")
     assert done.code == 0, done.err
     ours, theirs = verify_bundle(elsewhere).manifest, read_bundle(made.bundle)
     assert ours.targets[0].accuracy == theirs.targets[0].accuracy
@@ -231,7 +231,7 @@ def test_a_folder_that_was_changed_on_the_way_is_refused(
     done = command("export", copy, "-o", tmp_path / "other")
     assert done.code == 6
     assert "is damaged: pruned.safetensors has sha256" in done.err
-    assert "fix: copy the folder again, or prune again" in done.err
+    assert "fix: copy the bundle again, or build it again" in done.err
     done = command("export", tmp_path)
     assert done.code == 6
     assert "holds no build: it has no build.json" in done.err

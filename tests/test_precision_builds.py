@@ -238,14 +238,15 @@ def test_a_stage_at_a_time_in_another_precision(
 ) -> None:
     work = tmp_path / "work"
     assert command("prune", *made.flags, "-o", work, "--store", store).code == 0
-    ran = command("export", work, "--precision", "fp16", "--keep-fp32", "*/Conv", "--store", store)
+    own = (work, *made.own, "--store", store)
+    ran = command("export", *own, "--precision", "fp16", "--keep-fp32", "*/Conv")
     assert ran.code == 0, ran.err
     types = {i.data_type for i in onnx.load(work / "model.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT16 in types
-    ran = command("validate", work, "--precision", "fp16", "--store", store, "--json")
+    ran = command("validate", *own, "--precision", "fp16", "--json")
     assert ran.code == 0, ran.err
     manifest = read_value(work / "manifest.json", Manifest)
     assert manifest.onnx.precision == "fp16"
     assert manifest.settings["keep_fp32"] == ["*/Conv"], "of the same precision, so it stays"
-    ran = command("export", work, "--precision", "fp32", "--store", store, "-o", tmp_path / "o")
+    ran = command("export", *own, "--precision", "fp32", "-o", tmp_path / "o")
     assert ran.code == 0, "of another one, so it goes: " + ran.err

@@ -49,9 +49,11 @@ def command_line(asked: str | None = None) -> typer.Typer:
         command: Callable[..., None] = _without_settings
         if asked in (None, name):
             from cswap_deploy.cli.flags import with_settings
-            from cswap_deploy.config import AIMS
+            from cswap_deploy.config import AIMS, ModelConfig
 
-            without = AIMS if name in _WITHOUT_AIM else ()
+            without: tuple[str, ...] = AIMS if name in _WITHOUT_AIM else ()
+            if sections is _LATER:  # the rest of the model is the folder's to say
+                without = tuple(ModelConfig.model_fields.keys() - {"model", "checkpoint"})
             command = with_settings(stage, sections, argument=argument, but=without)
         whole.command(name, help=told)(command)
     whole.registered_commands += gates.app.registered_commands + app.registered_commands
@@ -94,8 +96,10 @@ def _continue_command(until: Stage) -> Callable[..., None]:
     def command(
         folder: Folder, as_json: Json = False, quiet: Quiet = False, **settings: Any
     ) -> None:
+        from cswap_deploy.pipeline import going_on
+
         console = console_of(as_json=as_json, quiet=quiet)
-        _build(_going_on(folder, settings, until), until, folder, console)
+        _build(going_on(folder, settings, until), until, folder, console)
 
     return command
 
@@ -120,7 +124,9 @@ def _engine_command() -> Callable[..., None]:
             check_operators(graph, targets)
             console.result({"onnx": str(graph), "supported_by": targets})
         else:
-            _build(_going_on(folder, settings, "engine"), "engine", folder, console)
+            from cswap_deploy.pipeline import going_on
+
+            _build(going_on(folder, settings, "engine"), "engine", folder, console)
 
     return command
 
@@ -175,7 +181,7 @@ def _kit_command() -> Callable[..., None]:
     return command
 
 
-_LATER = ("data", "export", "engine", "measure", "run")
+_LATER = ("model", "data", "export", "engine", "measure", "run")
 _ALL = ("model", "data", "prune", "export", "engine", "measure", "run")
 _STAGES: dict[str, tuple[str, Callable[..., None], tuple[str, ...], str | None]] = {
     "build": (
@@ -236,6 +242,37 @@ def inspect(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="A finished bundle.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Only print the JSON Schema of manifest.json.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a bundle is as it was built: digests, sizes, records, weights and plan."""
+    from cswap_deploy.errors import UsageError
+
+    if schema:
+        from cswap_deploy.runtime.schema import MANIFEST_SCHEMA
+
+        typer.echo(MANIFEST_SCHEMA.read_text(), nl=False)
+        return
+    if bundle is None:
+        raise UsageError("no bundle is named", fix="cswap-deploy verify BUNDLE, or --schema")
+    from cswap_deploy.api import verify as verified
+    from cswap_deploy.records.bundle import require_sound
+
+    console = console_of(as_json=as_json)
+    with console.waiting("reading every file"):
+        checked = verified(bundle)
+    if not (as_json and checked.wrong):  # else the error is the one JSON object
+        console.verified(checked)
+    require_sound(checked)
+
+
+@app.command()
 def explain(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or any folder with a plan.json.")],
     group: Annotated[str | None, typer.Argument(help="One group; without: all of them.")] = None,
@@ -293,27 +330,6 @@ def _version(
 
         typer.echo(__version__)
         raise typer.Exit
-
-
-def _going_on(folder: Path, settings: dict[str, Any], until: Stage) -> Config:
-    """The settings that a folder was built with, under those that are given now."""
-    from cswap_deploy.config import load_config
-    from cswap_deploy.errors import UsageError
-    from cswap_deploy.pipeline import settings_of
-    from cswap_deploy.records.bundle import MANIFEST
-
-    before = settings_of(folder).settings()
-    if (folder / MANIFEST).is_file() and settings.get("output") is None and until != "validate":
-        raise UsageError(
-            f"{folder} is a finished bundle: {until} would leave it without manifest and reports",
-            fix=f"pass another folder with -o, or go to the end: `cswap-deploy validate {folder}`",
-        )
-    if settings["precision"] not in (None, before["precision"]):
-        # What was set for another precision is not for this one.
-        for name in ("int8_calibration", "int8_quantizer", "keep_fp32", "precision_drop"):
-            del before[name]
-    given = {name: value for name, value in settings.items() if value is not None}
-    return load_config(**(before | {"output": folder} | given))
 
 
 def _build(settings: Config, until: Stage, source: Path | None, console: Console) -> None:

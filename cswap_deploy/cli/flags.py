@@ -80,7 +80,7 @@ def _option(section: type[Section], field: str) -> Any:
     info = section.model_fields[field]
     kind = _without_none(info.annotation)
     shown: dict[str, Any] = {
-        "help": _help(flag.help, info.default, kind),
+        "help": _help(flag.help, None if info.is_required() else info.default, kind),
         "rich_help_panel": COMMON if flag.common else section.title,
         "show_default": False,
     }

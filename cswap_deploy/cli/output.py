@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cswap_deploy.gate.budgets import BudgetResult
     from cswap_deploy.gate.history import Trend
     from cswap_deploy.progress import Progress as Told
+    from cswap_deploy.records.bundle import BundleCheck
     from cswap_deploy.records.comparison import Bench, Comparison, SelfTest
     from cswap_deploy.records.sweep import Sweep
     from cswap_deploy.report.explain import Explanation
@@ -109,6 +110,20 @@ class Console:
             state, detail = row["state"], escape(row["detail"])
             detail += f"\n[dim]fix:[/] {escape(row['fix'])}" if row["fix"] else ""
             shown.append([f"[{_COLOURS[state]}]{state}", escape(row["name"]), detail])
+        self._columns(["", "what", "found"], shown)
+
+    def verified(self, checked: BundleCheck) -> None:
+        """What a bundle was held against."""
+        if self.as_json:
+            rows = [asdict(finding) for finding in checked.findings]
+            told = {"bundle": str(checked.path), "ok": not checked.wrong, "findings": rows}
+            print(json.dumps(told | {"unlisted_files": list(checked.extra)}))
+            return
+        shown = [
+            ["[green]ok" if f.ok else "[red]wrong", escape(f.what), escape(f.words)]
+            for f in checked.findings
+        ]
+        shown += [["[yellow]?", escape(name), "is not in the manifest"] for name in checked.extra]
         self._columns(["", "what", "found"], shown)
 
     def budgets(self, results: tuple[BudgetResult, ...], extra: dict[str, Any] | None) -> None:

@@ -51,9 +51,12 @@ class ModelConfig(Section):
 
     title = "Network and images"
 
-    model: Annotated[str, Flag("demo-resnet, demo-vit, a timm name, or package.module:factory.")]
+    model: Annotated[
+        str, Flag("demo-resnet, demo-vit, a timm name, or package.module:factory.", local=True)
+    ]
     checkpoint: Annotated[
-        Path | None, Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True)
+        Path | None,
+        Flag("Weights: safetensors, or torch.save.", metavar="FILE", common=True, local=True),
     ] = None
     checkpoint_key: Annotated[str | None, Flag("Which of its weights.", metavar="KEY")] = None
     """Where they lie in the file, as ``state_dict_ema``; see :mod:`models.checkpoints`."""
@@ -89,16 +92,21 @@ class DataConfig(Section):
     data: Annotated[
         str | None,
         Flag(
-            "Labelled images: a folder, an .npz, or hf:NAME[:SPLIT].", metavar="PATH", common=True
+            "Labelled images: a folder, an .npz, or hf:NAME[:SPLIT].", metavar="PATH", common=True,
+            local=True,
         ),
     ] = None  # fmt: skip
     calibration_data: Annotated[
-        str | None, Flag("Photos to prune on, without classes.", metavar="PATH")
+        str | None, Flag("Photos to prune on, without classes.", metavar="PATH", local=True)
     ] = None
     """A folder, nested in any way, or an ``.npz``. Alone it is also tested on, by agreement with
     the dense network."""
-    validation_data: Annotated[str | None, Flag("Test images alone.", metavar="PATH")] = None
-    class_map: Annotated[Path | None, Flag("Class index of a name.", metavar="FILE")] = None
+    validation_data: Annotated[
+        str | None, Flag("Test images alone.", metavar="PATH", local=True)
+    ] = None
+    class_map: Annotated[
+        Path | None, Flag("Class index of a name.", metavar="FILE", local=True)
+    ] = None
     """A JSON object, or the names in the order of the classes: a JSON list, a text of lines."""
     calibration_samples: Annotated[int, Field(ge=1), Flag("To prune on.")] = 1024
     """To measure effects on (``scoring_samples`` of them in each round), to refit layers on, and
@@ -272,11 +280,11 @@ class MeasureConfig(Section):
     """Else up to twelve validation images whose prediction changed, as thumbnails."""
     metric: Annotated[
         str | None,
-        Flag("Own: MODULE:FUNCTION(outputs, labels).", metavar="NAME", in_key=False),
+        Flag("Own: MODULE:FUNCTION(outputs, labels).", "NAME", in_key=False, local=True),
     ] = None
     budget: Annotated[
         Path | None,
-        Flag("Fail (exit 3) if a limit is exceeded.", metavar="FILE.toml", in_key=False),
+        Flag("Fail (exit 3) if a limit is exceeded.", "FILE.toml", in_key=False, local=True),
     ] = None
 
 
@@ -287,9 +295,9 @@ class RunConfig(Section):
 
     output: Annotated[
         Path | None,
-        Flag("Folder to leave the result in.", metavar="DIR", short="-o", common=True),
+        Flag("Folder to leave the result in.", "DIR", short="-o", common=True, local=True),
     ] = None
-    store: Annotated[Path | None, Flag("Where finished stages are kept.", metavar="DIR")] = None
+    store: Annotated[Path | None, Flag("Where finished stages are kept.", "DIR", local=True)] = None
     resume: Annotated[bool, Flag("Reuse finished stages, or not.", off="--fresh")] = True
     seed: Annotated[int, Flag("Of every random choice.")] = 0
 

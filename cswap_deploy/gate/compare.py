@@ -166,7 +166,7 @@ def _paired(base: Subject, head: Subject) -> AccuracyChange | None:
     for each in (base, head):
         path = each.path / PREDICTIONS
         manifest = each.manifest
-        if manifest is None or manifest.validation is None or not path.is_file():
+        if manifest is None or manifest.validation is None or not manifest.lists(PREDICTIONS):
             return None
         networks, labels = read_predictions(path)
         if labels is None or each.target not in networks:

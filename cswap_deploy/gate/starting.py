@@ -64,7 +64,7 @@ def budgets_text(
         if found is None:
             continue
         lines += ["", f"[latency.{target}]", f"batch = {found.batch}"]
-        if result.speedup is not None and (bundle / DENSE).is_file():
+        if result.speedup is not None and manifest.lists(DENSE):
             lines.append(f"speedup_min = {_down(result.speedup * (1 - margin))}  # over dense.onnx")
         if baseline is not None:
             lines.append(f"slowdown_max = {margin:g}       # over the baseline, in alternation")

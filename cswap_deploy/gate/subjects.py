@@ -13,7 +13,7 @@ import numpy as np
 
 from cswap_deploy.errors import ArtifactError, StageError, UsageError
 from cswap_deploy.measure.paired import Contender
-from cswap_deploy.records.bundle import DENSE, MODEL, verify_bundle
+from cswap_deploy.records.bundle import DENSE, verify_bundle
 from cswap_deploy.records.engine import EngineArtifact
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.runtime.session import Floats, Session
@@ -126,7 +126,7 @@ def open_subject(
 def dense_subject(bundle: Subject, scratch: Path, *, batch: int) -> Subject | None:
     """The dense network of a bundle on the same runtime, where the bundle has its graph."""
     graph = bundle.path / DENSE
-    if bundle.manifest is None or not graph.is_file():
+    if bundle.manifest is None or not bundle.manifest.lists(DENSE):
         return None
     return open_subject(graph, scratch, target=bundle.target, batch=batch, label="dense")
 
@@ -186,4 +186,5 @@ def _of_bundle(path: Path, target: str | None, label: str) -> Subject:
     if not engine.path.is_file():
         raise ArtifactError(f"{engine.path} is missing", fix="build the bundle again")
     size = manifest.model.preprocessing.input_size
-    return Subject(label, path, engine, path / MODEL, tuple(size), manifest)
+    onnx = path / manifest.onnx.path
+    return Subject(label, path, engine, onnx, tuple(size), manifest)

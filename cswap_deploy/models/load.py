@@ -67,14 +67,16 @@ def fresh_module(spec: ModelSpec) -> nn.Module:
     """Make the architecture again, in evaluation mode, with weights from torch's global seed.
 
     Raises:
-        UsageError: The factory that made the model is not there any more.
+        UsageError: There is no such model here, or the factory that made it is gone.
     """
-    if spec.source == "demo":
-        module = demos.DEMOS[spec.name]()
-    elif spec.source == "factory":
+    if spec.source == "factory":
         module = factory.call(spec.name)
+    elif spec.name in demos.DEMOS:
+        module = demos.DEMOS[spec.name]()
     else:
-        module = timm_models.create(spec.name, pretrained=False, arguments=spec.arguments)
+        timm_models.pretrained_cfg(spec.name)  # timm also takes names of folders and of hubs
+        arguments = {str(name): value for name, value in spec.arguments.items()}
+        module = timm_models.create(spec.name, pretrained=False, arguments=arguments)
     return plain(module)[0]
 
 
@@ -106,7 +108,7 @@ def _load_demo(config: ModelConfig, seed: int) -> LoadedModel:
     return _finished(
         module, returned, notes, name=name, source="demo", weights=weights,
         label_space="fashion-mnist", class_names=demos.CLASS_NAMES,
-        preprocessing=Preprocessing(
+        preprocessing=Preprocessing.of(
             input_size=size, mean=config.mean or demos.MEAN, std=config.std or demos.STD,
             resize_shorter=size[1], exif_rotate=config.exif_rotate,
         ),
@@ -147,7 +149,7 @@ def _require_preprocessing(config: ModelConfig) -> Preprocessing:
             f"{config.model} does not say how its pictures are prepared",
             fix=f"pass {' '.join(absent)}",
         )
-    return Preprocessing(
+    return Preprocessing.of(
         input_size=size, mean=mean, std=std, resize_shorter=min(size[1:]),
         exif_rotate=config.exif_rotate,
     )  # fmt: skip

@@ -169,7 +169,7 @@ def preprocessing(module: nn.Module, config: ModelConfig) -> Preprocessing:
             fix="pass --mean and --std with one value per channel",
         )
     interpolation = found["interpolation"]
-    return Preprocessing(
+    return Preprocessing.of(
         input_size=(channels, height, width), mean=mean, std=std,
         resize_shorter=int(min(height, width) / found["crop_pct"]),
         interpolation=interpolation if interpolation in ("bilinear", "nearest") else "bicubic",

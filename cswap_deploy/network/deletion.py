@@ -74,9 +74,14 @@ def apply_plan(plan: PrunePlan, module: nn.Module, example: Tensor) -> nn.Module
         removed[entry.name] = sorted(set(range(entry.units)) - set(entry.kept))
         wanted = tuple(a for a in group.attributes if a.path in entry.attributes)
         groups.append(replace(group, attributes=wanted))
-    for name in plan.biased:
-        give_bias(module.get_submodule(name))  # type: ignore[arg-type]
-    remove_units(module, removed, groups)
+    try:
+        for name in plan.biased:
+            give_bias(module.get_submodule(name))  # type: ignore[arg-type]
+        remove_units(module, removed, groups)
+    except (AttributeError, PruneError) as err:
+        raise ArtifactError(
+            f"the plan does not fit this architecture: {first_line(err)}", fix=_FIX
+        ) from err
     return module.eval()
 
 
@@ -229,6 +234,7 @@ def load_pruned(weights: Path, plan: PrunePlan, dense: nn.Module, example: Tenso
     Raises:
         ArtifactError: The plan or the weights do not fit the architecture.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     module, _ = plain(dense)
@@ -236,7 +242,7 @@ def load_pruned(weights: Path, plan: PrunePlan, dense: nn.Module, example: Tenso
         apply_plan(plan, module, example)
     try:
         module.load_state_dict(load_file(weights), strict=True)
-    except RuntimeError as err:
+    except (RuntimeError, SafetensorError) as err:
         words = str(err).splitlines()[-1].strip()
         said = f"{weights} does not fit {type(dense).__name__}: {words}"
         raise ArtifactError(said, fix=_FIX) from err

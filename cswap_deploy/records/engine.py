@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from cswap_deploy.config import BuilderOptions
-from cswap_deploy.records.value import Value
+from cswap_deploy.records.value import Count, Digest, Value
 from cswap_deploy.settings import BatchRange
 
 
@@ -24,10 +24,10 @@ class OnnxArtifact(Value):
     """A self-contained ONNX file."""
 
     path: Path
-    sha256: str
-    size_bytes: int
-    opset: int
-    nodes: int
+    sha256: Digest
+    size_bytes: Count
+    opset: Count
+    nodes: Count
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     precision: str = "fp32"
@@ -39,8 +39,8 @@ class EngineArtifact(Value):
 
     target: str
     path: Path
-    sha256: str
-    size_bytes: int
+    sha256: Digest
+    size_bytes: Count
     build_seconds: float
     precision: str
     runnable: bool

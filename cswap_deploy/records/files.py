@@ -7,6 +7,7 @@ dies the lock is free, and the next writer clears the folder away.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -17,8 +18,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cswap_deploy.errors import ArtifactError, CswapError, MissingDependencyError, UsageError
+from cswap_deploy.errors import (
+    ArtifactError,
+    CswapError,
+    MissingDependencyError,
+    UsageError,
+    first_line,
+)
 from cswap_deploy.records.value import FileRef, sha256_file
+from cswap_deploy.runtime.documents import regular_file
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -54,18 +62,32 @@ def compare_files(folder: Path, expected: tuple[FileRef, ...]) -> tuple[list[str
     Returns:
         Sentences on files that are missing or differ, and the paths of files not in the list.
     """
-    wrong = []
-    for ref in expected:
-        path = folder / ref.path
-        if not path.is_file():
-            wrong.append(f"{ref.path} is missing")
-        elif (size := path.stat().st_size) != ref.size_bytes:
-            wrong.append(f"{ref.path} has {size:,} bytes instead of {ref.size_bytes:,}")
-        elif (digest := sha256_file(path)) != ref.sha256:
-            wrong.append(f"{ref.path} has sha256 {digest[:12]}… instead of {ref.sha256[:12]}…")
+    wrong = [f"{path} {words}" for path, words in differences(folder, expected).items()]
     known = {ref.path for ref in expected}
     present = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
     return wrong, [path for path in present if path not in known]
+
+
+def differences(folder: Path, expected: tuple[FileRef, ...]) -> dict[str, str]:
+    """Path -> what is wrong with a file that is missing, is none, or differs."""
+    return {ref.path: words for ref in expected if (words := _difference(folder, ref))}
+
+
+def _difference(folder: Path, ref: FileRef) -> str:
+    """How a file differs from what is said of it; nothing where it does not."""
+    try:
+        with regular_file(folder / ref.path, within=folder) as file:
+            if (size := os.fstat(file.fileno()).st_size) != ref.size_bytes:
+                return f"has {size:,} bytes instead of {ref.size_bytes:,}"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    except OSError as err:
+        return f"cannot be read: {err.strerror or err}"
+    except ArtifactError as err:
+        return first_line(err).removeprefix(f"{folder / ref.path} ")
+    same = digest == ref.sha256
+    return "" if same else f"has sha256 {digest[:12]}… instead of {ref.sha256[:12]}…"
 
 
 def require_files(folder: Path, expected: tuple[FileRef, ...], *, fix: str) -> tuple[str, ...]:

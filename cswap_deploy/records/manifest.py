@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from cswap_deploy.records.measurements import (
 )
 from cswap_deploy.records.model import DataSpec, ModelSpec
 from cswap_deploy.records.plan import ScoringCost, Size
-from cswap_deploy.records.value import FileRef, Value
+from cswap_deploy.records.value import FileRef, Sealed, Value
 
 
 class TargetResult(Value):
@@ -56,11 +56,12 @@ class TargetResult(Value):
         return self.dense_latency.p50_ms / self.latency.p50_ms
 
 
-class Manifest(Value):
+class Manifest(Sealed):
     """What a bundle holds and how it came about."""
 
-    schema_version: Literal[3, 4] = 4
-    """3 had latency samples as lists, no test of accuracy and no predictions beside it."""
+    sealed_since: ClassVar[int] = 5
+    schema_version: Literal[5] = 5
+    """Earlier ones are read as this; see ``runtime.manifest``."""
     created: str
     """ISO 8601, UTC."""
     tool_version: str
@@ -98,6 +99,10 @@ class Manifest(Value):
     stages: dict[str, Literal["run", "reused"]] = Field(default_factory=dict)
     files: tuple[FileRef, ...] = ()
 
+    def lists(self, name: str) -> bool:
+        """Whether a file belongs to the bundle; others in its folder are not read."""
+        return any(ref.path == name for ref in self.files)
+
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why its accuracy says little: random weights, or a dense network that only guesses."""
@@ -115,3 +120,13 @@ class Manifest(Value):
         """What the ratio is a fraction of."""
         of: RatioOf = self.settings["ratio_of"]
         return of
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of ``manifest.json``; what is published, ``MANIFEST_SCHEMA``, is this."""
+    made = Manifest.model_json_schema()
+    made["required"] += ["schema_version", "seal"]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "manifest.json of cswap-deploy",
+    } | {name: value for name, value in made.items() if name != "title"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cswap_deploy.config import RatioOf, Task
 from cswap_deploy.records.value import Fraction, Value
@@ -50,6 +51,13 @@ class GroupPlan(Value):
     effects: tuple[UnitEffect, ...] = ()
     attributes: tuple[str, ...] = ()
     """Numbers in the network's modules that count these units, ``blocks.0.attn.num_heads``."""
+
+    @model_validator(mode="after")
+    def _among_the_units(self) -> Self:
+        ends = (-1, *self.kept, self.units)
+        if not all(one < after for one, after in pairwise(ends)):
+            raise ValueError(f"{self.name}: what is kept is not among its {self.units} units")
+        return self
 
 
 class Size(Value):
@@ -125,6 +133,12 @@ class RoundLog(Value):
     seconds: float
 
 
+def _round(told: dict[str, Any]) -> dict[str, Any]:
+    """A round as plans before schema 5 have it."""
+    told = {name: value for name, value in told.items() if name != "ridge"}
+    return told | ({"candidate": told.pop("order")} if "order" in told else {})
+
+
 class ScoringCost(Value):
     """What measuring the effects took, over all rounds."""
 
@@ -172,7 +186,8 @@ class Recovery(Value):
 class PrunePlan(Value):
     """Everything that turns the dense network into the pruned one, except the weights."""
 
-    schema_version: Literal[5, 6, 7] = 7
+    schema_version: Literal[7] = 7
+    """Earlier ones are read as this."""
     settings: dict[str, Any]
     """Those of ``config.PruneConfig`` that shape a plan, the seed, and what ``auto`` came to."""
     task: Task = "classify"
@@ -196,6 +211,23 @@ class PrunePlan(Value):
     """``None`` where latency was no aim."""
     recovery: Recovery | None = None
     """``None`` where the network was not trained, as is the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_schema(cls, told: Any) -> Any:
+        """2 says once what was asked, 5 searches no ridge; what others added has defaults."""
+        version = told.get("schema_version", 7) if isinstance(told, dict) else 7
+        if not isinstance(version, int) or not 1 <= version < 7:
+            return told
+        told = dict(told)
+        if version == 1:
+            asked = {n: told.pop(n) for n in ("criterion", "ratio_of", "alpha") if n in told}
+            asked["ratio"] = told.pop("ratio_requested", None)
+            told["settings"] = dict(told.get("settings") or {}) | asked
+        rounds = told.get("rounds")
+        if version < 5 and isinstance(rounds, list):
+            told["rounds"] = [_round(each) if isinstance(each, dict) else each for each in rounds]
+        return told | {"schema_version": 7}
 
     @property
     def criterion(self) -> str:

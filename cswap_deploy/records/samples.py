@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import zlib
 from array import array
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 _NANOSECONDS, _DOUBLES = "zlib-ns:", "zlib-f64:"
 _MOST_NANOSECONDS = 1 << 62
@@ -37,10 +38,14 @@ def _unpacked(value: Any) -> Any:
         if unpacker.unconsumed_tail:
             raise ValueError("more samples than are read")
         if f"{kind}:" == _DOUBLES:
-            return tuple(array("d", content))
+            found = array("d", content).tolist()
+            if not all(map(math.isfinite, found)):
+                raise ValueError("samples that are not finite")
+            return tuple(found)
         if f"{kind}:" != _NANOSECONDS:
             raise ValueError(f"unknown form {kind!r}")
-        now, found = 0, []
+        now = 0
+        found = []
         for step in array("q", content):
             now += step
             found.append(now / 1e6)
@@ -57,5 +62,6 @@ Samples = Annotated[
     tuple[float, ...],
     BeforeValidator(_unpacked),
     PlainSerializer(_packed, return_type=str, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "number"}}]}),
 ]
 """Milliseconds, in the order taken; in JSON compressed."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cswap_deploy.records.amounts import fixed, mebibytes, percent
-from cswap_deploy.records.bundle import MANIFEST, read_bundle
+from cswap_deploy.records.bundle import read_bundle
 from cswap_deploy.records.comparison import Comparison
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.report import cells as c
 from cswap_deploy.report.document import Report, Row, Section, Tile, section, table
 from cswap_deploy.report.pages import page
+from cswap_deploy.runtime.manifest import MANIFEST
 
 
 def render_html(found: Comparison, base: Path, head: Path) -> str:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from cswap_deploy.config import RatioOf, Task
 from cswap_deploy.errors import ArtifactError, UsageError
-from cswap_deploy.records.bundle import MANIFEST, PLAN, read_bundle, read_plan
-from cswap_deploy.records.files import require_files
+from cswap_deploy.records.bundle import PLAN, read_plan, verify_bundle
 from cswap_deploy.records.manifest import Manifest
 from cswap_deploy.records.plan import GroupPlan, PrunePlan, UnitEffect
+from cswap_deploy.runtime.manifest import MANIFEST
 
 VERDICTS = ("critical", "neutral", "detrimental", "not measured")
 RankedBy = Literal["kl", "true-class", "change"]
@@ -153,18 +153,15 @@ def read_explained(path: Path) -> tuple[PrunePlan, Manifest | None]:
     """Read the plan of a bundle, or of the folder of an unfinished build.
 
     Raises:
-        ArtifactError: There is no plan, it is damaged, or it is not the manifest's.
+        ArtifactError: There is no plan, or the bundle is damaged.
     """
-    if not (path / PLAN).is_file():
+    if not (path / PLAN).exists():
         state = f"has no {PLAN}" if path.is_dir() else "is not a folder"
         raise ArtifactError(
             f"{path} {state if path.exists() else 'does not exist'}",
             fix="name the folder that `cswap-deploy build -o` or `cswap-deploy prune -o` wrote",
         )
-    manifest = read_bundle(path) if (path / MANIFEST).is_file() else None
-    if manifest is not None:
-        listed = tuple(ref for ref in manifest.files if ref.path == PLAN)
-        require_files(path, listed, fix="copy the bundle again, or build it again")
+    manifest = verify_bundle(path).manifest if (path / MANIFEST).exists() else None
     return read_plan(path), manifest
 
 

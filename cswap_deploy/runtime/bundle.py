@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cswap_deploy.errors import ArtifactError
+from cswap_deploy.runtime.documents import regular_file
+from cswap_deploy.runtime.manifest import read_manifest
 from cswap_deploy.runtime.probabilities import OutputKind
 
-SCHEMA_VERSIONS = 3, 4
+_FIX = "copy the bundle again, or build it again"
+_PART = 1 << 20
+"""Bytes that are hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class DeviceBundle:
     transform: Transform
     class_names: tuple[str, ...]
     engines: tuple[EngineFile, ...]
-    digests: dict[str, str]
+    files: dict[str, tuple[str, int]]
+    """Path in the bundle -> sha256 and size (bytes)."""
     output_kind: OutputKind = "logits"
     """What a classifier gives."""
 
@@ -70,43 +75,21 @@ class DeviceBundle:
         Raises:
             ArtifactError: There is no manifest, or it is damaged or of another schema version.
         """
-        path = folder / "manifest.json"
-        try:
-            told = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise ArtifactError(
-                f"{folder} is not a bundle: it has no manifest.json",
-                fix="name the folder that `cswap-deploy build -o` wrote",
-            ) from None
-        except (OSError, ValueError) as err:
-            raise ArtifactError(f"cannot read {path}: {err}", fix="copy the bundle again") from err
-        try:
-            return cls._from(folder, told)
-        except (AttributeError, KeyError, TypeError, ValueError) as err:
-            raise ArtifactError(
-                f"{path} is not a manifest of schema version {SCHEMA_VERSIONS[-1]}: "
-                f"{type(err).__name__} {err}",
-                fix="build the bundle again with this version of cswap-deploy",
-            ) from err
-
-    @classmethod
-    def _from(cls, folder: Path, told: dict[str, Any]) -> DeviceBundle:
-        if told["schema_version"] not in SCHEMA_VERSIONS:
-            raise ValueError(f"schema_version {told['schema_version']}")
+        told, _ = read_manifest(folder)
         model, steps = told["model"], told["model"]["preprocessing"]
         return cls(
-            folder=folder, model=model["name"], task=str(model["task"]),
-            precision=told["onnx"]["precision"],
+            folder=folder, model=model["name"], task=model.get("task", "classify"),
+            precision=told["onnx"].get("precision", "fp32"),
             rows=frozenset(_with_rows(told["onnx"]["outputs"])),
-            onnx_path=told["onnx"]["path"], class_names=tuple(model["class_names"]),
+            onnx_path=told["onnx"]["path"], class_names=tuple(model.get("class_names", ())),
             transform=Transform(
                 input_size=tuple(steps["input_size"]), mean=tuple(steps["mean"]),
                 std=tuple(steps["std"]), resize_shorter=steps["resize_shorter"],
-                interpolation=steps["interpolation"],
-                exif_rotate=steps.get("exif_rotate", False),  # manifests before it have none
+                interpolation=steps.get("interpolation", "bicubic"),
+                exif_rotate=steps.get("exif_rotate", False),
             ),
             engines=tuple(_engine(result["engine"]) for result in told["targets"]),
-            digests={ref["path"]: ref["sha256"] for ref in told["files"]},
+            files={ref["path"]: (ref["sha256"], ref["size_bytes"]) for ref in told["files"]},
             output_kind=model.get("output_kind", "logits"),
         )  # fmt: skip
 
@@ -118,30 +101,72 @@ class DeviceBundle:
         Raises:
             ArtifactError: It is absent, not listed, outside the bundle, or altered.
         """
-        recorded = self.digests.get(name)
-        if recorded is None or Path(name).is_absolute() or ".." in Path(name).parts:
+        if name not in self.files:
             raise ArtifactError(f"{self.folder / name} is not listed in the manifest")
-        fix, absent_fix = "copy the bundle again, or build it again", "copy the bundle again"
-        return read_verified(self.folder / name, recorded, fix=fix, absent_fix=absent_fix)
+        sha256, size = self.files[name]
+        return read_verified(
+            self.folder / name, sha256, size=size, within=self.folder, fix=_FIX,
+            absent_fix="copy the bundle again",
+        )  # fmt: skip
+
+    def verify(self) -> None:
+        """Hold every file that is here against its recorded digest, whether it is needed or not.
+
+        A file that is not here is missed by whoever reads it: a device may have only some.
+
+        Raises:
+            ArtifactError: A file was altered; names it.
+        """
+        for name, (sha256, size) in self.files.items():
+            path = self.folder / name
+            if not os.path.lexists(path):
+                continue
+            try:
+                with regular_file(path, within=self.folder) as file:
+                    there, found = os.fstat(file.fileno()).st_size, hashlib.sha256()
+                    while there == size and (part := file.read(_PART)):
+                        found.update(part)
+            except OSError as err:
+                raise ArtifactError(f"cannot read {path}: {err.strerror or err}", fix=_FIX) from err
+            if there != size or found.hexdigest() != sha256:
+                raise _altered(path, there, size, found.hexdigest(), sha256, _FIX)
 
 
-def read_verified(path: Path, sha256: str, *, fix: str, absent_fix: str | None = None) -> bytes:
+def read_verified(
+    path: Path, sha256: str, *, fix: str, absent_fix: str | None = None, size: int | None = None,
+    within: Path | None = None,
+) -> bytes:  # fmt: skip
     """A file's content, if its digest is the recorded one.
 
+    Args:
+        path: Of the file.
+        sha256: Recorded.
+        fix: Of a file that differs.
+        absent_fix: Of a file that cannot be read.
+        size: Recorded (bytes), where it is; another one is not read.
+        within: The folder that it may not leave.
+
     Raises:
-        ArtifactError: The file cannot be read (with ``absent_fix``), or differs (with ``fix``).
+        ArtifactError: The file cannot be read, or differs.
     """
     try:
-        content = path.read_bytes()
+        with regular_file(path, within=within) as file:
+            there = os.fstat(file.fileno()).st_size
+            content = b"" if size not in (None, there) else file.read()
     except OSError as err:
         raise ArtifactError(f"cannot read {path}: {err.strerror or err}", fix=absent_fix) from err
     found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ArtifactError(
-            f"{path} is not the file that was built: sha256 {found[:12]}…, recorded {sha256[:12]}…",
-            fix=fix,
-        )
+    if size not in (None, there) or found != sha256:
+        raise _altered(path, there, there if size is None else size, found, sha256, fix)
     return content
+
+
+def _altered(path: Path, there: int, size: int, found: str, sha256: str, fix: str) -> ArtifactError:
+    """The error for a file whose size (bytes) or digest is another than recorded."""
+    words = f"sha256 {found[:12]}…, recorded {sha256[:12]}…"
+    if there != size:
+        words = f"{there:,} bytes, recorded {size:,}"
+    return ArtifactError(f"{path} is not the file that was built: {words}", fix=fix)
 
 
 def _with_rows(outputs: list[dict[str, Any]]) -> Iterator[str]:
@@ -155,7 +180,7 @@ def _engine(told: dict[str, Any]) -> EngineFile:
     options = told.get("options") or {}
     return EngineFile(
         target=told["target"], path=told["path"],
-        version=told["versions"].get(told["target"], ""),
+        version=told.get("versions", {}).get(told["target"], ""),
         compute_capability=told.get("compute_capability", ""),
         version_compatible=bool(options.get("version_compatible", False)),
         stripped=bool(told.get("stripped", False)),

@@ -83,12 +83,14 @@ def _run(options: argparse.Namespace) -> int:
     try:
         import numpy as np
 
+        from cswap_deploy.runtime.bundle import DeviceBundle
         from cswap_deploy.runtime.classifier import Classifier
         from cswap_deploy.runtime.preprocess import normalise
     except ImportError as err:
         raise MissingDependencyError(str(err), fix="pip install numpy pillow") from err
 
     files = _pictures(options.images)
+    DeviceBundle.open(options.bundle).verify()
     classifier = Classifier.open(
         options.bundle, target=options.target, threads=options.threads,
         cuda_graph=options.cuda_graph,

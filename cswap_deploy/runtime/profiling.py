@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import numpy as np
 
 from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.runtime.bundle import read_verified
+from cswap_deploy.runtime.documents import parse, read_regular
 from cswap_deploy.runtime.host import compute_capability, usable_cores
 from cswap_deploy.runtime.node_times import (
     Graph,
@@ -40,6 +41,8 @@ _PACKAGES: dict[str, Callable[[], Any]] = {
 _RUNS = 100
 _MOST_BYTES = 64 << 20
 """Of ``kit.json``."""
+_MOST_VALUES = 2**30
+"""Of a batch."""
 
 
 def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]:
@@ -76,6 +79,8 @@ def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]
         widths = [dict(each["widths"]) for each in kit["graphs"]]
         shape = (int(kit["batch"]), *map(int, kit["input_size"]))
         model = str(kit["model"])
+        if not 0 < math.prod(shape) <= _MOST_VALUES or min(shape) < 1:
+            raise ValueError(f"a batch of shape {shape}")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise _damaged(folder, f"{type(err).__name__}: {err}") from err
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -97,16 +102,14 @@ def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / KIT
-    if not path.is_file():
+    if not path.exists():
         raise ArtifactError(
             f"{folder} is no kit: it has no {KIT}",
             fix="`cswap-deploy profile-kit MODEL -o KIT` makes one",
         )
-    if path.stat().st_size > _MOST_BYTES:
-        raise _damaged(folder, "too large")
     try:
-        kit = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as err:
+        kit = parse(read_regular(path, within=folder, most=_MOST_BYTES))
+    except (OSError, ValueError) as err:
         raise _damaged(folder, str(err)) from err
     if not isinstance(kit, dict) or kit.get("schema_version") != 1:
         raise _damaged(folder, "not of schema version 1")
@@ -118,7 +121,7 @@ def _inside(folder: Path, graph: dict[str, Any]) -> Path:
     name = str(graph["file"])
     if name != os.path.basename(name):
         raise _damaged(folder, f"{name!r} is outside")
-    read_verified(folder / name, str(graph["sha256"]), fix="copy the kit again")
+    read_verified(folder / name, str(graph["sha256"]), fix="copy the kit again", within=folder)
     return folder / name
 
 

@@ -155,9 +155,9 @@ constexpr char kCopyAgain[] = "copy the bundle again, or build it again";
 
 const nlohmann::json &findEngine(const nlohmann::json &manifest) {
   const int schema = manifest.at("schema_version").get<int>();
-  if (schema != 3 && schema != 4)
+  if (schema < 1 || schema > 5)
     throw Failure(kArtifact, "manifest.json is of schema version " + std::to_string(schema) +
-                                 ", this program reads 3 and 4");
+                                 ", this program reads 1 to 5");
   std::string others;
   for (const auto &target : manifest.at("targets")) {
     const auto &engine = target.at("engine");
@@ -180,7 +180,7 @@ Bundle parseManifest(const nlohmann::json &manifest, const fs::path &folder) {
     throw Failure(kArtifact, "the engine is without weights, which this program does not put back",
                   "build the bundle without --strip-weights, or use the Python cswap-run");
   const auto &model = manifest.at("model");
-  const auto task = model.at("task").get<std::string>();
+  const auto task = model.value("task", "classify"); // 1 and 2 had classifiers alone
   if (task != "classify")
     throw Failure(kUsageError, "the bundle is of task " + task + ", this program prints classes",
                   "use the Python cswap-run with -o");

@@ -37,7 +37,7 @@ def spec(
         name="net",
         source=source,
         weights="random",
-        weights_sha256="0",
+        weights_sha256="0" * 64,
         num_classes=classes,
         label_space=space,
         class_names=names,

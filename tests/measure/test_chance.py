@@ -233,7 +233,8 @@ def test_a_finished_build_says_it_in_its_summary(
     report = (tmp_path / "out" / "report.md").read_text()
     assert "The dense network is no better than guessing on these images." in report
     # Going on from it does not ask again.
-    assert command("validate", tmp_path / "out", "--latency-runs", 11).code == 0
+    own = ("--model", "small_models:small", "--data", tmp_path / "a.npz")
+    assert command("validate", tmp_path / "out", *own, "--latency-runs", 11).code == 0
 
 
 class Notes(Silent):

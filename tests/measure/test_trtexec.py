@@ -128,7 +128,7 @@ def test_what_has_no_such_line() -> None:
     with pytest.raises(ValueError, match="onnxruntime has no trtexec"):
         line("onnxruntime", "1.31.1")
     engine = EngineArtifact(
-        target="tensorrt", path=Path("a"), sha256="", size_bytes=1, build_seconds=1.0,
+        target="tensorrt", path=Path("a"), sha256="0" * 64, size_bytes=1, build_seconds=1.0,
         precision="fp32", runnable=True, versions={"tensorrt": "10.3.0"},
     )  # fmt: skip
     old = Latency(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_up_bundle import made_up_manifest, made_up_plan, write_made_up_bundle
+from made_up_bundle import made_up_manifest, made_up_plan, reseal, write_made_up_bundle
 
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.records.bundle import describe, read_bundle, read_plan, tensor_text, verify_bundle
@@ -95,8 +95,8 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) ->
 
 def test_a_manifest_of_another_version_is_refused(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 5}))
-    with pytest.raises(ArtifactError, match="is not a Manifest of schema version 4"):
+    reseal(bundle / "manifest.json", manifest | {"schema_version": 6})
+    with pytest.raises(ArtifactError, match=r"is not a manifest of schema version 5: .*version 6"):
         read_bundle(bundle)
 
 

@@ -298,7 +298,7 @@ def test_ratio_zero_is_called_dense() -> None:
 def test_budgets_are_shown_when_there_are_some(markdown: str) -> None:
     """And a long table, here of files, is folded away."""
     assert "## Budgets" not in markdown
-    files = tuple(FileRef(path=f"{i}.txt", sha256="0", size_bytes=1) for i in range(40))
+    files = tuple(FileRef(path=f"{i}.txt", sha256="0" * 64, size_bytes=1) for i in range(40))
     manifest, plan = made_up_manifest(files=files), one_group()
     results = check_budgets(manifest, Budgets(size_max_mib=0.5, params_max=200_000))
     markdown = render_markdown(manifest, plan, results=results)

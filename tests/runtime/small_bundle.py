@@ -17,6 +17,7 @@ from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact, TensorSpec
 from cswap_deploy.records.files import list_files
 from cswap_deploy.records.manifest import TargetResult
 from cswap_deploy.records.model import ModelSpec, Preprocessing
+from cswap_deploy.records.value import write_sealed
 from cswap_deploy.settings import BatchRange
 
 PRE = Preprocessing(
@@ -80,7 +81,7 @@ def write_bundle(folder: Path, *engines: Engine, onnx: bytes | None = None) -> P
         targets=tuple(results),
         files=list_files(folder),
     )  # fmt: skip
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+    write_sealed(folder / "manifest.json", manifest)
     return folder
 
 

@@ -437,9 +437,9 @@ def test_a_bundle_that_does_not_fit(
     ("old", "new", "words"),
     [
         (
-            '"schema_version":4',
-            '"schema_version":1',
-            "schema version 1, this program reads 3 and 4",
+            '"schema_version":5',
+            '"schema_version":6',
+            "schema version 6, this program reads 1 to 5",
         ),
         ('"input_size":[3,', '"input_size":[0,', "no sound input size, mean and std"),
         ('"sha256"', '"sha"', "manifest.json is damaged"),
@@ -470,7 +470,7 @@ def test_fields_of_later_versions_are_ignored(
 ) -> None:
     manifest = bundle / "manifest.json"
     text = manifest.read_text().replace('"precision":', '"later":{"x":[1]},"precision":')
-    manifest.write_text(text.replace('"schema_version":4', '"later":1,"schema_version":4'))
+    manifest.write_text(text.replace('"schema_version":5', '"later":1,"schema_version":5'))
     assert cswap_run(bundle, write_ppm(tmp_path / "a.ppm", pixels(0))).code == 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up_bundle import reseal
 from PIL import Image
 from small_bundle import model_spec, picture, write_bundle
 
@@ -96,7 +97,7 @@ def test_pixels_are_those_of_the_build(
     bundle = write_bundle(tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["model"]["preprocessing"] = pre.model_dump(mode="json")
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    reseal(bundle / "manifest.json", manifest)
     classifier = Classifier.open(bundle, target="onnxruntime", threads=1)
     device = [classifier.prepare(path) for path in sorted(folder.rglob("*.*"))]
     assert len(built) == len(device) == count

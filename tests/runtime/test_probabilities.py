@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_bundle import reseal
 from small_bundle import picture, write_bundle
 from small_onnx import small_onnx
 
@@ -65,9 +67,8 @@ def test_a_bundle_of_probabilities_is_shown_as_it_is(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", onnx=small_onnx(last="Softmax"))
     told = (bundle / "manifest.json").read_text()
     assert '"output_kind": "logits"' in told
-    (bundle / "manifest.json").write_text(
-        told.replace('"output_kind": "logits"', '"output_kind": "probabilities"')
-    )
+    changed = told.replace('"output_kind": "logits"', '"output_kind": "probabilities"')
+    reseal(bundle / "manifest.json", json.loads(changed))
     classifier = Classifier.open(bundle, threads=1)
     pixels = classifier.prepare(picture(0))[None]
     given = classifier._session.run(normalise(pixels, classifier.bundle.transform))
