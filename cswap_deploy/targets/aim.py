@@ -72,7 +72,7 @@ class TargetAim:
             settings={"widths": [widths for widths, _ in variants]}, tools={},
         )  # fmt: skip
         if (found := self.store.find(key)) is None:
-            with self.store.create(key) as folder:
+            with self.store.create(key, stage="latency") as folder:
                 (folder / "table.json").write_text(self._table(variants).model_dump_json())
             found = self.store.find(key)
             assert found is not None
