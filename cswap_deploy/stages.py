@@ -30,7 +30,7 @@ from cswap_deploy.measure.own_labels import with_own_labels
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
-from cswap_deploy.network.placing import device_for
+from cswap_deploy.network.placing import HOST, device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
@@ -150,7 +150,7 @@ def recover(run: Run, pruned: PrunedFiles) -> PrunedFiles:
     device = device_for(run.config.prune)
     run.progress.stage("recover", f"{minutes:g} min of training, without labels")
     inputs = {
-        "weights": sha256_file(pruned.folder / WEIGHTS), "device": device.type,
+        "weights": sha256_file(pruned.folder / WEIGHTS), "measured_on": measured_on(device),
         **run.calibration_key, **run.network_key,
     }  # fmt: skip
     settings = {"minutes": minutes, "seed": seed}
@@ -332,6 +332,7 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
             "preprocessing": spec.preprocessing.model_dump(mode="json"),
             "validation": run.samples.validation.spec.sha256,
             "metric": "" if metric is None else metric_digest(metric),
+            "measured_on": measured_on(HOST),
         },
         settings={"task": spec.task, "metric": metric},
         tools=tool_versions("cswap-deploy", "torch", "timm"),

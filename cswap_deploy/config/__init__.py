@@ -22,7 +22,7 @@ from pydantic import (
 
 from cswap_deploy.config.prune import AIMS, METHODS, PruneConfig, RatioOf
 from cswap_deploy.errors import UsageError
-from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
+from cswap_deploy.settings import BatchRange, Flag, Memory, Section, read_toml
 
 __all__ = [
     "AIMS", "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config",
@@ -138,6 +138,14 @@ class ExportConfig(Section):
         "auto"
     )
     parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
+    simplify_seconds: Annotated[
+        float, Field(gt=0, le=86400), Flag("For simplifying a graph.", expert=True, in_key=False)
+    ] = 600
+    """After that, or beyond the memory, the graph goes on as it was exported."""
+    simplify_memory: Annotated[
+        Memory | None, Field(ge=1), Flag("As seconds: of memory.", expert=True, in_key=False)
+    ] = None
+    """As much as this machine has, unless said."""
     with_dense: Annotated[bool, Flag("Keep the dense graph too, for `check`.", in_key=False)] = (
         False
     )
@@ -190,7 +198,10 @@ class ExportConfig(Section):
 
     def export_key(self) -> dict[str, Any]:
         """What shapes the float32 graphs; the rest comes after them."""
-        return {"opset": self.graph_opset, "parity_tolerance": self.parity_tolerance}
+        return {
+            "opset": self.graph_opset, "parity_tolerance": self.parity_tolerance,
+            "simplify": [self.simplify_seconds, self.simplify_memory],  # more of it: another try
+        }  # fmt: skip
 
     def precision_key(self) -> dict[str, Any]:
         """What shapes the narrowed graph."""

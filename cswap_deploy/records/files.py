@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from cswap_deploy.errors import ArtifactError, CswapError, MissingDependencyError, UsageError
 from cswap_deploy.records.value import FileRef, sha256_file
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY}
 
@@ -276,6 +276,11 @@ def _refuse_foreign(target: Path) -> None:
             raise UsageError(
                 f"{target} is a mount point; a bundle is moved into place as one folder",
                 fix=f"-o {target / 'bundle'}",
+            )
+        if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
+            raise MissingDependencyError(
+                f"{target} may not be replaced: it has mode {target.stat().st_mode & 0o777:o}",
+                fix=f"chmod u+rwx {target}, or choose another folder with -o",
             )
         with disk_errors(target, option="-o"):
             foreign = any(target.iterdir()) and not any((target / name).is_file() for name in _OURS)

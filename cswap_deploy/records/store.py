@@ -4,7 +4,7 @@ A stage's result is found again by a key over everything that shaped it, never b
 there. What is half-written lives in a scratch folder whose lock its process holds; when the process
 dies the lock is free, and the next writer clears the folder away.
 
-Layout: ``<root>/<key>/index.json`` names a folder beside it and every file in there with its digest.
+Layout: ``<root>/<key>/index.json`` names a folder beside it and every file in it with its digest.
 Files never change: what replaces them is another folder, and a reader holds the one it found.
 """
 
