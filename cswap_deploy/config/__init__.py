@@ -140,7 +140,7 @@ class ExportConfig(Section):
     parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
     simplify_seconds: Annotated[
         float, Field(gt=0, le=86400), Flag("For simplifying a graph.", expert=True, in_key=False)
-    ] = 600
+    ] = 600.0
     """After that, or beyond the memory, the graph goes on as it was exported."""
     simplify_memory: Annotated[
         Memory | None, Field(ge=1), Flag("As seconds: of memory.", expert=True, in_key=False)
