@@ -20,6 +20,7 @@ from cswap_deploy.config import AIMS, Config
 from cswap_deploy.data import Samples, load_samples
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
+from cswap_deploy.export.child import ChildLimits
 from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import DENSE, Graphs, export_network
@@ -292,7 +293,7 @@ def engine(run: Run, target: str, graphs: Graphs) -> Path:
             BuildRequest(
                 onnx=graph, batch=config.engine.batch,
                 options=config.engine.options, out_dir=out, int8=int8,
-                progress=run.progress, store=run.store.root,
+                progress=run.progress, store=run.store.root, trial=ChildLimits.of(config.export),
             )
         )  # fmt: skip
         run.progress.end()

@@ -138,11 +138,12 @@ class ExportConfig(Section):
         "auto"
     )
     parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
-    simplify_seconds: Annotated[
-        float, Field(gt=0, le=86400), Flag("For simplifying a graph.", expert=True, in_key=False)
+    child_seconds: Annotated[
+        float, Field(gt=0, le=86400), Flag("Of a process of its own.", expert=True, in_key=False)
     ] = 600.0
-    """After that, or beyond the memory, the graph goes on as it was exported."""
-    simplify_memory: Annotated[
+    """Native code may crash or hang on a graph, so it is simplified, and tried in ONNX Runtime and
+    OpenVINO, in such a process. After that time, or beyond the memory, it goes on as exported."""
+    child_memory: Annotated[
         Memory | None, Field(ge=1), Flag("As seconds: of memory.", expert=True, in_key=False)
     ] = None
     """As much as this machine has, unless said."""
@@ -200,7 +201,7 @@ class ExportConfig(Section):
         """What shapes the float32 graphs; the rest comes after them."""
         return {
             "opset": self.graph_opset, "parity_tolerance": self.parity_tolerance,
-            "simplify": [self.simplify_seconds, self.simplify_memory],  # more of it: another try
+            "child": [self.child_seconds, self.child_memory],  # more of it: another try
         }  # fmt: skip
 
     def precision_key(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -26,7 +25,8 @@ hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
 resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
 """
-_NO_MEMORY = ("MemoryError", "bad_alloc", "failed to map segment", "Cannot allocate memory")
+NO_MEMORY = ("MemoryError", "bad_alloc", "failed to map segment", "Cannot allocate memory")
+"""How Python and native code say that there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class ChildLimits:
     @classmethod
     def of(cls, config: ExportConfig) -> ChildLimits:
         """Those of a build."""
-        return cls(config.simplify_seconds, config.simplify_memory)
+        return cls(config.child_seconds, config.child_memory)
 
     @property
     def memory(self) -> int:
@@ -52,8 +52,8 @@ class ChildLimits:
 UNLIMITED = ChildLimits(seconds=None)
 
 
-def run_child(code: str, arguments: Sequence[Path], limits: ChildLimits) -> str:
-    """Run Python code with paths as ``sys.argv[1:]``.
+def run_child(code: str, arguments: Sequence[object], limits: ChildLimits) -> str:
+    """Run Python code with texts as ``sys.argv[1:]``.
 
     Returns:
         Why it failed, in a line; empty where it did not.
@@ -61,7 +61,7 @@ def run_child(code: str, arguments: Sequence[Path], limits: ChildLimits) -> str:
     command = [
         # -P: a module of the same name in the working directory is not what is meant.
         sys.executable, "-P", "-c", _PRELUDE + code, str(os.getpid()), str(limits.memory),
-        *map(os.fspath, arguments),
+        *map(str, arguments),
     ]  # fmt: skip
     try:
         done = subprocess.run(
@@ -75,7 +75,7 @@ def run_child(code: str, arguments: Sequence[Path], limits: ChildLimits) -> str:
     if done.returncode == 0:
         return ""
     lines = done.stderr.strip().splitlines()
-    if any(words in line for line in lines for words in _NO_MEMORY):
+    if any(words in line for line in lines for words in NO_MEMORY):
         return f"it needs more than {limits.memory / 2**20:,.0f} MiB of memory"
     if done.returncode < 0:
         return f"it crashed ({signal.Signals(-done.returncode).name})"

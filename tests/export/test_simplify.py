@@ -146,13 +146,13 @@ def test_an_onnxsim_that_takes_too_much_is_ended(
 
 
 def test_the_limits_of_a_build_are_those_of_its_settings(tmp_path: Path) -> None:
-    config = load_config(model="demo-resnet", simplify_seconds=7, simplify_memory="2GiB").export
+    config = load_config(model="demo-resnet", child_seconds=7, child_memory="2GiB").export
     assert ChildLimits.of(config) == ChildLimits(7, 2 << 30)
     generous = load_config(model="demo-resnet").export
     assert ChildLimits.of(generous).memory >= 1 << 30
     assert config.export_key() != generous.export_key(), "more time is another try"
-    with pytest.raises(UsageError, match=r"--simplify-memory: .* is no amount of memory"):
-        load_config(model="demo-resnet", simplify_memory="plenty")
+    with pytest.raises(UsageError, match=r"--child-memory: .* is no amount of memory"):
+        load_config(model="demo-resnet", child_memory="plenty")
 
 
 def test_a_child_ends_with_the_process_that_wanted_it(tmp_path: Path) -> None:
