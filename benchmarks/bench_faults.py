@@ -44,7 +44,15 @@ from torch import nn
 from cswap_deploy.config import Config, load_config
 from cswap_deploy.errors import CswapError
 from cswap_deploy.pipeline import Stage, build
-from cswap_deploy.records.bundle import MANIFEST, MODEL, PLAN, WEIGHTS, read_build, verify_bundle
+from cswap_deploy.records.bundle import (
+    BUILD,
+    MANIFEST,
+    MODEL,
+    PLAN,
+    WEIGHTS,
+    read_build,
+    verify_bundle,
+)
 from cswap_deploy.records.files import check_output, require_files
 from cswap_deploy.records.store import Store
 
@@ -108,7 +116,7 @@ class Result:
     build_seconds: float
     total_seconds: float
     states: dict[str, int] = field(default_factory=dict)
-    """What the output was after the kill: ``absent``, ``before``, ``after``."""
+    """What the output was after the kill: ``absent``, ``before``, ``after``, ``broken``."""
     faults: tuple[str, ...] = ()
 
 
@@ -309,14 +317,20 @@ class Cycle:
     def state(self, faults: list[str]) -> str:
         """What the output is after the kill, as the next command finds it."""
         out = self.folder / "place" / "out"
-        if out.is_dir():
+        if (out / MANIFEST).is_file() or (out / BUILD).is_file():  # what a reader would take
             faults += faults_of_output(out)
-        check_output(out)  # what every build begins with: it puts back what was being replaced
+        try:
+            check_output(out)  # every build begins so: it puts back what was being replaced
+        except CswapError as err:
+            faults.append(f"the output is not taken again: {err}")
+            return "broken"
         if not out.is_dir():
             if self.old is not None:
                 faults.append("the folder that was there is lost")
             return "absent"
-        faults += faults_of_output(out)
+        if wrong := faults_of_output(out):
+            faults += wrong
+            return "broken"
         found = content(out)
         if found == self.expected and (self.old != self.expected or self.finished(out)):
             return "after"

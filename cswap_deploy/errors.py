@@ -18,6 +18,7 @@ their number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 
 _LIMITS = {
@@ -144,7 +145,7 @@ def lacking(err: BaseException) -> MissingDependencyError | None:
         if number in known and not (own and cause is err):
             what, fix = known[number]
             name = getattr(cause, "filename", None)
-            where = f"{name}: " if isinstance(name, str | bytes) else ""
+            where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes)) else ""
             return MissingDependencyError(f"{where}{what} ({first_line(cause)})", fix=fix)
     return None
 

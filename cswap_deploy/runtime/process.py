@@ -151,11 +151,11 @@ def _watched(stream: Any, number: int) -> Any:
     """A stream as Python opens it, through :class:`_Stream`; what others put there stays."""
     if stream is not None and (type(stream) is not io.TextIOWrapper or _number(stream) != number):
         return stream
-    given = {} if stream is None else {"encoding": stream.encoding, "errors": stream.errors}
     raw = _Stream(number, "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), line_buffering=number == 2 or raw.isatty(), **given
-    )
+        io.BufferedWriter(raw), getattr(stream, "encoding", None), getattr(stream, "errors", None),
+        line_buffering=number == 2 or raw.isatty(),
+    )  # fmt: skip
 
 
 def _number(stream: Any) -> int:
