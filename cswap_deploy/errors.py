@@ -10,10 +10,54 @@
     │   └── BuildError               the runtime's parser or builder refused the graph
     └── ArtifactError            6   an artefact is damaged or does not fit this device
 
-Anything else that escapes is a bug: exit code 1, with its traceback. Ctrl-C exits with 130.
+Anything else that escapes is a bug: exit code 1, with its traceback; where this machine lacks what
+it takes (memory, room on the disk, a permission: ``lacking``) it is 4. Signals exit with 128 and
+their number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 """
 
 from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+_LIMITS = {
+    errno.ENOMEM: (
+        "memory ran out",
+        "close other programs, raise the limit (`ulimit -v unlimited`), or take a machine with "
+        "more memory",
+    ),
+    errno.EAGAIN: (
+        "no more threads or processes can be started",
+        "raise the limit (`ulimit -u`, pids.max of a container), or set OMP_NUM_THREADS=1",
+    ),
+    errno.EMFILE: ("this process may not open more files", "raise the limit: `ulimit -n 4096`"),
+    errno.ENFILE: ("this machine has too many files open", "close other programs"),
+    errno.EFBIG: (
+        "a file became larger than this process or the disk's file system allows",
+        "raise the limit: `ulimit -f unlimited`",
+    ),
+}
+"""Of a process: what it lacks, and what helps."""
+_DISK = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the quota of disk space is used up", "free some space"),
+    errno.EROFS: ("the disk cannot be written", "name a folder on another disk"),
+    errno.EACCES: ("not permitted", "change who may use it (`ls -ld`), or name another"),
+    errno.EPERM: ("not permitted", "change who may use it (`ls -ld`), or name another"),
+    errno.EIO: ("the disk or the device fails", "look into the system's log: `dmesg`"),
+    errno.ESTALE: ("the network disk is gone", "mount it again"),
+}
+_TOLD = {
+    "can't allocate memory": errno.ENOMEM, "Cannot allocate memory": errno.ENOMEM,
+    "not enough memory": errno.ENOMEM, "bad_alloc": errno.ENOMEM, "bad allocation": errno.ENOMEM,
+    "out of memory": errno.ENOMEM, "Failed to allocate memory": errno.ENOMEM,
+    "failed to map segment": errno.ENOMEM, "could not create a primitive": errno.ENOMEM,
+    "can't start new thread": errno.EAGAIN,
+    "Resource temporarily unavailable": errno.EAGAIN, "Too many open files": errno.EMFILE,
+    "File too large": errno.EFBIG, "No space left on device": errno.ENOSPC,
+}  # fmt: skip
+"""How libraries say it in errors of their own."""
 
 
 class CswapError(Exception):
@@ -86,3 +130,39 @@ def own_words(err: BaseException) -> tuple[str, ...]:
 def first_line(err: BaseException) -> str:
     """What an exception says in its first line, or its name where it says nothing."""
     return (str(err).strip().splitlines() or [type(err).__name__])[0]
+
+
+def lacking(err: BaseException) -> MissingDependencyError | None:
+    """What of this machine an error comes of, as the error to show; ``None`` where it does not.
+
+    Memory, threads, open files and sizes of files are found below a ``CswapError`` too: its advice
+    is about something else. The disk and permissions are not: it has said those itself.
+    """
+    own = isinstance(err, CswapError)
+    for cause in _causes(err):
+        number = _resource(cause)
+        known = _LIMITS if own else _LIMITS | _DISK
+        if number in known and not (own and cause is err):
+            what, fix = known[number]
+            name = getattr(cause, "filename", None)
+            where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes)) else ""
+            return MissingDependencyError(f"{where}{what} ({first_line(cause)})", fix=fix)
+    return None
+
+
+def _causes(err: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised from; what was handled meanwhile is another matter."""
+    seen: BaseException | None = err
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _resource(err: BaseException) -> int:
+    """The system's number for what an error is about; 0 where it is about something else."""
+    if isinstance(err, MemoryError):
+        return errno.ENOMEM
+    if isinstance(err, OSError) and err.errno:
+        return err.errno
+    words = str(err)
+    return next((number for told, number in _TOLD.items() if told in words), 0)

@@ -118,7 +118,7 @@ class Run:
         self.stages[name] = "run" if found is None else "reused"
         if found is None:
             # What is there is not wanted, but another build may be reading it.
-            with self.store.create(key, replace=not self.config.run.resume) as out:
+            with self.store.create(key, stage=name, replace=not self.config.run.resume) as out:
                 make(out)
             found = self.store.find(key)
             assert found is not None

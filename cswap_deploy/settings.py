@@ -6,9 +6,17 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from cswap_deploy.errors import UsageError
 
@@ -31,6 +39,17 @@ class Flag:
     """Whether another value may give another result, so that it belongs to the store's key."""
     local: bool = False
     """Names code or a file of this machine: never taken from a folder, which may be anyone's."""
+
+
+def _size(value: Any, read: Any) -> Any:
+    try:
+        return read(value)
+    except ValidationError as err:
+        raise ValueError("is no amount of memory; write 512MiB, 2GiB or bytes") from err
+
+
+Memory = Annotated[ByteSize, WrapValidator(_size)]
+"""Bytes, or a text with a unit."""
 
 
 class BatchRange(BaseModel):

@@ -20,6 +20,7 @@ from cswap_deploy.config import AIMS, Config
 from cswap_deploy.data import Samples, load_samples
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.export import precision
+from cswap_deploy.export.child import ChildLimits
 from cswap_deploy.export.modelopt import modelopt_version
 from cswap_deploy.export.onnx import BATCH
 from cswap_deploy.export.stage import DENSE, Graphs, export_network
@@ -30,7 +31,7 @@ from cswap_deploy.measure.own_labels import with_own_labels
 from cswap_deploy.measure.parity import PARITY_BATCHES
 from cswap_deploy.models.load import LoadedModel, load_model, wrap_module
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
-from cswap_deploy.network.placing import device_for
+from cswap_deploy.network.placing import HOST, device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
@@ -149,7 +150,7 @@ def recover(run: Run, pruned: PrunedFiles) -> PrunedFiles:
     device = device_for(run.config.prune)
     run.progress.stage("recover", f"{minutes:g} min of training, without labels")
     inputs = {
-        "weights": sha256_file(pruned.folder / WEIGHTS), "device": device.type,
+        "weights": sha256_file(pruned.folder / WEIGHTS), "measured_on": measured_on(device),
         **run.calibration_key, **run.network_key,
     }  # fmt: skip
     settings = {"minutes": minutes, "seed": seed}
@@ -290,7 +291,7 @@ def engine(run: Run, target: str, graphs: Graphs) -> Path:
             BuildRequest(
                 onnx=graph, batch=config.engine.batch,
                 options=config.engine.options, out_dir=out, int8=int8,
-                progress=run.progress, store=run.store.root,
+                progress=run.progress, store=run.store.root, trial=ChildLimits.of(config.export),
             )
         )  # fmt: skip
         run.progress.end()
@@ -330,6 +331,7 @@ def score(run: Run, pruned: PrunedFiles) -> Path:
             "preprocessing": spec.preprocessing.model_dump(mode="json"),
             "validation": run.samples.validation.spec.sha256,
             "metric": "" if metric is None else metric_digest(metric),
+            "measured_on": measured_on(HOST),
         },
         settings={"task": spec.task, "metric": metric},
         tools=tool_versions("cswap-deploy", "torch", "timm"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -23,4 +24,5 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        gc.collect()  # a store that a traceback keeps alive holds what it found
         subprocess.run(["umount", str(folder)], check=True)

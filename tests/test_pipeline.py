@@ -282,6 +282,31 @@ def test_what_shapes_a_plan_prunes_again(
     assert state() == "run"
 
 
+def test_another_number_of_threads_prunes_and_scores_again(
+    made: Made, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums that are split in another way differ in their last digits, and weights with them."""
+    assert build(made, store, tmp_path / "a").stages["prune"] == "reused"
+    more = torch.get_num_threads() + 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: more)
+    states = build(made, store, tmp_path / "b").stages
+    assert (states["prune"], states["score"], states["export/dense"]) == ("run", "run", "reused")
+
+
+def test_recovery_has_the_number_of_threads_in_its_key(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state() -> str:
+        quick = {"criterion": "magnitude", "refit": False, "recover": 0.01}
+        output, store = tmp_path / "a", tmp_path / "store"
+        return build(made, store, output, until="prune", **quick).stages["recover"]
+
+    assert (state(), state()) == ("run", "reused")
+    more = torch.get_num_threads() + 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: more)
+    assert state() == "run"
+
+
 def test_a_changed_pixel_of_the_validation_set_scores_again_and_no_more(
     made: Made, store: Path, tmp_path: Path
 ) -> None:

@@ -49,10 +49,16 @@ def measured_on(device: torch.device) -> dict[str, str]:
     """What of the hardware decides effects to the last bit: part of a measurement's key.
 
     Returns:
-        ``device``: ``cpu``, or the GPU's name; ``arithmetic``: how float32 is multiplied.
+        ``device``: ``cpu``, or the GPU's name; ``arithmetic``: how float32 is multiplied. Of a
+        CPU also how sums are split: over how many threads, and into how wide vectors.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "arithmetic": "IEEE float32"}
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "arithmetic": "IEEE float32"}
+    return {
+        "device": device.type, "arithmetic": "IEEE float32",
+        "threads": str(torch.get_num_threads()),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
 def _agreed(read: Callable[[], _Value]) -> _Value | None:

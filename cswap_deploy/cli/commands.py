@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cswap_deploy.cli import gates
+from cswap_deploy.cli import gates, store
 from cswap_deploy.cli.shared import Json, Quiet, console_of, numbers
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 """The commands without settings; :func:`command_line` puts the stages before them."""
+app.add_typer(store.app, name="store")
 
 ConfigFile = Annotated[
     Path | None, typer.Option(metavar="FILE.toml", help="The same names, and more; flags win.")
@@ -57,7 +58,7 @@ def command_line(asked: str | None = None) -> typer.Typer:
             command = with_settings(stage, sections, argument=argument, but=without)
         whole.command(name, help=told)(command)
     whole.registered_commands += gates.app.registered_commands + app.registered_commands
-    whole.registered_groups += gates.app.registered_groups
+    whole.registered_groups += gates.app.registered_groups + app.registered_groups
     whole.registered_callback = app.registered_callback
     return whole
 

@@ -8,40 +8,45 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import typer
-
-from cswap_deploy.cli.commands import command_line
-from cswap_deploy.errors import CswapError
-from cswap_deploy.runtime.host import share_cores
+from cswap_deploy.runtime.process import guarded
 
 _INTERRUPTED = 130
 
 
 def main() -> None:
-    """The entry point of ``cswap-deploy``."""
+    """The entry point of ``cswap-deploy``.
+
+    Only what stops it is imported before it begins: imports take most of its first second.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    kept = "; finished stages are kept, the same command goes on from there"
+    sys.exit(guarded(_command, _fail, kept=kept))
+
+
+def _command() -> int:
+    import typer
+
+    from cswap_deploy.cli.commands import command_line
+    from cswap_deploy.runtime.host import share_cores
+
     share_cores()
     try:
         asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         code = command_line(asked)(standalone_mode=False)
-        if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
-            code = _interrupted()
-        sys.stdout.flush()
-    except CswapError as err:
-        code = _fail(err.exit_code, str(err))
-    except (KeyboardInterrupt, typer.Abort):
-        code = _interrupted()
-    except (BrokenPipeError, SystemExit) as err:
-        if isinstance(err, SystemExit) and not isinstance(err.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read stdout has left
-        code = 0
+    except typer.Abort as err:
+        raise KeyboardInterrupt from err
+    except SystemExit as err:
+        if isinstance(err.__context__, BrokenPipeError):  # click's way to leave
+            raise err.__context__ from None
+        raise
     except Exception as err:
         show: Callable[[], None] | None = getattr(err, "show", None)  # of click's usage errors
         if show is None:
-            raise  # a bug: Python prints the traceback and exits with 1
-        code = _misused(err, show)
-    sys.exit(code if isinstance(code, int) else 0)
+            raise
+        return _misused(err, show)
+    if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
 
 
 def _misused(err: Any, show: Callable[[], None]) -> int:
@@ -63,14 +68,8 @@ def _misused(err: Any, show: Callable[[], None]) -> int:
     return 2
 
 
-def _interrupted() -> int:
-    return _fail(
-        _INTERRUPTED, "interrupted; finished stages are kept, the same command goes on from there"
-    )
-
-
 def _fail(code: int, message: str) -> int:
-    typer.echo(f"error: {message}", err=True)
+    print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv:
-        typer.echo(json.dumps({"error": message, "exit_code": code}))
+        print(json.dumps({"error": message, "exit_code": code}))
     return code

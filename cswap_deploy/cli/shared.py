@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
-_SECONDS = re.compile(r"(\d+\.?\d*|\.\d+)\s*(s|sec|min|m|h)?")
-_UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+_SECONDS = re.compile(r"(\d+\.?\d*|\.\d+)\s*(s|sec|min|m|h|d)?")
+_UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def console_of(*, as_json: bool, quiet: bool = False) -> Console:
@@ -38,7 +38,7 @@ def numbers(text: str | None) -> list[float]:
 
 
 def seconds(text: str) -> float:
-    """``30s``, ``2min``, ``45`` -> seconds.
+    """``30s``, ``2min``, ``30d``, ``45`` -> seconds.
 
     Raises:
         UsageError: It is no duration.
@@ -47,7 +47,7 @@ def seconds(text: str) -> float:
 
     found = _SECONDS.fullmatch(text.strip())
     if found is None or float(found[1]) <= 0:
-        raise UsageError(f"{text!r} is no duration", fix="write 30s, 2min, or seconds")
+        raise UsageError(f"{text!r} is no duration", fix="write 30s, 2min, 30d, or seconds")
     return float(found[1]) * _UNITS[found[2] or "s"]
 
 

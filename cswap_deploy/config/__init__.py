@@ -22,7 +22,7 @@ from pydantic import (
 
 from cswap_deploy.config.prune import AIMS, METHODS, PruneConfig, RatioOf
 from cswap_deploy.errors import UsageError
-from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
+from cswap_deploy.settings import BatchRange, Flag, Memory, Section, read_toml
 
 __all__ = [
     "AIMS", "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config",
@@ -146,6 +146,15 @@ class ExportConfig(Section):
         "auto"
     )
     parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
+    child_seconds: Annotated[
+        float, Field(gt=0, le=86400), Flag("Of a process of its own.", expert=True, in_key=False)
+    ] = 600.0
+    """Native code may crash or hang on a graph, so it is simplified, and tried in ONNX Runtime and
+    OpenVINO, in such a process. After that time, or beyond the memory, it goes on as exported."""
+    child_memory: Annotated[
+        Memory | None, Field(ge=1), Flag("As seconds: of memory.", expert=True, in_key=False)
+    ] = None
+    """As much as this machine has, unless said."""
     with_dense: Annotated[bool, Flag("Keep the dense graph too, for `check`.", in_key=False)] = (
         False
     )
@@ -198,7 +207,10 @@ class ExportConfig(Section):
 
     def export_key(self) -> dict[str, Any]:
         """What shapes the float32 graphs; the rest comes after them."""
-        return {"opset": self.graph_opset, "parity_tolerance": self.parity_tolerance}
+        return {
+            "opset": self.graph_opset, "parity_tolerance": self.parity_tolerance,
+            "child": [self.child_seconds, self.child_memory],  # more of it: another try
+        }  # fmt: skip
 
     def precision_key(self) -> dict[str, Any]:
         """What shapes the narrowed graph."""

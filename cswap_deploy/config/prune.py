@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cswap_deploy.settings import Flag, Section
+from cswap_deploy.settings import Flag, Memory, Section
 
 RatioOf = Literal["params", "channels", "macs", "latency"]
 AIMS = "ratio", "speedup", "max_latency"
@@ -87,7 +87,7 @@ class PruneConfig(Section):
         str | None, Flag("Worker processes, or ray://HOST:PORT.", metavar="N|URL", in_key=False)
     ] = None
     memory_budget: Annotated[
-        ByteSize | None, Field(ge=1), Flag("2GiB; a third of free.", "SIZE", in_key=False)
+        Memory | None, Field(ge=1), Flag("2GiB; a third of free.", "SIZE", in_key=False)
     ] = None
     refit: Annotated[bool, Flag("Refit what is left.")] = True
     recover: Annotated[
@@ -169,14 +169,6 @@ class PruneConfig(Section):
         if isinstance(value, int) and value < 1:
             raise ValueError("must be 1 or more, or auto")
         return value
-
-    @field_validator("memory_budget", mode="wrap")
-    @classmethod
-    def _size(cls, value: Any, read: Any) -> Any:
-        try:
-            return read(value)
-        except ValidationError as err:
-            raise ValueError("is no amount of memory; write 512MiB, 2GiB or bytes") from err
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:

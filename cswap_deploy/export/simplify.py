@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from cswap_deploy.errors import ArtifactError, missing
+from cswap_deploy.export.child import UNLIMITED, ChildLimits, run_child
 from cswap_deploy.export.names import module_of, name_nodes
 from cswap_deploy.export.onnx import batch_norm_notes, describe_onnx
 from cswap_deploy.records.engine import OnnxArtifact
@@ -26,8 +23,12 @@ sys.exit(0 if right else "its own check of the result failed")
 """
 
 
-def simplify_onnx(onnx: OnnxArtifact, *, path: Path) -> OnnxArtifact:
+def simplify_onnx(
+    onnx: OnnxArtifact, *, path: Path, limits: ChildLimits = UNLIMITED
+) -> OnnxArtifact:
     """Simplify a graph; where onnxsim fails or spoils it, keep the graph and say so in its notes.
+
+    It fails, too, where it crashes, or takes more time or memory than the limits allow.
 
     onnxsim's own comparison of outputs is not used: the caller compares with ``measure.parity``,
     at more than one batch size. ``path`` must be another than ``onnx.path``.
@@ -39,7 +40,7 @@ def simplify_onnx(onnx: OnnxArtifact, *, path: Path) -> OnnxArtifact:
     if importlib.util.find_spec("onnxsim") is None:
         raise missing("onnxsim", "cpu", ModuleNotFoundError(name="onnxsim"))
     original = describe_onnx(onnx.path)
-    refusal = _run_onnxsim(onnx.path, path)
+    refusal = run_child(_SIMPLIFY, [onnx.path, path], limits)
     if not refusal:
         try:
             refusal = _changed(original, describe_onnx(path))
@@ -62,23 +63,6 @@ def _restore_names(path: Path, original: Path) -> None:
     simple = onnx.load(path)
     name_nodes(simple.graph, modules=modules)
     onnx.save(simple, path)
-
-
-def _run_onnxsim(source: Path, target: Path) -> str:
-    """Simplify a file; returns onnxsim's last words when it fails, else nothing."""
-    done = subprocess.run(
-        # -P: a file called onnx.py in the working directory is not what is meant.
-        [sys.executable, "-P", "-c", _SIMPLIFY, os.fspath(source), os.fspath(target)],
-        capture_output=True, text=True, errors="replace", check=False,
-        # onnxsim imports onnxruntime, which else writes a usage database into the home folder.
-        env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
-    )  # fmt: skip
-    if done.returncode == 0:
-        return ""
-    if done.returncode < 0:
-        return f"it crashed ({signal.Signals(-done.returncode).name})"
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"it ended with {done.returncode}"
 
 
 def _changed(before: OnnxArtifact, after: OnnxArtifact) -> str:

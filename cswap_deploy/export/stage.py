@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from cswap_deploy.config import ExportConfig
+from cswap_deploy.export.child import ChildLimits
 from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.export.precision import ROUNDED
 from cswap_deploy.export.simplify import simplify_onnx
@@ -91,7 +92,7 @@ def export_network(
         module, input_size=spec.preprocessing.input_size, path=path, opset=config.graph_opset,
         outputs=spec.outputs,
     )  # fmt: skip
-    graph = simplify_onnx(exported, path=folder / name)
+    graph = simplify_onnx(exported, path=folder / name, limits=ChildLimits.of(config))
     steps = {"exported": exported, "simplified": graph}
     if name == DENSE:
         steps = {"dense, simplified": graph}

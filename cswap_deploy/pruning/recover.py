@@ -369,8 +369,7 @@ class ProgressStore:
             "seconds": state.seconds, "step": state.step,
             "checks": [check.model_dump() for check in state.checks],
         }  # fmt: skip
-        self._store.remove(self._key)
-        with self._store.create(self._key) as folder:
+        with self._store.create(self._key, stage="recovering", replace=True) as folder:
             (folder / "progress.json").write_text(json.dumps(told))
             save_file({n: v.contiguous() for n, v in tensors.items()}, folder / _TENSORS)
 

@@ -88,7 +88,7 @@ class RoundStore:
         from safetensors.torch import save_file
 
         self._path = path
-        with self._store.create(self._key(path[: state.round])) as folder:
+        with self._store.create(self._key(path[: state.round]), stage="round") as folder:
             (folder / "state.json").write_bytes(_STATE.dump_json(state))
             save_file(contiguous_state(module), folder / "masked.safetensors")
 

@@ -6,11 +6,12 @@ dies the lock is free, and the next writer clears the folder away.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from cswap_deploy.errors import (
 from cswap_deploy.records.value import FileRef, sha256_file
 from cswap_deploy.runtime.documents import regular_file
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY}
 
@@ -41,6 +42,9 @@ _OURS = ("manifest.json", "build.json", "sweep.json", "kit.json")
 
 _YOUNG_SECONDS = 60.0
 """A scratch folder without a lock file may belong to a process that is about to make it."""
+
+_IN_USE: set[Path] = set()
+"""This process's scratch folders."""
 
 
 def list_files(folder: Path) -> tuple[FileRef, ...]:
@@ -169,48 +173,75 @@ def scratch_folder(
 ) -> Iterator[Path]:
     """Lend a locked folder in ``parent``; it is gone afterwards, and so are parents made for it."""
     made = [p for p in (parent, *parent.parents) if not p.exists()]
-    scratch: Path | None = None
-    lock: FileLock | None = None
+    # Named before it is made, so that a signal between the two leaves nothing.
+    scratch = parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    lock = FileLock(scratch / _LOCK, timeout=0)
+    _IN_USE.add(scratch)
     done = False
     try:
         with disk_errors(parent, option=option):
             parent.mkdir(parents=True, exist_ok=True)
-            _clear_stale(parent, prefix=prefix, restore=restore)
-            scratch, lock = _locked_folder(parent, prefix)
+            clear_stale(parent, prefix=prefix, restore=restore)
+            _make_locked(scratch, lock)
         with disk_errors(parent, option=option, within=scratch):
             yield scratch
         done = True
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if lock is not None:
-            lock.release()
+        remove_tree(scratch)
+        lock.release()
+        _IN_USE.discard(scratch)
         if not done:
             _remove_empty(made)
 
 
-def _locked_folder(parent: Path, prefix: str) -> tuple[Path, FileLock]:
+def _make_locked(folder: Path, lock: FileLock) -> None:
     """Make a scratch folder and hold its lock."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = FileLock(folder / _LOCK, timeout=0)
+        folder.mkdir(mode=0o700, exist_ok=True)
         try:
             lock.acquire()
         except (Timeout, FileNotFoundError):
             continue  # another process took it for stale between the two steps
         if (folder / _LOCK).exists():
-            return folder, lock
+            return
         lock.release()
 
 
-def _clear_stale(parent: Path, *, prefix: str, restore: Path | None) -> None:
-    """Remove scratch folders whose process is gone."""
+def remove_tree(folder: Path) -> None:
+    """Delete a folder, where there is one, write-protected folders in it too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        for path in (folder, *folder.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):
+                    path.chmod(0o700)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_own() -> None:
+    """At the end of a process that was interrupted while it was clearing up."""
+    for folder in _IN_USE:
+        if f"-{os.getpid()}-" in folder.name:  # not those of the process that this one forked from
+            remove_tree(folder)
+
+
+atexit.register(_remove_own)
+
+
+def clear_stale(parent: Path, *, prefix: str, restore: Path | None = None) -> None:
+    """Remove scratch folders whose process is gone.
+
+    Args:
+        parent: Where they are.
+        prefix: Of their names.
+        restore: Where a bundle goes back that was moved aside when the process was killed.
+    """
     for folder in parent.glob(f"{_escape(prefix)}*"):
         with suppress(FileNotFoundError):
             if not (folder / _LOCK).exists():
-                if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
-                    continue
-                shutil.rmtree(folder, ignore_errors=True)
+                young = time.time() - folder.stat().st_mtime < _YOUNG_SECONDS
+                if not young or _is_dead(folder.name.removeprefix(prefix).partition("-")[0]):
+                    remove_tree(folder)
                 continue
             lock = FileLock(folder / _LOCK, timeout=0)
             try:
@@ -220,9 +251,22 @@ def _clear_stale(parent: Path, *, prefix: str, restore: Path | None) -> None:
             try:
                 if restore is not None and (folder / "old").is_dir() and not restore.exists():
                     os.rename(folder / "old", restore)  # killed between the two moves of a swap
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)
             finally:
                 lock.release()
+
+
+def _is_dead(process: str) -> bool:
+    """Whether a scratch folder's name tells of a process that is no more."""
+    if not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _escape(text: str) -> str:
@@ -254,6 +298,11 @@ def _refuse_foreign(target: Path) -> None:
             raise UsageError(
                 f"{target} is a mount point; a bundle is moved into place as one folder",
                 fix=f"-o {target / 'bundle'}",
+            )
+        if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
+            raise MissingDependencyError(
+                f"{target} may not be replaced: it has mode {target.stat().st_mode & 0o777:o}",
+                fix=f"chmod u+rwx {target}, or choose another folder with -o",
             )
         with disk_errors(target, option="-o"):
             foreign = any(target.iterdir()) and not any((target / name).is_file() for name in _OURS)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.errors import CswapError, MissingDependencyError, UsageError
+from cswap_deploy.errors import MissingDependencyError, UsageError
+from cswap_deploy.runtime.process import guarded
 
 if TYPE_CHECKING:
     from cswap_deploy.runtime.classifier import Classifier, Guess
@@ -23,30 +23,24 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit codes are those of ``cswap-deploy``."""
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+
+    def fail(code: int, message: str) -> None:
+        print(f"error: {message}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": message, "exit_code": code}))
+
+    return guarded(lambda: _command(arguments), fail)
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if not (options.images or options.profile):
         parser.error("the following arguments are required: IMAGE|DIR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
         sys.stdout.reconfigure(errors="surrogateescape")
-    try:
-        code = _profile(options) if options.profile else _run(options)
-        sys.stdout.flush()
-        return code
-    except CswapError as err:
-        print(f"error: {err}", file=sys.stderr)
-        if options.json:
-            print(json.dumps({"error": str(err), "exit_code": err.exit_code}))
-        return err.exit_code
-    except OSError as err:  # of stdout: what is read has errors of its own
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
-        if isinstance(err, BrokenPipeError):  # whoever read it has left
-            return 0
-        print(f"error: cannot write the results: {err.strerror}", file=sys.stderr)
-        return MissingDependencyError.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    return _profile(options) if options.profile else _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import numpy as np
 
 from cswap_deploy.config import BuilderOptions
 from cswap_deploy.errors import BuildError, StageError, UsageError
+from cswap_deploy.export.child import ChildLimits
 from cswap_deploy.progress import Progress, Silent
 from cswap_deploy.records.engine import EngineArtifact, OnnxArtifact
 from cswap_deploy.runtime.bundle import read_verified
@@ -47,6 +48,8 @@ class BuildRequest:
     """The engine is to be quantised. Only where the target has ``own_int8``."""
     progress: Progress = field(default_factory=Silent)
     """Told of the builder's steps."""
+    trial: ChildLimits | None = None
+    """What a first load may take, in a process of its own; without: there is none."""
     store: Path | None = None
     """Root of the store, for what saves time in later builds; by default the user's."""
 

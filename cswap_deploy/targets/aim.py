@@ -13,6 +13,7 @@ from torch import nn
 
 from cswap_deploy.config import Config
 from cswap_deploy.errors import ArtifactError, UsageError
+from cswap_deploy.export.child import ChildLimits
 from cswap_deploy.export.onnx import export_onnx, graph_nodes, graph_shapes
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.device import describe_device
@@ -72,7 +73,7 @@ class TargetAim:
             settings={"widths": [widths for widths, _ in variants]}, tools={},
         )  # fmt: skip
         if (found := self.store.find(key)) is None:
-            with self.store.create(key) as folder:
+            with self.store.create(key, stage="latency") as folder:
                 (folder / "table.json").write_text(self._table(variants).model_dump_json())
             found = self.store.find(key)
             assert found is not None
@@ -202,7 +203,7 @@ def exported(module: nn.Module, spec: ModelSpec, config: Config, path: Path) -> 
         path=path.with_suffix(".exported.onnx"), opset=config.export.graph_opset,
         outputs=spec.outputs,
     )  # fmt: skip
-    graph = simplify_onnx(raw, path=path)
+    graph = simplify_onnx(raw, path=path, limits=ChildLimits.of(config.export))
     raw.path.unlink()
     return graph
 

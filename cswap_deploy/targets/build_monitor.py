@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cswap_deploy.progress import Progress
+from cswap_deploy.runtime.process import Stopper
 
 
 def make_monitor(trt: Any, progress: Progress) -> Any:
@@ -63,7 +64,12 @@ def noticing_ctrl_c(monitor: Any) -> Iterator[None]:
         monitor.interrupted = True
 
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, Stopper):  # the command's own
+        with handler.noticing(notice):
+            yield
+        return
+    if not main or handler is not signal.default_int_handler:
         yield  # the caller handles Ctrl-C
         return
     signal.signal(signal.SIGINT, notice)

@@ -16,6 +16,7 @@ from cswap_deploy.runtime.onnx_session import (
     require_provider,
 )
 from cswap_deploy.targets import BuildRequest, Target, read_engine, try_batches
+from cswap_deploy.targets.trial import try_graph
 
 
 class OnnxRuntime(Target):
@@ -43,6 +44,8 @@ class OnnxRuntime(Target):
         Nothing is written; the build time is that of loading and optimising (seconds).
         """
         onnx, version = request.onnx, import_onnxruntime().__version__
+        if self.device == "cpu":  # CUDA takes more address space than there is memory
+            try_graph("onnxruntime", request)
         start = time.perf_counter()
         try:
             session = OnnxSession(onnx.path, threads=None, device=self.device)

@@ -34,6 +34,7 @@ from cswap_deploy.targets import (
     read_engine,
     try_batches,
 )
+from cswap_deploy.targets.trial import try_graph
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 _DIGEST = ("cswap_deploy", "weights_sha256")
@@ -85,6 +86,7 @@ class OpenVino(Target):
         """
         onnx, ov = request.onnx, import_openvino()
         versions = {"openvino": _version(ov)}
+        try_graph("openvino", request)
         start = time.perf_counter()
         try:
             model = openvino_core().read_model(onnx.path)

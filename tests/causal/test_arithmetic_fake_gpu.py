@@ -80,11 +80,23 @@ def test_who_sets_one_operation_by_the_newer_interface_finds_it_again() -> None:
 def test_the_key_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    assert measured_on(torch.device("cpu")) == {"device": "cpu", "arithmetic": "IEEE float32"}
+    host = measured_on(torch.device("cpu"))
+    assert host["device"] == "cpu"
+    assert host["arithmetic"] == "IEEE float32"
     assert measured_on(torch.device("cuda")) == {
         "device": "NVIDIA L4",
         "arithmetic": "IEEE float32",
     }
+
+
+def test_the_key_of_a_cpu_names_what_splits_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        keys.append(measured_on(torch.device("cpu")))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ZVECTOR")
+    keys.append(measured_on(torch.device("cpu")))
+    assert len({str(key) for key in keys}) == 3
 
 
 def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

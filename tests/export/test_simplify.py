@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.config import load_config
+from cswap_deploy.errors import ArtifactError, UsageError
+from cswap_deploy.export.child import ChildLimits
 from cswap_deploy.export.onnx import describe_onnx
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.parity import parity
@@ -116,6 +122,60 @@ def test_a_failing_onnxsim_keeps_the_graph_and_says_why(
     assert after.notes[0] == "an earlier note"
     assert after.notes[1].startswith("graph not simplified, kept as exported: onnxsim failed: ")
     assert words in after.notes[1]
+
+
+def test_an_onnxsim_that_takes_too_much_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "onnxsim"
+    package.mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    before = save_graph(tmp_path / "a.onnx", REDUNDANT)
+    for code, limits, words in (
+        ("import time; time.sleep(100)", ChildLimits(0.5), "it did not end within 0.5 s"),
+        (
+            "bytearray(2 << 30)", ChildLimits(100, 1 << 30),
+            "it needs more than 1,024 MiB of memory",
+        ),
+        ("import os; os.abort()", ChildLimits(100), "it crashed (SIGABRT)"),
+    ):  # fmt: skip
+        (package / "__init__.py").write_text(code)
+        after = simplify_onnx(before, path=tmp_path / "b.onnx", limits=limits)
+        assert after.path.read_bytes() == before.path.read_bytes()
+        assert after.notes == (f"graph not simplified, kept as exported: onnxsim failed: {words}",)
+
+
+def test_the_limits_of_a_build_are_those_of_its_settings(tmp_path: Path) -> None:
+    config = load_config(model="demo-resnet", child_seconds=7, child_memory="2GiB").export
+    assert ChildLimits.of(config) == ChildLimits(7, 2 << 30)
+    generous = load_config(model="demo-resnet").export
+    assert ChildLimits.of(generous).memory >= 1 << 30
+    assert config.export_key() != generous.export_key(), "more time is another try"
+    with pytest.raises(UsageError, match=r"--child-memory: .* is no amount of memory"):
+        load_config(model="demo-resnet", child_memory="plenty")
+
+
+def test_a_child_ends_with_the_process_that_wanted_it(tmp_path: Path) -> None:
+    """Killed, so that it can do nothing about it."""
+    started = tmp_path / "started"
+    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+    code = (
+        "from cswap_deploy.export.child import UNLIMITED, run_child\n"
+        f"run_child({child!r}, [], UNLIMITED)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        until(lambda: started.exists() and started.read_text() != "")
+        parent.kill()
+    status = Path("/proc", started.read_text(), "status")
+    until(lambda: not status.exists() or "State:\tZ" in status.read_text())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to that within a minute")
 
 
 def test_damaged_input_is_an_error_and_no_fallback(tmp_path: Path) -> None:
