@@ -22,7 +22,7 @@ from pydantic import (
 
 from cswap_deploy.config.prune import AIMS, METHODS, PruneConfig, RatioOf
 from cswap_deploy.errors import UsageError
-from cswap_deploy.settings import BatchRange, Flag, Section, read_toml
+from cswap_deploy.settings import BatchRange, Flag, Section, check_path, read_toml, shown
 
 __all__ = [
     "AIMS", "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config",
@@ -108,6 +108,12 @@ class DataConfig(Section):
     allow_chance: Annotated[bool, Flag("Go on at chance level.")] = False
     """Build although the dense network is no better than guessing (``measure.chance``)."""
 
+    @field_validator("data", "calibration_data", "validation_data")
+    @classmethod
+    def _is_path(cls, value: str | None) -> str | None:
+        check_path(value or "")
+        return value
+
 
 class ExportConfig(Section):
     """The ONNX graph and its number formats."""
@@ -137,7 +143,9 @@ class ExportConfig(Section):
     opset: Annotated[int | Literal["auto"], Flag("ONNX opset; auto is the lowest that does.")] = (
         "auto"
     )
-    parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
+    parity_tolerance: Annotated[
+        float, Field(gt=0, le=1e6), Flag("Allowed difference of logits.")
+    ] = 1e-3
     with_dense: Annotated[bool, Flag("Keep the dense graph too, for `check`.", in_key=False)] = (
         False
     )
@@ -265,9 +273,11 @@ class MeasureConfig(Section):
     latency_batch: Annotated[
         int | None, Field(ge=1), Flag("Batch that is timed (OPT of --batch).", metavar="N")
     ] = None
-    latency_runs: Annotated[int, Field(ge=10), Flag("Timed calls.")] = 400
+    latency_runs: Annotated[int, Field(ge=10, le=10**6), Flag("Timed calls.")] = 400
     """An interval of the 99th percentile takes 368."""
-    threads: Annotated[int | None, Field(ge=1), Flag("Of a CPU runtime (all cores).", "N")] = None
+    threads: Annotated[
+        int | None, Field(ge=1, le=4096), Flag("Of a CPU runtime (all cores).", "N")
+    ] = None
     no_images: Annotated[bool, Flag("No photos in the report.", in_key=False)] = False
     """Else up to twelve validation images whose prediction changed, as thumbnails."""
     metric: Annotated[
@@ -291,7 +301,7 @@ class RunConfig(Section):
     ] = None
     store: Annotated[Path | None, Flag("Where finished stages are kept.", metavar="DIR")] = None
     resume: Annotated[bool, Flag("Reuse finished stages, or not.", off="--fresh")] = True
-    seed: Annotated[int, Flag("Of every random choice.")] = 0
+    seed: Annotated[int, Field(ge=0), Flag("Of every random choice.")] = 0
 
 
 class Config(BaseModel):
@@ -404,5 +414,5 @@ def _problem(problem: Any) -> str:
     first, *more = problem["msg"].splitlines()  # why, and the fix, follow
     text = f"--{place[-1].replace('_', '-')}: {first}"
     if problem["type"] not in ("missing", "extra_forbidden"):
-        text += f" (got {problem['input']!r})"
+        text += f" (got {shown(problem['input'], repr)})"
     return "\n".join([text, *more])
