@@ -41,6 +41,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
 """Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
 convolutions in bfloat16 with 22."""
+_LONGEST_NAME = 200
+"""Letters of a model's name, of which the name of a folder is made."""
 DROP_LIMITS: dict[str, float] = {
     "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
 }  # fmt: skip
@@ -71,6 +73,13 @@ class ModelConfig(Section):
         Flag("classify, binary, features, dense, detect, any.", metavar="TASK"),
     ] = "auto"
     """``auto``: from what the network returns; see :func:`models.outputs.recognise`."""
+
+    @field_validator("model")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if len(value) > _LONGEST_NAME:
+            raise ValueError(f"is a name of {len(value)} letters; {_LONGEST_NAME} are the most")
+        return value
 
     @model_validator(mode="after")
     def _both(self) -> Self:

@@ -34,7 +34,7 @@ _NUMBERS = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
      torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )  # fmt: skip
-"""What stands for itself; narrower floats need scales that a network of torch's has no place for."""
+"""What stands for itself; narrower floats need scales, for which a network has no place."""
 
 
 @dataclass(frozen=True, slots=True)

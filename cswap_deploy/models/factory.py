@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -111,6 +112,6 @@ def last_line(err: BaseException) -> str:
     """The exception, and the line of the user's file that raised it."""
     words = f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"
     frames = traceback.extract_tb(err.__traceback__)
-    ours = (__file__, contextlib.__file__)
-    own = [f for f in frames if "importlib" not in f.filename and f.filename not in ours]
+    others = ("importlib", contextlib.__file__, str(Path(__file__).parents[1]))
+    own = [f for f in frames if not any(other in f.filename for other in others)]
     return f"{words} ({own[-1].filename}:{own[-1].lineno})" if own else words
