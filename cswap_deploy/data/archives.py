@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 import struct
+import sys
 import tokenize
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -86,4 +88,8 @@ def _size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(entry) as file:
         found: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+    if found.dtype.kind == "U":  # NumPy takes any 32 bits for a letter, Python does not
+        letters = np.frombuffer(found.tobytes(), np.dtype("u4").newbyteorder(found.dtype.byteorder))
+        if letters.max(initial=0) > sys.maxunicode:
+            raise ValueError(f"{entry.filename} is no text")
     return found

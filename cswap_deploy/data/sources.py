@@ -326,10 +326,7 @@ def _class_indices(
     """The model's class indices, from indices or names."""
     mapping = PLAIN
     if classes.class_map is not None or labels.dtype.kind == "U":
-        try:
-            keys = [readable(str(v)) for v in labels.tolist()]
-        except ValueError as err:  # NumPy's letters are any 32 bits
-            raise UsageError(f"{where}: labels are no text: {err}", fix=_ARRAYS_FIX) from err
+        keys = [readable(str(v)) for v in labels.tolist()]
         mapping = classes.map_names(sorted(set(keys)), where=where)
         labels = np.array([mapping.indices[k] for k in keys])
     elif labels.dtype.kind not in "iu":

@@ -92,9 +92,7 @@ def run_apart(name: str, cases: range) -> Found:
                     break
                 case, wrong = receiver.recv()
                 if case is None:
-                    raise RuntimeError(
-                        f"{name}, case {following}: the harness itself failed\n{wrong}"
-                    )
+                    raise RuntimeError(f"{name}, {following}: the harness failed\n{wrong}")
                 _count(found, case, wrong)
                 following = case + 1
         except EOFError:

@@ -6,6 +6,7 @@ put together again with sums that fit.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -74,7 +75,7 @@ def json_changed(rng: random.Random, data: bytes) -> bytes:
 def _change(rng: random.Random, document: Any) -> Any:
     """One member replaced, removed, added, or changed itself."""
     if not isinstance(document, dict | list) or not document or rng.random() < 0.1:
-        return rng.choice(_ODD)
+        return copy.deepcopy(rng.choice(_ODD))
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
     key, what = rng.choice(keys), rng.random()
     if what < 0.7:
@@ -82,9 +83,9 @@ def _change(rng: random.Random, document: Any) -> Any:
     elif what < 0.8:
         del document[key]
     elif isinstance(document, dict):
-        document[rng.choice(("", "a", str(key) + "x"))] = rng.choice(_ODD)
+        document[rng.choice(("", "a", str(key) + "x"))] = copy.deepcopy(rng.choice(_ODD))
     else:
-        document.append(document[key])
+        document.append(copy.deepcopy(document[key]))
     return document
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ def _toml() -> list[bytes]:
         b'ratio = 0.3\nseed = 1\n[prune]\nrounds = 2\nexclude = ["a.*"]\nmemory_budget = "2GiB"\n',
         b'[model]\nmodel = "demo-vit"\nmean = [0.5]\nstd = [0.25]\ninput_size = [1, 28, 28]\n',
         b'[engine]\nbatch = "1:8:64"\ntarget = ["tensorrt-rtx"]\n[run]\noutput = "x"\n',
-        b"speedup = 1.5\nparity_tolerance = 1e-3\nmin-effect = 0.01\n[prune]\nwaypoints = [0.2]\n",
+        b"speedup = 1.5\nparity_tolerance = 1e-3\nmin-effect = 0.01\nratio-of = 'latency'\n",
         b'[data]\ndata = "images.npz"\nclass_map = "c.json"\ncalibration_samples = 64\n',
     ]
 
@@ -330,17 +329,27 @@ def _read_build() -> Read:
 
 
 def _measurements() -> list[bytes]:
-    from cswap_deploy.records.comparison import SelfTest
+    from cswap_deploy.records.comparison import Ratio, SelfTest
+    from cswap_deploy.records.measurements import Device
 
-    fields = SelfTest.model_fields
-    made = {"created": "2026-11-22T12:00:00Z", "smallest": 0.01}
-    return [json.dumps({name: made.get(name, 0) for name in fields}).encode()]
+    test = SelfTest(
+        created="2026-11-22T12:00:00Z", ratio=Ratio(value=1.0, low=0.99, high=1.01), spread=0.004,
+        smallest=0.01,
+        device=Device(cpu="Example CPU", cores=2, memory_mib=7963, platform="Linux x86_64"),
+    )  # fmt: skip
+    return [test.model_dump_json().encode()]
 
 
 def _read_measurements() -> Read:
-    from cswap_deploy.gate.history import measurements_of
+    from cswap_deploy.gate.history import History, measurements_of
 
-    return measurements_of
+    def read(path: Path) -> object:
+        found = measurements_of(path)
+        history = path.with_name("history.db")
+        history.unlink(missing_ok=True)
+        return History(history).add(found)
+
+    return read
 
 
 PARSERS: dict[str, Parser] = {
