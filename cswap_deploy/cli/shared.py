@@ -93,7 +93,10 @@ def fraction(text: str) -> float:
             return _finite(stripped[:-1]) / 100
         return _finite(stripped)
     except ValueError as err:
-        raise UsageError(f"{text!r} is no fraction", fix="write 2% or 0.02") from err
+        raise UsageError(
+            f"{text!r} is no fraction: a fraction between 0 and 1 is wanted",
+            fix="write 2% or 0.02",
+        ) from err
 
 
 def _finite(text: str) -> float:

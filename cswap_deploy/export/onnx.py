@@ -158,8 +158,8 @@ def describe_onnx(path: Path) -> OnnxArtifact:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        if not path.is_file():
-            raise OSError("no such file, or not a file")
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
         model = onnx.load(path, load_external_data=False)
     except OSError as err:
         raise ArtifactError(f"cannot read {path}: {err.strerror or err}") from err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -352,6 +353,57 @@ def _read_measurements() -> Read:
     return read
 
 
+def _history() -> list[bytes]:
+    from cswap_deploy.gate.history import History, Measurement
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "history.db")
+        found = [
+            Measurement(f"2026-11-{day:02}", "net/b1/p50", 4.0 + day / 100, "ms", runner="here")
+            for day in range(1, 20)
+        ]
+        History(file).add(found)
+        return [file.read_bytes()]
+
+
+def _read_history() -> Read:
+    from cswap_deploy.gate.history import History
+
+    def read(path: Path) -> object:
+        for rest in ("-wal", "-shm"):
+            path.with_name(path.name + rest).unlink(missing_ok=True)
+        history = History(path)
+        return history.trends(), history.smallest_effect("here")
+
+    return read
+
+
+def _table() -> list[bytes]:
+    from cswap_deploy.records.latency import LatencyTable, TimedGraph
+    from cswap_deploy.runtime.node_times import NodeTime
+
+    node = NodeTime(name="conv", op="Conv", ms=0.4, inputs=((1, 3, 8, 8),), outputs=((1, 4, 8, 8),))
+    graph = TimedGraph(widths={"conv": 4}, nodes=(node,), ms=0.5)
+    table = LatencyTable(
+        model="demo-resnet", runtime="onnxruntime 1", device="d", threads=1, batch=1,
+        graphs=(graph,),
+    )  # fmt: skip
+    return [table.model_dump_json().encode()]
+
+
+def _read_table() -> Read:
+    from cswap_deploy.config import load_config
+    from cswap_deploy.targets.aim import aim_at
+
+    spec = _spec()
+
+    def read(path: Path) -> object:
+        config = load_config(model="demo-resnet", ratio_of="latency", latency_table=path)
+        return aim_at(config, spec, lambda count: [])
+
+    return read
+
+
 PARSERS: dict[str, Parser] = {
     "toml": Parser("a.toml", _toml, partial(bytes_changed, words=_TOML_WORDS), _read_toml),
     "budgets": Parser("b.toml", _budgets, partial(bytes_changed, words=_TOML_WORDS), _read_budgets),
@@ -364,6 +416,8 @@ PARSERS: dict[str, Parser] = {
     "manifest": Parser("manifest.json", _manifest, json_changed, _read_manifest),
     "plan": Parser("plan.json", _plan, json_changed, _read_plan),
     "build.json": Parser("build.json", _build, json_changed, _read_build),
+    "history": Parser("h.db", _history, bytes_changed, _read_history),
+    "latency-table": Parser("t.json", _table, json_changed, _read_table),
     "measurements": Parser("bench.json", _measurements, json_changed, _read_measurements),
 }
 """Name -> parser."""
