@@ -172,3 +172,10 @@ def test_a_history_of_something_else_than_numbers(tmp_path: Path, value: str) ->
         history.trends()
     with pytest.raises(ArtifactError, match="is a damaged history: it holds the figure"):
         history.smallest_effect("here")
+
+
+def test_text_that_is_none_is_refused(tmp_path: Path) -> None:
+    history = History(tmp_path / "h.db")
+    with pytest.raises(UsageError, match=r"takes text, not '\\ud800'"):
+        history.add([Measurement("\ud800", "net/b1/p50", 1.0, "ms", runner="here")])
+    assert history.trends() == []
