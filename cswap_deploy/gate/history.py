@@ -195,7 +195,7 @@ class History:
                 connection.execute("COMMIT")
         except UnicodeEncodeError as err:
             raise UsageError(f"the history {self.path} takes text, not {err.object!r}") from err
-        except sqlite3.DatabaseError as err:
+        except (UnicodeDecodeError, sqlite3.DatabaseError) as err:
             if isinstance(err, sqlite3.OperationalError):
                 raise UsageError(f"cannot use the history {self.path}: {err}") from err
             raise ArtifactError(
