@@ -3,6 +3,7 @@
 #   make demo      prune, export and measure the two embedded networks
 #   make test      run the tests
 #   make check     lint, format, types
+#   make fuzz      spoil files of every kind and see who fails (FUZZ='--cases 100000')
 #   make bench     run the benchmarks in their short form
 #   make install   only the set-up: .venv with everything in it
 #   make clean     remove caches and demo bundles (not .venv)
@@ -23,7 +24,7 @@ BENCHMARKS = $(sort $(wildcard benchmarks/bench_*.py))
 
 export ORT_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check bench install clean
+.PHONY: demo test check fuzz bench install clean
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 
@@ -43,6 +44,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 bench: $(STAMP)
 	@if [ -z "$(BENCHMARKS)" ]; then echo "benchmarks/ holds no bench_*.py yet"; fi

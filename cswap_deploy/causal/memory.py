@@ -6,11 +6,11 @@ import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from cswap_deploy.data.memory import free_memory
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.placing import HOST
 
@@ -18,7 +18,6 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _SHARE = 3
 """One part in so many of the free memory may be used."""
-_CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers from glibc's ``malloc.h``."""
 _VARIANT_BYTES = 32 << 20
@@ -74,22 +73,6 @@ class Budget:
                 torch.cuda.empty_cache()
             mib = self.variant_bytes / 2**20
             _log.warning("memory ran out; going on with batches half the size (%.3g MiB)", mib)
-
-
-def free_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that can be had without swapping; within the limits of a container."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),  # cgroup v2, v1
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return max(free, 0)
 
 
 def keep_freed_memory() -> bool:

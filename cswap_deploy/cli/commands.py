@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cswap_deploy.cli import gates, store
-from cswap_deploy.cli.shared import Json, Quiet, console_of, numbers
+from cswap_deploy.cli.shared import CheckedPaths, Json, Quiet, console_of, numbers
 
 if TYPE_CHECKING:
     from cswap_deploy.cli.output import Console
@@ -60,6 +60,10 @@ def command_line(asked: str | None = None) -> typer.Typer:
     whole.registered_commands += gates.app.registered_commands + app.registered_commands
     whole.registered_groups += gates.app.registered_groups + app.registered_groups
     whole.registered_callback = app.registered_callback
+    inner = [group.typer_instance for group in whole.registered_groups]
+    for each in (whole, *filter(None, inner)):
+        for made in each.registered_commands:
+            made.cls = CheckedPaths
     return whole
 
 

@@ -22,7 +22,15 @@ from pydantic import (
 
 from cswap_deploy.config.prune import AIMS, METHODS, PruneConfig, RatioOf
 from cswap_deploy.errors import UsageError
-from cswap_deploy.settings import BatchRange, Flag, Memory, Section, read_toml
+from cswap_deploy.settings import (
+    BatchRange,
+    Flag,
+    Memory,
+    Section,
+    check_path,
+    read_toml,
+    shown,
+)
 
 __all__ = [
     "AIMS", "CONFIG_VARIABLE", "DROP_LIMITS", "METHODS", "OPSETS", "BuilderOptions", "Config",
@@ -41,6 +49,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 OPSETS: dict[str, int] = {"fp32": 18, "fp16": 18, "int8": 18, "mixed": 21, "bf16": 22}
 """Lowest opset whose operators take the precision's types: Q/DQ with float16 scales come with 19,
 convolutions in bfloat16 with 22."""
+_LONGEST_NAME = 200
+"""Letters of a model's name, of which the name of a folder is made."""
 DROP_LIMITS: dict[str, float] = {
     "fp32": 0.0, "fp16": 0.001, "bf16": 0.005, "int8": 0.01, "mixed": 0.01,
 }  # fmt: skip
@@ -74,6 +84,13 @@ class ModelConfig(Section):
         Flag("classify, binary, features, dense, detect, any.", metavar="TASK"),
     ] = "auto"
     """``auto``: from what the network returns; see :func:`models.outputs.recognise`."""
+
+    @field_validator("model")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if len(value) > _LONGEST_NAME:
+            raise ValueError(f"is a name of {len(value)} letters; {_LONGEST_NAME} are the most")
+        return value
 
     @model_validator(mode="after")
     def _both(self) -> Self:
@@ -116,6 +133,12 @@ class DataConfig(Section):
     allow_chance: Annotated[bool, Flag("Go on at chance level.")] = False
     """Build although the dense network is no better than guessing (``measure.chance``)."""
 
+    @field_validator("data", "calibration_data", "validation_data")
+    @classmethod
+    def _is_path(cls, value: str | None) -> str | None:
+        check_path(value or "")
+        return value
+
 
 class ExportConfig(Section):
     """The ONNX graph and its number formats."""
@@ -145,7 +168,9 @@ class ExportConfig(Section):
     opset: Annotated[int | Literal["auto"], Flag("ONNX opset; auto is the lowest that does.")] = (
         "auto"
     )
-    parity_tolerance: Annotated[float, Field(gt=0), Flag("Allowed difference of logits.")] = 1e-3
+    parity_tolerance: Annotated[
+        float, Field(gt=0, le=1e6), Flag("Allowed difference of logits.")
+    ] = 1e-3
     child_seconds: Annotated[
         float, Field(gt=0, le=86400), Flag("Of a process of its own.", expert=True, in_key=False)
     ] = 600.0
@@ -285,9 +310,11 @@ class MeasureConfig(Section):
     latency_batch: Annotated[
         int | None, Field(ge=1), Flag("Batch that is timed (OPT of --batch).", metavar="N")
     ] = None
-    latency_runs: Annotated[int, Field(ge=10), Flag("Timed calls.")] = 400
+    latency_runs: Annotated[int, Field(ge=10, le=10**6), Flag("Timed calls.")] = 400
     """An interval of the 99th percentile takes 368."""
-    threads: Annotated[int | None, Field(ge=1), Flag("Of a CPU runtime (all cores).", "N")] = None
+    threads: Annotated[
+        int | None, Field(ge=1, le=4096), Flag("Of a CPU runtime (all cores).", "N")
+    ] = None
     no_images: Annotated[bool, Flag("No photos in the report.", in_key=False)] = False
     """Else up to twelve validation images whose prediction changed, as thumbnails."""
     metric: Annotated[
@@ -311,7 +338,7 @@ class RunConfig(Section):
     ] = None
     store: Annotated[Path | None, Flag("Where finished stages are kept.", "DIR", local=True)] = None
     resume: Annotated[bool, Flag("Reuse finished stages, or not.", off="--fresh")] = True
-    seed: Annotated[int, Flag("Of every random choice.")] = 0
+    seed: Annotated[int, Field(ge=0), Flag("Of every random choice.")] = 0
 
 
 class Config(BaseModel):
@@ -424,5 +451,5 @@ def _problem(problem: Any) -> str:
     first, *more = problem["msg"].splitlines()  # why, and the fix, follow
     text = f"--{place[-1].replace('_', '-')}: {first}"
     if problem["type"] not in ("missing", "extra_forbidden"):
-        text += f" (got {problem['input']!r})"
+        text += f" (got {shown(problem['input'], repr)})"
     return "\n".join([text, *more])

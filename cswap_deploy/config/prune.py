@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -37,12 +38,12 @@ class PruneConfig(Section):
     ratio_of: Annotated[RatioOf, Flag("Fraction of what.")] = "params"
     speedup: Annotated[
         float | None,
-        Field(gt=1),
+        Field(gt=1, le=1e6),
         Flag("Instead: times as fast, on the target.", common=True),
     ] = None
     """Instead of a ratio, as the next: what the timed batch and threads of the build say."""
     max_latency: Annotated[
-        float | None, Field(gt=0), Flag("At most, on the target.", metavar="4ms")
+        float | None, Field(gt=0, le=1e9), Flag("At most, on the target.", metavar="4ms")
     ] = None
     """Milliseconds."""
     latency_table: Annotated[Path | None, Flag("Of another device.", "FILE", in_key=False)] = None
@@ -52,7 +53,7 @@ class PruneConfig(Section):
     ] = "cswap"
     """Fills in what is not given; see :data:`METHODS`."""
     criterion: Annotated[str, Flag("Importance: cswap, magnitude, lamp, random.")] = "cswap"
-    rounds: Annotated[int, Field(ge=1), Flag("Measure and remove.")] = 3
+    rounds: Annotated[int, Field(ge=1, le=10_000), Flag("Measure and remove.")] = 3
     waypoints: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
         Flag("Ratios that are results on one way.", expert=True),
@@ -113,7 +114,7 @@ class PruneConfig(Section):
         float, Field(gt=0, lt=1), Flag("False-discovery rate of the verdicts.", expert=True)
     ] = 0.05
     min_effect: Annotated[
-        float, Field(ge=0), Flag("Smallest effect that counts for a verdict.", expert=True)
+        float, Field(ge=0, le=1e6), Flag("Smallest effect that counts for a verdict.", expert=True)
     ] = 0.01
 
     @model_validator(mode="before")
@@ -134,9 +135,9 @@ class PruneConfig(Section):
         if not aims:
             return given
         ratio, of = given.get("ratio"), given.get("ratio_of", "latency")
-        asked = given.get("speedup")
-        meant = 1 - 1 / float(asked) if asked is not None and float(asked) > 1 else None
-        same = ratio is None or (meant is not None and abs(float(ratio) - meant) < 1e-9)
+        asked = _number(given.get("speedup"))
+        meant = 1 - 1 / asked if asked > 1 else None
+        same = ratio is None or (meant is not None and abs(_number(ratio) - meant) < 1e-9)
         if len(aims) > 1 or of != "latency" or not (same or "max_latency" in aims):
             raise ValueError(
                 "speedup, max_latency and ratio are one aim: pass one of them; a ratio of other "
@@ -159,7 +160,7 @@ class PruneConfig(Section):
     @classmethod
     def _where(cls, value: Any) -> Any:
         text = str(value) if isinstance(value, int) else value
-        if isinstance(text, str) and not re.fullmatch(r"[1-9]\d*|ray://\S+:\d+", text):
+        if isinstance(text, str) and not re.fullmatch(r"[1-9]\d{0,3}|ray://\S+:\d+", text):
             raise ValueError("must be a number above zero, or ray://HOST:PORT")
         return text
 
@@ -198,3 +199,11 @@ class PruneConfig(Section):
         if self.speedup is not None:
             return f"{self.speedup:g}x"
         return f"{self.ratio:g}" if self.max_latency is None else f"{self.max_latency:g}ms"
+
+
+def _number(value: Any) -> float:
+    """A value that is not checked yet; not a number where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

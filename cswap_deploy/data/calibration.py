@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cswap_deploy.config import DataConfig, ModelConfig, Task
-from cswap_deploy.data.labels import are_from_one, check_classes, check_count, check_range
+from cswap_deploy.data.labels import (
+    are_from_one,
+    check_classes,
+    check_count,
+    check_range,
+    check_variety,
+)
 from cswap_deploy.data.load import load_calibration
 from cswap_deploy.data.sampling import balanced_sample, take_balanced
 from cswap_deploy.data.sets import ImageSet, Labels
@@ -117,6 +123,7 @@ def calibration_from(
             f"{broken} of {len(images)} calibration images have values that are not finite",
             fix="check how they are normalised",
         )
+    check_variety(images, where="that was passed")
     return _calibration(images, labels, network.task, labelled=network.labelled)
 
 

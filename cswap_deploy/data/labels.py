@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cswap_deploy.data.sets import Labels
 from cswap_deploy.errors import UsageError
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.runtime.preprocess import is_hidden
+from cswap_deploy.settings import read_text, shown
 
 _SYNSET = re.compile(r"n\d{8}")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
@@ -209,6 +211,16 @@ def check_count(count: int, *, where: str) -> None:
         )
 
 
+def check_variety(images: NDArray[Any], *, where: str) -> None:
+    """Refuse calibration images that are all alike: no unit's effect shows on them."""
+    if len(images) > 1 and all(np.array_equal(image, images[0]) for image in images[1:]):
+        raise UsageError(
+            f"the calibration set {where} has {len(images)} images, all alike: nothing that a unit "
+            "does shows on them",
+            fix="pass photos of what the network is for; that many copies of one are one",
+        )
+
+
 def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
     """Read ``--class-map``: a JSON object of class indices, or the names in their order.
 
@@ -219,32 +231,40 @@ def read_class_map(path: Path, model: ModelSpec) -> dict[str, int]:
         UsageError: It cannot be read, or does not fit the model.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
         listed = (line for line in text.splitlines() if line.strip())
         # What systems leave beside class folders is listed with them.
         lines = [n.removesuffix("/") for n in listed if not (n[-1] == "/" and is_hidden(n[:-1]))]
-        loaded = json.loads(text) if text.lstrip()[:1] in ("{", "[") else lines
-    except (OSError, ValueError) as err:
-        raise UsageError(f"cannot read the class map {path}: {err}", fix=CLASS_MAP_FIX) from err
-    if isinstance(loaded, list) and all(isinstance(name, str) for name in loaded):
-        if twice := sorted({name for name in loaded if loaded.count(name) > 1}):
-            raise UsageError(
-                f"the class map {path} has names twice: {some(twice)}", fix="leave one of each"
-            )
-        loaded = {name: index for index, name in enumerate(loaded)}
-    if not isinstance(loaded, dict) or not all(type(v) is int for v in loaded.values()):
+        plain = text.lstrip()[:1] not in ("{", "[")
+        loaded = lines if plain else json.loads(text, object_pairs_hook=_Pairs)
+    except (OSError, ValueError, RecursionError) as err:
+        words = "it is nested too deep" if isinstance(err, RecursionError) else str(err)
+        raise UsageError(
+            f"cannot read the class map {shown(path)}: {words}", fix=CLASS_MAP_FIX
+        ) from err
+    if not isinstance(loaded, _Pairs) and all(isinstance(name, str) for name in loaded):
+        loaded = _Pairs((name, index) for index, name in enumerate(loaded))
+    if not isinstance(loaded, _Pairs) or not all(type(v) is int for _, v in loaded):
         raise UsageError(
             f"the class map {path} is not a JSON object of integers, nor a list of names",
             fix=CLASS_MAP_FIX,
         )
-    wrong = {k: v for k, v in loaded.items() if not 0 <= v < model.num_classes}
-    if wrong:
+    counts = Counter(composed(name) for name, _ in loaded)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise UsageError(
+            f"the class map {path} has names twice: {some(twice)}", fix="leave one of each"
+        )
+    if wrong := {k: v for k, v in loaded if not 0 <= v < model.num_classes}:
         raise UsageError(
             f"the class map {path} has indices outside 0..{model.num_classes - 1}, "
-            f"the classes of {model.name}: {some([f'{k}: {v}' for k, v in wrong.items()])}",
+            f"the classes of {model.name}: {some([f'{k}: {shown(v)}' for k, v in wrong.items()])}",
             fix=f"give each name an index from 0 to {model.num_classes - 1}",
         )
-    return {composed(name): index for name, index in loaded.items()}
+    return {composed(name): index for name, index in loaded}
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it is written: a dictionary would keep the last of two equal keys."""
 
 
 def _known_names(model: ModelSpec) -> dict[str, set[int]]:

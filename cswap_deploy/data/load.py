@@ -15,6 +15,7 @@ from cswap_deploy.data.labels import (
     Classes,
     check_classes,
     check_count,
+    check_variety,
     composed,
     read_class_map,
 )
@@ -183,11 +184,13 @@ def _take(request: Request, source: Source, count: int, part: Part) -> ImageSet:
 
 
 def _check_calibration(images: ImageSet, *, asked: int) -> None:
-    if not images.spec.labelled:
-        check_count(len(images.labels), where=f"from {images.spec.source}")
-        return
-    fix = DATA_FIX if asked > 1 else "raise --calibration-samples"
-    check_classes(images.labels, where=f"from {images.spec.source}", fix=fix)
+    where = f"from {images.spec.source}"
+    if images.spec.labelled:
+        fix = DATA_FIX if asked > 1 else "raise --calibration-samples"
+        check_classes(images.labels, where=where, fix=fix)
+    else:
+        check_count(len(images.labels), where=where)
+    check_variety(images.images, where=where)
 
 
 def _digests(images: ImageSet) -> frozenset[bytes]:

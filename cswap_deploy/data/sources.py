@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cswap_deploy.data.archives import read_arrays
 from cswap_deploy.data.labels import PLAIN, UNLABELLED, Classes, ClassMapping, composed, some
 from cswap_deploy.data.sets import Labels, Pixels
 from cswap_deploy.errors import UsageError
@@ -35,6 +37,9 @@ _FOLDER_FIX = (
     "put the images of each class in a folder named by its index, synset or name; --task features "
     "where the outputs are no classes"
 )
+
+_MANY_PIXELS = 2**25
+_LARGE = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +79,21 @@ class Source:
 def decode(file: Path | IO[bytes], pre: Preprocessing) -> Decoded | str:
     """Bring one picture to the network's size, or say in Pillow's words why it does not decode."""
     try:
-        with open_picture(file) as image:
+        with open_picture(file) as image, _one_at_a_time(image):
             odd = oddities(image, pre)
             return Decoded(resize_and_crop(image, pre), odd)
     except UNREADABLE as err:
-        vague = isinstance(err, TypeError | IndexError)
-        return f"{type(err).__name__}: {err}" if vague else str(err)
+        return _words(err)
+
+
+def _words(err: BaseException) -> str:
+    plain = isinstance(err, OSError | ValueError | SyntaxError | EOFError)
+    return str(err) if plain else f"{type(err).__name__}: {err}"
+
+
+def _one_at_a_time(image: Image.Image) -> AbstractContextManager[object]:
+    """A large picture takes a GiB while it is decoded; several threads decode."""
+    return _LARGE if image.width * image.height > _MANY_PIXELS else nullcontext()
 
 
 def open_plain(path: Path, model: ModelSpec) -> Source:
@@ -269,7 +283,7 @@ def open_npz(path: Path, classes: Classes, *, name: str | None = None) -> Source
     indices, mapping = _class_indices(labels, classes, where=str(path))
     return Source(
         name or str(path), indices, mapping,
-        read=lambda i: Decoded(_resized(images[i], preprocessing)),
+        read=lambda i: _resized(images[i], preprocessing),
         notes=tuple(classes.coverage(indices, mapping)),
     )  # fmt: skip
 
@@ -282,7 +296,7 @@ def _plain_npz(path: Path, model: ModelSpec, *, name: str | None = None) -> Sour
         raise UsageError(f"{path}: images {images.shape} and labels {labels.shape} do not match")
     return Source(
         name or str(path), np.zeros(len(images), dtype=np.int64), UNLABELLED,
-        read=lambda i: Decoded(_resized(images[i], preprocessing)), targets=labels, labelled=False,
+        read=lambda i: _resized(images[i], preprocessing), targets=labels, labelled=False,
     )  # fmt: skip
 
 
@@ -290,28 +304,20 @@ def _arrays(
     path: Path, needed: Sequence[str], preprocessing: Preprocessing
 ) -> tuple[Pixels, NDArray[Any] | None]:
     """``images`` (N, H, W, C) that fit, and ``labels`` where there are some."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            absent = [key for key in needed if key not in archive.files]
-            if absent:
-                raise UsageError(
-                    f"{path} has no array {' and no array '.join(map(repr, absent))}; it has "
-                    f"{', '.join(archive.files) or 'nothing'}",
-                    fix=_ARRAYS_FIX,
-                )
-            images = archive["images"]
-            labels = archive["labels"] if "labels" in archive.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as err:
-        raise UsageError(f"cannot read {path}: {err}", fix=_ARRAYS_FIX) from err
-    return _checked_images(images, path, preprocessing), labels
+    found = read_arrays(path, needed, ("labels",), fix=_ARRAYS_FIX)
+    return _checked_images(found["images"], path, preprocessing), found.get("labels")
 
 
-def _resized(image: Pixels, preprocessing: Preprocessing) -> Pixels:
+def _resized(image: Pixels, preprocessing: Preprocessing) -> Decoded | str:
     channels, height, width = preprocessing.input_size
     if image.shape == (height, width, channels):
-        return image
+        return Decoded(image)
     pixels = image[..., 0] if image.shape[-1] == 1 else image
-    return resize_and_crop(Image.fromarray(np.ascontiguousarray(pixels)), preprocessing)
+    try:
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        return Decoded(resize_and_crop(picture, preprocessing))
+    except UNREADABLE as err:
+        return _words(err)
 
 
 def _class_indices(
@@ -320,7 +326,7 @@ def _class_indices(
     """The model's class indices, from indices or names."""
     mapping = PLAIN
     if classes.class_map is not None or labels.dtype.kind == "U":
-        keys = [str(v) for v in labels.tolist()]
+        keys = [readable(str(v)) for v in labels.tolist()]
         mapping = classes.map_names(sorted(set(keys)), where=where)
         labels = np.array([mapping.indices[k] for k in keys])
     elif labels.dtype.kind not in "iu":
@@ -345,6 +351,8 @@ def _checked_images(images: Pixels, path: Path, preprocessing: Preprocessing) ->
         raise UsageError(
             f"{path}: images have shape {images.shape}, (N, H, W, C) is wanted", fix=_ARRAYS_FIX
         )
+    if 0 in images.shape[1:]:
+        raise UsageError(f"{path}: images have shape {images.shape}: no pixels", fix=_ARRAYS_FIX)
     channels, height, width = preprocessing.input_size
     fits = images.shape[1:] == (height, width, channels)
     if not fits and (images.shape[3] not in (1, 3, 4) or channels not in (1, 3)):

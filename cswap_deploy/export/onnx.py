@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cswap_deploy.errors import ArtifactError, ExportError
+from cswap_deploy.errors import ArtifactError, ExportError, first_line, own_words
 from cswap_deploy.export.attention import FourDimensions
 from cswap_deploy.export.names import exported_modules, name_nodes
 from cswap_deploy.models.outputs import INPUT, LOGITS, tensors_alone
@@ -158,11 +158,15 @@ def describe_onnx(path: Path) -> OnnxArtifact:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
         model = onnx.load(path, load_external_data=False)
     except OSError as err:
         raise ArtifactError(f"cannot read {path}: {err.strerror or err}") from err
-    except DecodeError as err:
-        raise ArtifactError(f"{path} is not an ONNX file, or is damaged: {err}") from err
+    except (DecodeError, ValueError) as err:  # the latter of paths, and of text that is none
+        raise ArtifactError(
+            f"{path} is not an ONNX file, or is damaged: {first_line(err)}"
+        ) from err
     graph = model.graph
     outside = [t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
@@ -173,16 +177,16 @@ def describe_onnx(path: Path) -> OnnxArtifact:
         )
     try:
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as err:
-        words = str(err).strip().splitlines()
-        raise ArtifactError(f"{path} is not valid ONNX: {words[0]}", log=tuple(words)) from err
-    given = {tensor.name for tensor in graph.initializer}
-    return OnnxArtifact(
-        path=path, sha256=sha256_file(path), size_bytes=path.stat().st_size,
-        opset=_opset(model), nodes=len(graph.node), precision=_precision(graph),
-        inputs=tuple(_spec(v) for v in graph.input if v.name not in given),
-        outputs=tuple(_spec(v) for v in graph.output),
-    )  # fmt: skip
+        given = {tensor.name for tensor in graph.initializer}
+        return OnnxArtifact(
+            path=path, sha256=sha256_file(path), size_bytes=path.stat().st_size,
+            opset=_opset(model), nodes=len(graph.node), precision=_precision(graph),
+            inputs=tuple(_spec(v) for v in graph.input if v.name not in given),
+            outputs=tuple(_spec(v) for v in graph.output),
+        )  # fmt: skip
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as err:
+        words = own_words(err)
+        raise ArtifactError(f"{path} is not valid ONNX: {first_line(err)}", log=words) from err
 
 
 def batch_norm_notes(path: Path) -> tuple[str, ...]:
@@ -226,8 +230,15 @@ def _spec(value: Any) -> TensorSpec:
     dims = (
         d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim
     )
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(dims))
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    except KeyError:
+        kind = value.type.WhichOneof("value") or "nothing"
+        raise ValueError(f"{value.name!r} is a {kind} of type {tensor.elem_type}") from None
+    shape = tuple(dims)
+    if strange := [text for text in (value.name, *shape) if isinstance(text, bytes)]:
+        raise ValueError(f"the name {strange[0]!r} is no UTF-8")  # protobuf then gives its bytes
+    return TensorSpec(name=value.name, dtype=dtype, shape=shape)
 
 
 def _opset(model: Any) -> int:

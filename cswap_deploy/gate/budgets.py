@@ -34,7 +34,6 @@ file holds the build's own figures against them; :mod:`cswap_deploy.gate.fresh` 
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -48,6 +47,7 @@ from cswap_deploy.records.amounts import exact, fixed
 from cswap_deploy.records.manifest import Manifest, TargetResult
 from cswap_deploy.records.measurements import Agreement
 from cswap_deploy.records.value import Value
+from cswap_deploy.settings import read_toml, shown
 
 MIB = 1 << 20
 _IDENTICAL = 300.0
@@ -138,10 +138,7 @@ def read_budgets(path: Path) -> Budgets:
     Raises:
         UsageError: The file cannot be read, a name or a value is wrong, or no limit is set.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise UsageError(f"cannot read the budgets {path}: {err}") from err
+    data = read_toml(path, "budgets")
     try:
         budgets = Budgets.model_validate(data)
     except ValidationError as err:
@@ -421,7 +418,7 @@ def _problem(loc: tuple[int | str, ...], kind: str, message: str, got: object) -
     if not name:
         return message.removeprefix("Value error, ")
     if kind != "extra_forbidden":
-        return f"{name}: {message} (got {got!r})"
+        return f"{name}: {message} (got {shown(got, repr)})"
     known = _known(loc)
     close = get_close_matches(str(loc[-1]), known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""

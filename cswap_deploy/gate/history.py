@@ -13,7 +13,7 @@ import platform
 import sqlite3
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,6 +148,7 @@ class History:
                 "WHERE series GLOB ? ORDER BY series, runner, at, id",
                 (pattern,),
             ).fetchall()
+        self._check(row[2] for row in rows)
         kept: dict[tuple[str, str], list[Measurement]] = {}
         for row in rows:
             one = Measurement(*row)
@@ -167,8 +168,18 @@ class History:
                 "SELECT value FROM measurements WHERE series = ? AND runner = ?",
                 (_SELF_TEST, runner or runner_name()),
             ).fetchall()
+        self._check(value for (value,) in rows)
         values = sorted(value for (value,) in rows)
         return values[math.ceil(0.75 * len(values)) - 1] if values else None
+
+    def _check(self, values: Iterable[Any]) -> None:
+        """A column of SQLite holds anything, whatever its type."""
+        for value in values:
+            if not isinstance(value, float) or not math.isfinite(value):
+                raise ArtifactError(
+                    f"{self.path} is a damaged history: it holds the figure {value!r}",
+                    fix="restore it, or name another file",
+                )
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -182,7 +193,9 @@ class History:
             yield connection
             if connection.in_transaction:
                 connection.execute("COMMIT")
-        except sqlite3.DatabaseError as err:
+        except UnicodeEncodeError as err:
+            raise UsageError(f"the history {self.path} takes text, not {err.object!r}") from err
+        except (UnicodeDecodeError, sqlite3.DatabaseError) as err:
             if isinstance(err, sqlite3.OperationalError):
                 raise UsageError(f"cannot use the history {self.path}: {err}") from err
             raise ArtifactError(
@@ -281,6 +294,8 @@ def measurements_from(
 
 
 def _marked(found: Sequence[Measurement], revision: str) -> list[Measurement]:
+    if strange := [one.series for one in found if not math.isfinite(one.value)]:
+        raise UsageError(f"the figure of {strange[0]} is not finite, so it is no measurement")
     return [replace(one, revision=revision) for one in found]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.data.archives import read_arrays
+from cswap_deploy.errors import ArtifactError, UsageError
 from cswap_deploy.measure.parity import Run, check_finite
 from cswap_deploy.measure.statistics import mcnemar, paired_difference_interval, wilson_interval
 from cswap_deploy.records.measurements import Accuracy, AccuracyChange, Agreement
@@ -75,16 +75,16 @@ def read_predictions(path: Path) -> tuple[dict[str, Predicted], Classes | None]:
         ArtifactError: The file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = [key.removesuffix(".classes") for key in arrays if key.endswith(".classes")]
-            found = {
-                n: Predicted(
-                    arrays[f"{n}.classes"], arrays[f"{n}.confidence"], arrays.get(f"{n}.logs")
-                )
-                for n in names
-            }  # fmt: skip
-            return found, arrays.get("labels", None)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
+        arrays = read_arrays(path)
+        names = [key.removesuffix(".classes") for key in arrays if key.endswith(".classes")]
+        found = {
+            n: Predicted(
+                arrays[f"{n}.classes"], arrays[f"{n}.confidence"], arrays.get(f"{n}.logs")
+            )
+            for n in names
+        }  # fmt: skip
+        return found, arrays.get("labels")
+    except (UsageError, KeyError) as err:
         raise ArtifactError(f"{path} holds no predictions: {err}") from err
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cswap_deploy.errors import UsageError
-from cswap_deploy.models.factory import last_line
+from cswap_deploy.models.factory import code_of_the_user
 from cswap_deploy.records.value import sha256_text
 from cswap_deploy.runtime.session import Outputs
 
@@ -35,12 +35,8 @@ def load_metric(name: str) -> Metric:
         raise UsageError(f"--metric {name!r} names no function", fix=_FIX)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
+    with code_of_the_user(f"--metric {name}: {module_name} does not import:", _FIX):
         module = importlib.import_module(module_name)
-    except Exception as err:  # the user's code may raise anything
-        raise UsageError(
-            f"--metric {name}: {module_name} does not import: {last_line(err)}", fix=_FIX
-        ) from err
     found = getattr(module, attribute, None)
     if not callable(found):
         raise UsageError(f"--metric {name}: {module_name} has no function {attribute!r}", fix=_FIX)
@@ -98,10 +94,9 @@ def measure_metric(
     outputs: Any = {key: np.concatenate(values) for key, values in parts.items()}
     if len(outputs) == 1:
         (outputs,) = outputs.values()
-    try:
-        found = load_metric(name)(outputs, labels)
-    except Exception as err:
-        raise UsageError(f"--metric {name} raised {last_line(err)}, on {what}") from err
+    metric = load_metric(name)
+    with code_of_the_user(f"--metric {name}, on {what}, raised"):
+        found = metric(outputs, labels)
     try:
         figure = float(found)
     except (TypeError, ValueError):

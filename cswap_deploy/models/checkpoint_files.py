@@ -7,6 +7,7 @@ import codecs
 import json
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 import zlib
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 
 from cswap_deploy.errors import UsageError
+from cswap_deploy.settings import check_path
 
 _SNIFFED = 1 << 14
 """Bytes from the start that say what a file is."""
 _DAMAGED = (
-    RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError,
+    RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError,
+    ArithmeticError, AssertionError, ImportError, NameError, SyntaxError, MemoryError, struct.error,
+    zlib.error,
 )  # fmt: skip
 """What ``torch.load`` raises on files that are no checkpoints."""
 _MAGIC: dict[bytes, tuple[str, str]] = {
@@ -70,6 +74,10 @@ def read_file(path: Path) -> Any:
 
 
 def _check_there(path: Path) -> None:
+    try:
+        check_path(path)
+    except ValueError as err:
+        raise UsageError(f"the checkpoint is no file: {err}") from err
     if path.is_dir():
         kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
         inside = sorted(file for file in path.iterdir() if file.suffix in kinds)
@@ -105,11 +113,15 @@ def _gunzipped(head: bytes) -> bytes:
 def _told_by_zip(path: Path) -> tuple[str, str] | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return "was cut short: its end is missing", "download or save it again"
+    names = [entry.filename for entry in entries]
     if any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names):
-        return None
+        claimed = sum(entry.file_size for entry in entries if "/data" in entry.filename)
+        if claimed <= (size := path.stat().st_size):  # torch compresses nothing
+            return None
+        return f"claims {claimed:,} bytes of tensors in {size:,}", "download or save it again"
     few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     what = "a NumPy archive" if all(n.endswith(".npy") for n in names) else "a zip archive"
     return (
@@ -155,7 +167,7 @@ def _told_by_json(start: str, line: str) -> tuple[str, str]:
         )
     try:
         told = json.loads(start)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     keys = ("error", "message", "detail", "errors")
     failed = isinstance(told, Mapping) and any(key in told for key in keys)
@@ -239,5 +251,5 @@ def _is_lightning(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(b"pytorch-lightning_version" in archive.read(name) for name in pickles)
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, *_DAMAGED):
         return False

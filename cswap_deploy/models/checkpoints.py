@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cswap_deploy.errors import UsageError
 from cswap_deploy.models.checkpoint_files import read_file
 from cswap_deploy.models.misfits import misfit
+from cswap_deploy.settings import shown
 
 State = dict[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
@@ -26,6 +28,13 @@ _HARMLESS = (
 """What tools and other versions of a network add without computing anything else."""
 _DEPTH = 3
 _SHOWN = 5
+_SMALL = 1 << 20
+"""Bytes that a tensor may have whatever the file's size: views repeat what is stored once."""
+_NUMBERS = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)  # fmt: skip
+"""What stands for itself; narrower floats need scales, for which a network has no place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,7 @@ def read_checkpoint(path: Path) -> State:
     """
     found = _sets(read_file(path), path)
     state = found[min(found, key=_rank)]
+    _check_readable(path, state)
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -103,6 +113,8 @@ def choose_weights(path: Path, own: Mapping[str, Tensor], key: str | None = None
         UsageError: The file cannot be read, holds no tensors, or has no such set.
     """
     sets = _sets(read_file(path), path)
+    for state in sets.values():
+        _check_readable(path, state)
     wanted = {name for name in own if not name.endswith("num_batches_tracked")}
     found = [
         _Option(name, prefix, count, _alike(state, prefix, own))
@@ -187,7 +199,23 @@ def load_into(
             "\n".join([f"{text}:", *lines, *(f"    {what}" for what in why.differs)]), fix=why.fix
         )
     _check_finite(weights.path, state)
+    other = [k for k, v in own.items() if k not in optional and _other_kind(state[k], v)]
+    if other:
+        kinds = f"{state[other[0]].dtype} for {own[other[0]].dtype}".replace("torch.", "")
+        raise UsageError(
+            f"{weights.path} has other numbers than {name} computes with in {len(other)} of "
+            f"{len(own)} tensors ({kinds}): {_some(other)}",
+            fix="save the weights in float32, not as quantised or complex numbers",
+        )
     module.load_state_dict({**{k: own[k] for k in optional}, **state}, strict=True)
+
+
+def _other_kind(given: Tensor, own: Tensor) -> bool:
+    """Whether a conversion would be silent and wrong."""
+    narrow = given.dtype in (torch.int8, torch.uint8, torch.bool)
+    return (given.is_complex() and not own.is_complex()) or (
+        narrow and (own.is_floating_point() or own.is_complex())
+    )
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
@@ -237,24 +265,28 @@ class _Option:
 
 def _sets(loaded: Any, path: Path) -> dict[str, State]:
     """Every dictionary of tensors in a checkpoint, by its path in it."""
-    found = dict(_walk(loaded, ""))
+    found = dict(_walk(loaded, (), frozenset()))
     if not found:
         what = type(loaded).__name__
         if isinstance(loaded, Mapping) and loaded:
-            what += f" with {', '.join(map(str, list(loaded)[:_SHOWN]))}"
+            what += f" with {', '.join(shown(key) for key in list(loaded)[:_SHOWN])}"
         raise UsageError(f"{path} holds no weights: a {what}", fix="save model.state_dict()")
     return found
 
 
-def _walk(loaded: Any, name: str) -> Iterator[tuple[str, State]]:
-    if not isinstance(loaded, Mapping) or name.count(".") >= _DEPTH or "optim" in name.lower():
+def _walk(
+    loaded: Any, place: tuple[str, ...], around: frozenset[int]
+) -> Iterator[tuple[str, State]]:
+    """The sets in a dictionary that lies in those ``around`` it, itself not among them."""
+    deep = len(place) > _DEPTH or id(loaded) in around
+    if not isinstance(loaded, Mapping) or deep or any("optim" in key.lower() for key in place):
         return
     state = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
     if state and len(state) * 2 >= len(loaded):
-        yield name, state
+        yield ".".join(place), state
     for key, inner in loaded.items():
         if isinstance(key, str):
-            yield from _walk(inner, f"{name}.{key}" if name else key)
+            yield from _walk(inner, (*place, key), around | {id(loaded)})
 
 
 def _rank(key: str) -> tuple[int, list[int]]:
@@ -293,6 +325,27 @@ def _unexpected(weights: Weights, own: Mapping[str, Tensor]) -> Iterator[str]:
         inside = first in shared or (numbered and first.isdigit())
         if name.startswith(prefix) and inside and not name.endswith(_HARMLESS):
             yield name
+
+
+def _check_readable(path: Path, state: State) -> None:
+    """Refuse tensors that are no plain numbers in memory, and those that the file cannot hold."""
+    most = path.stat().st_size + _SMALL
+    for name, tensor in state.items():
+        nested = tensor.is_nested  # has no shape
+        what = ""
+        if nested or tensor.layout != torch.strided or tensor.is_quantized:
+            what = "nested" if nested else "quantised" if tensor.is_quantized else "sparse"
+        elif tensor.device.type != "cpu":
+            what = f"without values (on the device {tensor.device})"
+        elif tensor.dtype not in _NUMBERS:
+            what = f"of type {tensor.dtype}".replace("torch.", "")
+        elif tensor.numel() * tensor.element_size() > most:
+            what = f"of shape {tuple(tensor.shape)}, more than the file holds"
+        if what:
+            raise UsageError(
+                f"{path}: the tensor {shown(name)} is {what}",
+                fix="save the state_dict of the network in float32, on the CPU",
+            )
 
 
 def _check_finite(path: Path, state: State) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from cswap_deploy.models import demos, factory, timm_models
 from cswap_deploy.models.checkpoints import choose_weights, load_into, not_finite
 from cswap_deploy.models.plain import plain
 from cswap_deploy.records.model import ModelSpec, Preprocessing
+from cswap_deploy.runtime.preprocess import MOST_PIXELS
+
+_NARROWEST, _WIDEST = 1e-6, 1e6
+"""Of a mean and a standard deviation; float32 holds their quotients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +222,21 @@ def _check_sizes(config: ModelConfig) -> None:
     size, mean, std = config.input_size, config.mean, config.std
     if size is not None and min(size) < 1:
         raise UsageError(f"--input-size is {size}; C,H,W above zero are wanted")
+    if size is not None and math.prod(size) > MOST_PIXELS:
+        raise UsageError(
+            f"--input-size is {size}, {math.prod(size):,} values an image; {MOST_PIXELS:,} are the "
+            "most",
+            fix="pass the size that the network is trained for",
+        )
     if mean is None or std is None:  # they go together
         return
     if min(std) <= 0:
         raise UsageError(f"--std is {std}; values above zero are wanted")
+    if min(std) < _NARROWEST or max(*std, *map(abs, mean)) > _WIDEST:
+        raise UsageError(
+            f"--mean is {mean} and --std {std}: no pixels in [0, 1] are of such a scale",
+            fix="divide both by 255 where they are for pixels in [0, 255]",
+        )
     if len(mean) != len(std):
         raise UsageError(f"--mean has {len(mean)} values and --std {len(std)}")
     if size is not None and len(mean) != size[0]:

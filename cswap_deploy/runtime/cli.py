@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from cswap_deploy.runtime.process import guarded
 
 if TYPE_CHECKING:
     from cswap_deploy.runtime.classifier import Classifier, Guess
+
+_LONGEST_NAME = 255
+"""Bytes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="cswap-run", description="Run pictures through a bundle of cswap-deploy."
     )
     add = parser.add_argument
-    add("bundle", type=Path, help="the folder that `cswap-deploy build` left")
-    add("images", type=Path, nargs="*", metavar="IMAGE|DIR", help="pictures, or folders of them")
+    add("bundle", type=_path, help="the folder that `cswap-deploy build` left")
+    add("images", type=_path, nargs="*", metavar="IMAGE|DIR", help="pictures, or folders of them")
     add(
         "--profile", action="store_true",
         help="time every node of the graphs that `cswap-deploy profile-kit` left in BUNDLE, into "
@@ -65,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, metavar="N", help="of onnxruntime on the CPU (all cores)")
     add("--cuda-graph", action="store_true", help="replay the engine's work as a CUDA graph")
     add(
-        "-o", "--output", type=Path, metavar="FILE",
+        "-o", "--output", type=_path, metavar="FILE",
         help="(.npz) every output by name, and the pictures' names ('files')",
     )  # fmt: skip
-    add("--save-input", type=Path, metavar="FILE.npy", help="also write the network's input")
+    add("--save-input", type=_path, metavar="FILE.npy", help="also write the network's input")
     add("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -212,6 +216,12 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
         else:
             raise UsageError(f"{path} does not exist")
     return found
+
+
+def _path(text: str) -> Path:
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/")):
+        raise argparse.ArgumentTypeError(f"{text[:50]!r}... has a name that no file has: too long")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

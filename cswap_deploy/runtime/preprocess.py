@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -30,10 +31,11 @@ PICTURE_SUFFIXES = frozenset(
      ".ppm", ".pnm", ".pbm"}
 )  # fmt: skip
 UNREADABLE = (
-    OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, ValueError,
-    TypeError, IndexError,
+    OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+    ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
+    RuntimeError,
 )  # fmt: skip
-"""What Pillow and its decoders raise on damaged files."""
+"""What Pillow and its decoders raise on damaged files: anything but a lack of memory."""
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -50,8 +52,8 @@ _TURNED = {
 _SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}
 _SLACK = 1e-3
 """How far floats may be outside 0..1; resampling overshoots a little."""
-_MOST_PIXELS = 2**27
-"""Of a picture that was resized and not yet cropped; above, it is a thread of pixels."""
+MOST_PIXELS = 2**27
+"""Of a picture that is resized and not yet cropped: 512 MiB."""
 
 
 class Preprocessing(Protocol):
@@ -87,6 +89,7 @@ def open_picture(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
 
     Raises:
         OSError: The file cannot be read, is empty or of another format.
+        DecompressionBombError: It says that it has more than Pillow's 179 million pixels.
     """
     try:
         return Image.open(file, formats=FORMATS)
@@ -172,8 +175,11 @@ def resize_and_crop(image: Image.Image, pre: Preprocessing) -> NDArray[np.uint8]
         image = image.transpose(turned)
     image = _convert(image, _MODES[channels])
     size = _resized(image.size, pre)
-    if size[0] * size[1] > _MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too long and thin to resize")
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are too long and thin: {size[0]} x {size[1]} "
+            f"before the crop, and {MOST_PIXELS:,} pixels are the most"
+        )
     if image.size != size:
         image = image.resize(size, _FILTERS[pre.interpolation])
     left, top = _margin(image.width, width), _margin(image.height, height)

@@ -41,8 +41,8 @@ _PACKAGES: dict[str, Callable[[], Any]] = {
 _RUNS = 100
 _MOST_BYTES = 64 << 20
 """Of ``kit.json``."""
-_MOST_VALUES = 2**30
-"""Of a batch."""
+_MOST_VALUES = 2**28
+"""Of the input: a GiB."""
 
 
 def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]:
@@ -78,10 +78,10 @@ def profile(folder: Path, *, target: str, threads: int | None) -> dict[str, Any]
         ]  # fmt: skip
         widths = [dict(each["widths"]) for each in kit["graphs"]]
         shape = (int(kit["batch"]), *map(int, kit["input_size"]))
+        if min(shape) < 1 or math.prod(shape) > _MOST_VALUES:
+            raise ValueError(f"inputs of shape {shape}")
         model = str(kit["model"])
-        if not 0 < math.prod(shape) <= _MOST_VALUES or min(shape) < 1:
-            raise ValueError(f"a batch of shape {shape}")
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as err:
         raise _damaged(folder, f"{type(err).__name__}: {err}") from err
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     times = TIMERS[target](graphs, images, threads=threads, runs=_RUNS)
@@ -119,7 +119,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def _inside(folder: Path, graph: dict[str, Any]) -> Path:
     """A graph's file, of the digest that the kit has."""
     name = str(graph["file"])
-    if name != os.path.basename(name):
+    if name != os.path.basename(name) or "\0" in name:
         raise _damaged(folder, f"{name!r} is outside")
     read_verified(folder / name, str(graph["sha256"]), fix="copy the kit again", within=folder)
     return folder / name

@@ -18,7 +18,8 @@ from cswap_deploy.causal.experiment import Experiment, independent
 from cswap_deploy.causal.interventions import input_moments
 from cswap_deploy.causal.masked_forward import MaskedForward
 from cswap_deploy.causal.measurement import LocalMeasurement
-from cswap_deploy.causal.memory import Budget, free_memory, keep_freed_memory
+from cswap_deploy.causal.memory import Budget, keep_freed_memory
+from cswap_deploy.data.memory import free_memory
 from cswap_deploy.errors import StageError
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.groups import find_groups

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,3 +158,24 @@ def test_bundles_and_results_are_kept_and_shown(
     for text in ("[]", "{}x", json.dumps({"rows": 3}), json.dumps({"a": 1})):
         bench.write_text(text)
         assert command("history", "add", file, bench).code == 2, text
+
+
+@pytest.mark.parametrize("value", ["'fast'", "9e999", "X'00'"])
+def test_a_history_of_something_else_than_numbers(tmp_path: Path, value: str) -> None:
+    """SQLite keeps what it is given in any column."""
+    file = tmp_path / "h.db"
+    History(file).add([Measurement("2026-11-22", "runner/self-test", 1.0, "ms", runner="here")])
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(f"UPDATE measurements SET value = {value}")
+    history = History(file)
+    with pytest.raises(ArtifactError, match="is a damaged history: it holds the figure"):
+        history.trends()
+    with pytest.raises(ArtifactError, match="is a damaged history: it holds the figure"):
+        history.smallest_effect("here")
+
+
+def test_text_that_is_none_is_refused(tmp_path: Path) -> None:
+    history = History(tmp_path / "h.db")
+    with pytest.raises(UsageError, match=r"takes text, not '\\ud800'"):
+        history.add([Measurement("\ud800", "net/b1/p50", 1.0, "ms", runner="here")])
+    assert history.trends() == []

@@ -181,6 +181,11 @@ def test_a_damaged_kit_is_refused(kit: Path, tmp_path: Path, capsys: Any) -> Non
     for text in (json.dumps(told), json.dumps(told | {"graphs": 3}), "[" * 5000, '{"a": 1}'):
         (copy / "kit.json").write_text(text)
         assert cswap_run(line) == 6, text[:40]
+    right = json.loads((kit / "kit.json").read_text())
+    inside = [right["graphs"][0] | {"file": "a\0b"}]
+    for beyond in ({"batch": 10**9}, {"batch": -1}, {"input_size": [1e999]}, {"graphs": inside}):
+        (copy / "kit.json").write_text(json.dumps(right | beyond))
+        assert cswap_run(line) == 6, beyond
     (copy / "kit.json").unlink()
     assert cswap_run(line) == 6
     assert "profile-kit" in capsys.readouterr().err
