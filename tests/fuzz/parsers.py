@@ -84,7 +84,7 @@ def _spec() -> Any:
 
     pre = Preprocessing(input_size=INPUT_SIZE, mean=MEAN, std=STD, resize_shorter=18)
     return ModelSpec(
-        name="small", source="factory", weights="random", weights_sha256="0" * 64,
+        name="small", source="factory", weights="random", weights_sha256="0" * 64 * 64,
         num_classes=CLASSES, preprocessing=pre,
     )  # fmt: skip
 
@@ -318,7 +318,7 @@ def _build() -> list[bytes]:
 
     record = BuildRecord(
         settings=load_config(model="demo-resnet").settings(), prune_key="0" * 64,
-        dense_weights_sha256="0" * 64, files=(),
+        dense_weights_sha256="0" * 64 * 64, files=(),
     )  # fmt: skip
     return [record.model_dump_json(indent=1).encode()]
 

@@ -32,7 +32,7 @@ odd = st.recursive(
 )  # fmt: skip
 SETTINGS = sorted(name for kind in sections().values() for name in kind.model_fields)
 SPEC = ModelSpec(
-    name="net", source="factory", weights="random", weights_sha256="0", num_classes=4,
+    name="net", source="factory", weights="random", weights_sha256="0" * 64, num_classes=4,
     preprocessing=Preprocessing(
         input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, resize_shorter=16
     ),
