@@ -31,6 +31,7 @@ from cswap_deploy.network.moments import CentredMoments
 from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import shift_output
 from cswap_deploy.network.placing import HOST, placed
+from cswap_deploy.network.pooling import Pool, balanced, pool_before
 from cswap_deploy.network.unfolding import some_of
 from cswap_deploy.network.units import (
     Consumer,
@@ -160,9 +161,17 @@ def input_moments(
     layer_of = {node: layer for layer in layers for node in graph.readers(layer)}
     predicted = intervention == "predicted"
     joint = {layer for layer in layer_of.values() if predicted and _joint(graph.layer(layer))}
+    pools = _pools(graph, joint, len(images))
+    averaged = {pool.node: layer for layer, pool in pools.items()}
+    around: dict[str, CentredMoments] = {}
     with torch.no_grad():
         for part in torch.split(images, chunk):
             for node, env in graph.step(placed(part, graph.device)):
+                if node in averaged:
+                    behind = averaged[node]
+                    rows = pools[behind].rows(graph.value(pools[behind].source, env), per_image)
+                    summed = around.setdefault(behind, CentredMoments(rows.mean(0)))
+                    summed.add(rows := rows - summed.centre, rows)
                 layer = layer_of.get(node)
                 if layer is None:
                     continue
@@ -183,14 +192,31 @@ def input_moments(
         mean = summed.mean
         alive = graph.layer(layer).weight.detach().movedim(1, 0).flatten(1).abs().amax(1) > 0
         covariance = summed.covariance(0, mean) if layer in joint else None
+        if covariance is not None and layer in around:
+            covariance = balanced(covariance, around[layer].covariance(0, around[layer].mean))
         found[layer] = Moments((mean + summed.centre).float(), covariance, alive, ridge=ridge)
+    return found
+
+
+def _pools(graph: Graph, layers: Iterable[str], images: int) -> dict[str, Pool]:
+    """Layer -> the average that it reads, where so many images say too little of it."""
+    found = {}
+    for layer in layers:
+        first, *others = graph.readers(layer)
+        pool = pool_before(first, _inputs(graph.layer(layer)), images)
+        if pool is not None and not others:
+            found[layer] = pool
     return found
 
 
 def _joint(layer: Consumer) -> bool:
     """Whether each input of a layer can be predicted from all the others."""
     grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-    return not grouped and layer.weight.shape[1] <= _MOST_INPUTS
+    return not grouped and _inputs(layer) <= _MOST_INPUTS
+
+
+def _inputs(layer: Consumer) -> int:
+    return int(layer.weight.shape[1])
 
 
 def contribution(

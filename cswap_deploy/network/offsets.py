@@ -44,6 +44,14 @@ def set_offset(graph: Graph, dense: Graph, layer: str, offset: Tensor) -> None:
             now.running_mean.copy_(before.running_mean - offset)  # type: ignore[union-attr, operator]
 
 
+def constant_of(graph: Graph, layer: str) -> Tensor:
+    """(O,) where :func:`set_offset` leaves a layer's constant."""
+    module = graph.layer(layer)
+    if module.bias is not None:
+        return module.bias
+    return norm_after(graph, layer).running_mean  # type: ignore[union-attr, return-value]
+
+
 def needs_bias(graph: Graph, layer: str) -> bool:
     """Whether a layer has nowhere to put a constant: no bias, no batch norm behind it."""
     module = graph.module.get_submodule(layer)

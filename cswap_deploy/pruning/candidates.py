@@ -10,12 +10,15 @@ import numpy as np
 from cswap_deploy.causal.interventions import Moments
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.allocation import Goal, Ranking, Removal, Values
+from cswap_deploy.pruning.curves import by_curves
 from cswap_deploy.pruning.importance import IMPORTANCES, View
 from cswap_deploy.pruning.trials import Trial, Trials, less_beyond_chance
 
 PROPOSERS = "magnitude", "lamp"
 """Importances that propose candidates beside the measured effects: they cost nothing to compute,
 and as no image chose them, their candidates do not fit the calibration images by chance."""
+CURVED = "effect", "lamp"
+"""Orders whose groups' curves are measured."""
 _FINALISTS = 2
 """Candidates that are tried after the screening."""
 NEIGHBOURS = 3
@@ -68,6 +71,23 @@ def rankings(goal: Goal, effects: Values, proposed: Mapping[str, Values]) -> dic
     places = [r for name, r in found.items() if name.endswith(", uniform")]
     together = {g.name: np.mean([p.values[g.name] for p in places], 0) for g in goal.groups}
     return found | {"together, uniform": goal.uniform(together)}
+
+
+def curved(
+    trials: Trials, goal: Goal, orders: Mapping[str, Values], moments: Mapping[str, Moments],
+    progress: Phases,
+) -> dict[str, Ranking]:  # fmt: skip
+    """Rankings that keep an importance's order in each group; what parts of it cost allocates.
+
+    Where images are few: else they are refitted too well for what parts cost before to tell.
+    """
+    ground = trials.ground
+    if not (ground.few and ground.possible and moments):
+        return {}
+    return {
+        f"{name}, by curves": by_curves(trials, goal, orders[name], moments, progress)
+        for name in CURVED if name in orders
+    }  # fmt: skip
 
 
 def best_candidate(
@@ -152,7 +172,7 @@ def search_branches(
 
 def best_from_dense(
     trials: Trials, goal: Goal, view: View,
-    *, moments: Mapping[str, Moments], progress: Phases,
+    *, moments: Mapping[str, Moments], refits: bool, progress: Phases,
 ) -> Choice:  # fmt: skip
     """The best candidate that removes everything at once from the dense network.
 
@@ -164,11 +184,13 @@ def best_from_dense(
     for name, units in goal.removed.items():
         whole.restore(name, units)
     start = replace(goal, sizes=whole, removed={})
-    proposed = _by_weights(start, proposals(replace(view, graph=network.dense)))
+    found = proposals(replace(view, graph=network.dense))
+    alone = Trials(network, {}, trials.ground)
+    proposed = _by_weights(start, found) | curved(alone, start, found, moments, progress)
     return best_candidate(
-        Trials(network, {}, trials.ground), start,
+        alone, start,
         {f"{name}, from dense": ranking for name, ranking in proposed.items()}, moments,
-        refits=True, progress=progress, always=True,
+        refits=refits, progress=progress, always=True,
     )  # fmt: skip
 
 

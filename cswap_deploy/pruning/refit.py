@@ -6,7 +6,8 @@ Closed form from forward passes: no gradient is computed and no training happens
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +15,9 @@ from torch import Tensor, fx, nn
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.moments import CentredMoments
 from cswap_deploy.network.nodes import batch_dim, input_of
-from cswap_deploy.network.offsets import set_offset
+from cswap_deploy.network.offsets import constant_of, set_offset
 from cswap_deploy.network.placing import placed
+from cswap_deploy.network.pooling import balanced, pool_before
 from cswap_deploy.network.unfolding import Positions, laid_out, unfold, window_of
 from cswap_deploy.network.units import depthwise
 from cswap_deploy.network.walk import Walk
@@ -43,8 +45,6 @@ class Refit:
     """Layers above ``MAX_FEATURES``."""
     producers: tuple[str, ...] = ()
     """Layers that were reconstructed."""
-    starved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Layer -> its rows and its unknowns, where the rows are fewer."""
 
 
 def solvable(graph: Graph) -> list[str]:
@@ -70,6 +70,7 @@ def refit(
     ridge: float | None = None,
     reconstruct: Collection[str] = (),
     most_bytes: int,
+    judge: Judge | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Refit:
     """Solve layers again so that they give the dense network's outputs from what is left.
@@ -82,7 +83,9 @@ def refit(
 
     and the bias makes the means agree. What an earlier layer lost is thus made up for later. The
     wanted output is the dense layer's; at the end of a residual branch, that plus what the stream
-    has lost so far, so that the sum is the dense network's again.
+    has lost so far, so that the sum is the dense network's again. Behind an average over positions
+    a change counts, beside I, by the covariance of what is averaged, and W0 has what is gone
+    folded into it.
 
     Args:
         pruned: The network to change, in place.
@@ -93,6 +96,8 @@ def refit(
         reconstruct: Layers in ``kept`` whose producer is reconstructed too, where that can be done
             (:mod:`pruning.producers`). The layer is refitted before and after.
         most_bytes: For values that are held between layers; without it images run again.
+        judge: Says what each layer's step does to the prediction on other images: it is taken
+            whole, in half or not at all. Without it all are taken whole.
         tick: Called with 1 after each layer.
 
     Source:
@@ -114,15 +119,47 @@ def refit(
             ahead = [c.producer for c in chains.values() if place[c.producer] < place[node]]
             hold = min([node, *ahead], key=place.__getitem__)
             chain = chains.pop(layer, None)
+            before = _Before(pruned, layer)
             done = work.solve(layer, hold, chain)
             if done and chain is not None and work.reconstruct(chain):
                 work.solve(layer, hold)
                 producers.append(chain.producer_layer)
+            if judge is not None and done:
+                before.step_as_far_as_it_helps(judge, node)
             (solved if done else skipped).append(layer)
             if tick is not None:
                 tick(1)
-    starved = {name: pair for name, pair in work.rows.items() if pair[0] < pair[1]}
-    return Refit(tuple(solved), tuple(skipped), tuple(producers), starved)
+    return Refit(tuple(solved), tuple(skipped), tuple(producers))
+
+
+class Judge(Protocol):
+    """What the network as it stands does on images that no layer is solved on."""
+
+    def effect(self, node: fx.Node) -> float:
+        """Divergence from the dense network; nothing before ``node`` has changed since the last."""
+
+
+class _Before:
+    """A layer's weights and constant as they were."""
+
+    def __init__(self, graph: Graph, layer: str) -> None:
+        self._tensors = [graph.layer(layer).weight, constant_of(graph, layer)]
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+
+    def step_as_far_as_it_helps(self, judge: Judge, node: fx.Node) -> None:
+        """Keep what has become of them, or half of the change, or none of it."""
+        after = [tensor.detach().clone() for tensor in self._tensors]
+        found: list[tuple[float, float]] = []
+        for part in (0.0, 1.0, 0.5):
+            self._set(part, after)
+            found.append((judge.effect(node), part))
+            if part == 1.0 and found[1] < found[0]:
+                return
+        self._set(min(found)[1], after)
+
+    def _set(self, part: float, after: list[Tensor]) -> None:
+        for tensor, before, end in zip(self._tensors, self._values, after, strict=True):
+            tensor.copy_(torch.lerp(before, end, part))
 
 
 @dataclass(slots=True)
@@ -138,8 +175,6 @@ class _Refitting:
     """(R, O), of the layer that was solved last."""
     reads: Reads | None = None
     """What its producer reads."""
-    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Layer -> rows and unknowns of its normal equations."""
 
     def solve(self, layer: str, hold: fx.Node, chain: Chain | None = None) -> bool:
         """Refit a layer; False where it is too wide. Notes what the producer of a chain reads.
@@ -160,8 +195,15 @@ class _Refitting:
                 pruned, chain, places.where, self.kept[layer], self.kept.get(chain.producer_layer)
             )
             stops = [chain.producer, node] if self.reads is not None else stops
+        pool = pool_before(node, system.inputs, len(targets.batches))
+        if pool is not None and chain is None:
+            stops, hold = [pool.node, node], min(hold, pool.node, key=pruned.position.__getitem__)
         for stop, part, env in self.walk.reach(stops, hold=hold):
             where = places.within(part, device)
+            if pool is not None and stop is pool.node:
+                most = max(1, targets.rows // len(targets.batches))
+                system.add_around(pool.rows(pruned.value(pool.source, env), most))
+                continue
             x = pruned.value(input_of(stop), env)
             if stop is not node:
                 assert self.reads is not None
@@ -177,7 +219,6 @@ class _Refitting:
                 found.append(wanted)
         self.wanted = torch.cat(found) if found else None
         system.solve(self.ridge)
-        self.rows[layer] = system.rows, system.features
         return True
 
     def reconstruct(self, chain: Chain) -> bool:
@@ -206,6 +247,7 @@ class _System:
             self._groups.append(_Group(mine, local, rows, prior))
         self.features = max(g.prior[0].numel() for g in self._groups)
         """Unknowns of one output."""
+        self.inputs = in_group * groups
 
     def add(self, x: Tensor, where: Positions, wanted: Tensor) -> None:
         """Count rows in: the input (N, H, W, C), R positions, (R, O) wanted outputs there."""
@@ -217,10 +259,10 @@ class _System:
                 u = unfold(own, where[part], self._window)[0].flatten(1)
                 group.add(u, wanted[part, group.rows])
 
-    @property
-    def rows(self) -> int:
-        """Rows that were counted in."""
-        return min(g.inputs.count if g.inputs is not None else 0 for g in self._groups)
+    def add_around(self, values: Tensor) -> None:
+        """Count in (R, C) of what is averaged to make the input: they say what it may be."""
+        (group,) = self._groups
+        group.add_around(values[:, group.mine], self.layer.weight.detach())
 
     def solve(self, ridge: float | None) -> None:
         """Set the layer's weights and constant."""
@@ -248,6 +290,16 @@ class _Group:
     """(o, taps..., k) their dense weights."""
     inputs: CentredMoments | None = None
     outputs: CentredMoments | None = None
+    around: CentredMoments | None = None
+    """Of what is averaged to make the inputs, where they are averages."""
+
+    def add_around(self, rows: Tensor, weight: Tensor) -> None:
+        """Count in (R, k) values; ``weight`` is the layer's, with what is gone folded into it."""
+        if self.around is None:
+            self.around = CentredMoments(rows.mean(0))
+            self.prior = weight[:, self.local].movedim(1, -1).clone()
+        rows = rows - self.around.centre
+        self.around.add(rows, rows, dtype=torch.float32)
 
     def add(self, u: Tensor, y: Tensor) -> None:
         """Count in (R, f) inputs, which are changed, and (R, o) outputs."""
@@ -267,8 +319,14 @@ class _Group:
         if ridge is None:
             ridge = min(MOST_RIDGE, RIDGE * len(gram) / self.inputs.count)
         strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
+        prior = self.prior.flatten(1).double().T
+        pull = strength * prior
+        if self.around is not None:
+            # A change counts by what it does to values before the average, of which there are many.
+            both = 2 * balanced(gram, self.around.covariance(0, self.around.mean))
+            pull += (both - gram) @ prior
+            gram = both
         gram.diagonal().add_(strength)
-        pull = strength * self.prior.flatten(1).double()
-        weight = torch.cholesky_solve(cross + pull.T, torch.linalg.cholesky(gram)).T
+        weight = torch.cholesky_solve(cross + pull, torch.linalg.cholesky(gram)).T
         centres = mean_u + self.inputs.centre.double(), mean_y + self.outputs.centre.double()
         return weight.view(self.prior.shape), centres[1] - weight @ centres[0]

@@ -34,6 +34,7 @@ from cswap_deploy.pruning.candidates import (
     allocations,
     best_candidate,
     best_from_dense,
+    curved,
     proposals,
     rankings,
     search_branches,
@@ -46,10 +47,13 @@ from cswap_deploy.pruning.timing import TimedDevice
 from cswap_deploy.pruning.trials import (
     MAX_ROWS,
     Ground,
+    Judging,
     Trials,
     less_beyond_chance,
     refit_behind,
     remove,
+    starved,
+    widened,
 )
 from cswap_deploy.records.plan import RoundLog, TimedTry
 
@@ -96,9 +100,13 @@ class _Loop:
         self.rng = np.random.default_rng(job.seed)
         network, memory = job.network, job.backend.budget.total
         size = images_at_once(network.dense, memory // _FORWARD)
-        batches = Batches(images, self.order, size, network.dense.device)
-        self.ground = Ground(network.dense, batches, memory, job.calibration.task)
+        few = bool(starved(network.dense, len(images)))
+        wide = widened(images, self.order) if few else (images, self.order)
+        batches = Batches(*wide, size, network.dense.device)
+        self.ground = Ground(network.dense, batches, memory, job.calibration.task, few)
         self.trials = Trials(network, state.removed, self.ground)
+        self.refits = job.config.refit and not few
+        """Between rounds, and in trials. Few images say too little of many weights for that."""
         self.first_moments: dict[str, Moments] = {}
         """Of the dense network; empty where the run goes on after an interruption."""
         self.slower = 1.0
@@ -122,12 +130,13 @@ class _Loop:
         tried = {name: Ranking(values, per_saving=not job.importance.allocates)}
         if job.compares:
             tried = rankings(goal, values, proposed)
+            tried |= curved(self.trials, goal, {name: values} | proposed, moments, job.progress)
         choice = best_candidate(
-            self.trials, goal, tried, moments, refits=job.config.refit, progress=job.progress
+            self.trials, goal, tried, moments, refits=self.refits, progress=job.progress
         )
         if job.device is not None:
             choice = search_branches(
-                self.trials, goal, choice, moments, refits=job.config.refit, progress=job.progress
+                self.trials, goal, choice, moments, refits=self.refits, progress=job.progress
             )
         if last and state.round > 1 and choice.trial is not None and job.config.refit:
             choice = self._or_from_dense(choice, goal, view)
@@ -206,9 +215,10 @@ class _Loop:
     def _moments(self, graph: Graph) -> dict[str, Moments]:
         where = self.job.resolved.called(self.state.round)
         self.job.progress.begin(f"looking at what layers read, {where}", 0)
+        seen = self.ground.solved_on if self.ground.few else self.ground.batches.first(LOOKED)
         return input_moments(
             graph, consumers(self.job.network.groups),
-            self.job.calibration.images[self.order[:LOOKED]],
+            seen.images[seen.rows],
             intervention=self.job.config.intervention, chunk=self.ground.batches.size,
         )  # fmt: skip
 
@@ -241,7 +251,7 @@ class _Loop:
         """
         job = self.job
         other = best_from_dense(
-            self.trials, goal, view, progress=job.progress,
+            self.trials, goal, view, refits=self.refits, progress=job.progress,
             moments=self.first_moments or self._moments(job.network.dense),
         )  # fmt: skip
         assert choice.trial is not None
@@ -266,12 +276,16 @@ class _Loop:
         for name, units in choice.gone.items():
             network.sizes.remove(name, units)
             state.removed.setdefault(name, []).extend(units)
-        if self.job.config.refit and choice.gone:
+        if (self.refits or (last and self.job.config.refit)) and choice.gone:
             done = done or refit_behind(
-                network, state.removed, self.ground.targets(self.ground.batches, MAX_ROWS),
+                network, state.removed, self.ground.targets(self.ground.solved_on, MAX_ROWS),
+                judge=Judging(network.graph, self.ground) if self.ground.few else None,
                 most_bytes=self.ground.share, progress=self.job.progress,
                 # Every round refits all layers anew, so reconstructed producers count at the end.
                 producers=self.job.config.refit_producers and last,
             )  # fmt: skip
             state.refitted, state.not_refitted = done.layers, done.skipped
-            state.producers, state.starved = done.producers, dict(done.starved)
+            images = len(self.job.calibration.images)
+            there = starved(network.dense, images)
+            state.producers = done.producers
+            state.starved = {name: there[name] for name in done.layers if name in there}
