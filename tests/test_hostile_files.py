@@ -468,6 +468,24 @@ def test_a_checkpoint_that_holds_itself(tmp_path: Path) -> None:
         read_checkpoint(file)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "pickled", [b"cos\n%s\n." % (b"a" * MIB), b"X\x00\x00\x10\x00%s)R." % (b"a" * MIB)],
+    ids=["name", "text that is called"],
+)  # fmt: skip
+def test_torch_is_spared_a_text_that_takes_it_hours_to_complain_of(
+    tmp_path: Path, pickled: bytes, zipped: bool
+) -> None:
+    file = tmp_path / "c.pt"
+    file.write_bytes(b"\x80\x02" + pickled)
+    if zipped:
+        with zipfile.ZipFile(file, "w") as made:
+            made.writestr("c/data.pkl", b"\x80\x02" + pickled)
+            made.writestr("c/version", b"3\n")
+    with pytest.raises(UsageError, match="more than 16,384 letters without a blank"):
+        read_checkpoint(file)
+
+
 def test_a_checkpoint_that_claims_more_than_it_has(tmp_path: Path) -> None:
     """A thousandth of its size in zeros packs it; what torch saves is not packed."""
     whole, packed = io.BytesIO(), tmp_path / "c.pt"
