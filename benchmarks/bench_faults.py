@@ -15,7 +15,8 @@ judged, the same build is run again to its end, and judged again:
 - plan, weights and graph equal those of a build that nothing disturbed, byte for byte (the plan
   without its seconds), and no half-made folder is left.
 
-Races: four processes build the same into one store at once, as usual and with ``--fresh``.
+Races: four processes build the same into one store at once, as usual and with ``--fresh``;
+``--race-until prune`` makes them short.
 
 The last line is one JSON object; the exit code is 1 where anything was wrong.
 """
@@ -34,8 +35,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -99,6 +101,7 @@ class Settings:
     """Kill points for each seed, over all scenarios."""
     seeds: int = 3
     builders: int = 4
+    race_until: Stage = "validate"
     scenarios: tuple[str, ...] = tuple(s.name for s in SCENARIOS)
 
 
@@ -398,18 +401,18 @@ def kills(scenario: Scenario, seed: int, points: int, folder: Path) -> Result:
 # --- races ----------------------------------------------------------------------------------------
 
 
-def race(seed: int, builders: int, folder: Path, *, fresh: bool) -> Result:
+def race(settings: Settings, seed: int, folder: Path, *, fresh: bool) -> Result:
     """Several processes build the same at once, into one store."""
     start = time.perf_counter()
     place = folder / "place"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     waiting = []
-    for number in range(builders):
+    for number in range(settings.builders):
         answers = folder / f"builder-{number}"
         answers.mkdir(exist_ok=True)
         config = config_of(place, seed, output=place / f"out-{number}", resume=not fresh)
-        work = lambda config=config: run(config, "validate", goes_on=False)  # noqa: E731
+        work = partial(run, config, settings.race_until, goes_on=False)
         waiting.append(in_a_fork(work, answers)[1])
     faults = [f"a builder fails: {t}" for result in waiting if not isinstance(t := result(), dict)]
     outputs = sorted(place.glob("out-*"))
@@ -423,8 +426,9 @@ def race(seed: int, builders: int, folder: Path, *, fresh: bool) -> Result:
     faults += left_over(place)
     name = "race, --fresh" if fresh else "race"
     return Result(
-        name, seed, builders, 0, 0, 0.0, round(time.perf_counter() - start, 1), {}, tuple(faults)
-    )
+        name, seed, settings.builders, 0, 0, 0.0, round(time.perf_counter() - start, 1), {},
+        tuple(faults),
+    )  # fmt: skip
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -437,15 +441,17 @@ def measure(settings: Settings) -> Iterator[Result]:
         images = rng.integers(0, 256, (100, SIZE, SIZE, 3)).astype(np.uint8)
         np.savez(folder / "data.npz", images=images, labels=np.arange(100) % CLASSES)
         # Warm up here, so that no fork spends seconds on what is done once in a process.
-        (folder / "warm").mkdir()
-        run(config_of(folder / "warm", 0), "validate", goes_on=False)
         chosen = [s for s in SCENARIOS if s.name in settings.scenarios]
+        (folder / "warm").mkdir()
+        stages = {s.until for s in chosen} | ({settings.race_until} if settings.builders else set())
+        furthest = max(stages, key=get_args(Stage).index)
+        run(config_of(folder / "warm", 0), furthest, goes_on=False)
         each = -(-settings.points // len(chosen)) if chosen else 0
         for seed in range(settings.seeds):
             for scenario in chosen:
                 yield kills(scenario, seed, each, folder)
             for fresh in (False, True) if settings.builders else ():
-                yield race(seed, settings.builders, folder, fresh=fresh)
+                yield race(settings, seed, folder, fresh=fresh)
 
 
 def main() -> int:
@@ -456,10 +462,13 @@ def main() -> int:
     add("--points", type=int, default=usual.points, help="kill points for each seed")
     add("--seeds", type=int, default=usual.seeds)
     add("--builders", type=int, default=usual.builders, help="that race; 0: no race")
+    add("--race-until", choices=get_args(Stage), default=usual.race_until, help="the last stage")
     add("--scenarios", nargs="*", default=usual.scenarios, choices=[s.name for s in SCENARIOS])
     add("--quick", action="store_true")
     args = parser.parse_args()
-    settings = Settings(args.points, args.seeds, args.builders, tuple(args.scenarios))
+    settings = Settings(
+        args.points, args.seeds, args.builders, args.race_until, tuple(args.scenarios)
+    )
     if args.quick:
         settings = Settings(points=2 * len(SCENARIOS), seeds=1)
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -48,10 +49,15 @@ def matrix_network(name: str) -> nn.Module:
     if name not in _SMALLER:  # timm does not let us set these depths
         regnet = name.startswith("regnet")
         stages = [module.s2, module.s3, module.s4] if regnet else module.blocks[1:]
-        for stage, depth in zip(stages, (2, 1, 1, 1, 1, 1), strict=False):
-            for block in [child for child, _ in stage.named_children()][depth:]:
-                delattr(stage, block)
+        shorten(stages, (2, 1, 1, 1, 1, 1))
     return module.eval()
+
+
+def shorten(stages: Iterable[nn.Module], depths: Iterable[int]) -> None:
+    """Keep the first blocks of each stage."""
+    for stage, depth in zip(stages, depths, strict=False):
+        for block in [child for child, _ in stage.named_children()][depth:]:
+            delattr(stage, block)
 
 
 _MIXERS = (

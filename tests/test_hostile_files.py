@@ -351,7 +351,8 @@ def test_class_maps_that_are_made_to_harm(tmp_path: Path, kind: str) -> None:
         ({"speedup": 1e300}, "--speedup: Input should be less than or equal to 1000000"),
         ({"speedup": [2]}, "--speedup: Input should be a valid number"),
         ({"ratio": 10**400}, "--ratio: Input should be a valid number"),
-        ({"memory_budget": 10**5000}, "--memory-budget: Value error, is no amount of memory"),
+        ({"memory_budget": 10**5000}, "--memory-budget: Value error, is an integer of 16610 bits"),
+        ({"memory_budget": "9" * 5000}, "--memory-budget: Value error, is no amount of memory"),
         ({"rounds": 10**9}, "--rounds: Input should be less than or equal to 10000"),
         ({"workers": "9" * 30}, "--workers: Value error, must be a number above zero"),
         ({"batch": f"1:1:{10**9}"}, "--batch: Input should be less than or equal to 1048576"),
@@ -464,6 +465,24 @@ def test_a_checkpoint_that_holds_itself(tmp_path: Path) -> None:
     lists.append(lists)
     torch.save({"lists": lists}, file)
     with pytest.raises(UsageError, match="holds no weights: a dict with lists"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "pickled", [b"cos\n%s\n." % (b"a" * MIB), b"X\x00\x00\x10\x00%s)R." % (b"a" * MIB)],
+    ids=["name", "text that is called"],
+)  # fmt: skip
+def test_torch_is_spared_a_text_that_takes_it_hours_to_complain_of(
+    tmp_path: Path, pickled: bytes, zipped: bool
+) -> None:
+    file = tmp_path / "c.pt"
+    file.write_bytes(b"\x80\x02" + pickled)
+    if zipped:
+        with zipfile.ZipFile(file, "w") as made:
+            made.writestr("c/data.pkl", b"\x80\x02" + pickled)
+            made.writestr("c/version", b"3\n")
+    with pytest.raises(UsageError, match="more than 16,384 letters without a blank"):
         read_checkpoint(file)
 
 

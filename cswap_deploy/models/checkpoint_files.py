@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import io
 import json
 import pickle
+import pickletools
 import re
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -28,6 +30,11 @@ _DAMAGED = (
     zlib.error,
 )  # fmt: skip
 """What ``torch.load`` raises on files that are no checkpoints."""
+_PICKLES = 5
+"""In a row, before the values, in files of torch before 1.6."""
+_LONGEST = 1 << 14
+"""Letters in a row, in a pickle: to say what is wrong torch takes the square of their number, which
+for 64,000 is a minute."""
 _MAGIC: dict[bytes, tuple[str, str]] = {
     b"\x1f\x8b": ("a gzip archive", "gunzip it"),
     b"BZh": ("a bzip2 archive", "unpack it"),
@@ -204,6 +211,12 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read_pickle(path: Path) -> Any:
+    if any(len(part) > _LONGEST for text in _texts(path) for part in text.split()):
+        raise UsageError(
+            f"{path} is no checkpoint: it has a name or a text of more than {_LONGEST:,} letters "
+            "without a blank",
+            fix="save model.state_dict()",
+        )
     try:
         # timm's training checkpoints hold their arguments in a Namespace, which is plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -218,6 +231,29 @@ def _read_pickle(path: Path) -> Any:
             f"{path} is neither a safetensors file nor one that torch {torch.__version__} saved: "
             f"{words}"
         ) from err
+
+
+def _texts(path: Path) -> Iterator[str | bytes]:
+    """Names and texts in a file's pickles, as far as they can be read."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                file.seek(0)
+                for _ in range(_PICKLES):
+                    yield from _texts_of(file)
+                return
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    yield from _texts_of(io.BytesIO(archive.read(name)))
+    except (zipfile.BadZipFile, *_DAMAGED):
+        return  # torch says it better
+
+
+def _texts_of(pickled: IO[bytes]) -> Iterator[str | bytes]:
+    for _, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str | bytes):
+            yield argument
 
 
 def _refused(path: Path, err: Exception) -> UsageError:

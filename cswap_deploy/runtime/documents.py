@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy.errors import ArtifactError
+from cswap_deploy.errors import ArtifactError, lacking
 
 UNSEALED = "5ea1" * 16
 """Where the seal of a document goes, before it is known."""
@@ -40,9 +40,20 @@ def regular_file(path: Path, *, within: Path | None = None) -> Iterator[Buffered
         within: The folder that it may not leave, by a link neither.
 
     Raises:
-        OSError: It is not there, or may not be read.
+        OSError: It is not there.
         ArtifactError: It is no regular file, or leads out of the folder.
+        MissingDependencyError: It may not be read, or this machine lacks what that takes.
     """
+    try:
+        with _opened(path, within) as file:
+            yield file
+    except OSError as err:
+        if (told := lacking(err)) is not None:  # the file itself may be sound
+            raise told from err
+        raise
+
+
+def _opened(path: Path, within: Path | None) -> BufferedReader:
     try:
         real = os.path.realpath(path)
         if within is not None and not Path(real).is_relative_to(os.path.realpath(within)):
@@ -54,17 +65,17 @@ def regular_file(path: Path, *, within: Path | None = None) -> Iterator[Buffered
         handle = os.open(real, os.O_RDONLY | flags)
     except ValueError as err:  # a NUL in a name
         raise ArtifactError(f"{str(path)!r} is no name of a file") from err
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # changed since
-            raise _no_file(path)
-        yield file
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # changed since
+        os.close(handle)
+        raise _no_file(path)
+    return os.fdopen(handle, "rb")
 
 
 def read_regular(path: Path, *, within: Path | None = None, most: int = MOST_BYTES) -> bytes:
     """The content of a file of at most so many bytes.
 
     Raises:
-        OSError, ArtifactError: As :func:`regular_file`; or it is larger.
+        OSError, ArtifactError, MissingDependencyError: As :func:`regular_file`; or it is larger.
     """
     with regular_file(path, within=within) as file:
         content = file.read(most + 1)

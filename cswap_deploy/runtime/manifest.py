@@ -76,7 +76,7 @@ def _present(told: dict[str, Any]) -> dict[str, Any]:
         if len(asked) < 2 or not isinstance(settings, dict):
             raise ValueError("it does not say what was asked")
         settings |= {"ratio": asked["ratio_requested"], "ratio_of": asked["ratio_of"]}
-    return {"seal": UNSEALED} | told | {"schema_version": SCHEMA_VERSION}
+    return {"seal": UNSEALED, "files": []} | told | {"schema_version": SCHEMA_VERSION}
 
 
 def _contradictions(told: dict[str, Any]) -> Iterator[str]:

@@ -10,11 +10,15 @@ import copy
 import io
 import json
 import random
+import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
+
+from cswap_deploy.runtime.documents import UNSEALED, sealed
 
 Mutation = Callable[[random.Random, bytes], bytes]
 _NUMBERS = (0, 1, 2, 7, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62,
@@ -70,6 +74,17 @@ def json_changed(rng: random.Random, data: bytes) -> bytes:
     if rng.random() < 0.05:
         text = text.replace("{", '{"a": 0, "a": 1, ', 1)
     return text.encode("utf-8", "replace")
+
+
+def sealed_json_changed(rng: random.Random, data: bytes) -> bytes:
+    """The same; half of them sealed anew, as only someone who wants to harm does it."""
+    changed = json_changed(rng, data)
+    if rng.random() < 0.5:
+        return changed
+    unsealed = re.sub(rb'("seal":\s*)"[0-9a-f]{64}"', rb'\1"%s"' % UNSEALED.encode(), changed)
+    with suppress(ValueError):  # its seal was changed too
+        return sealed(unsealed.decode())
+    return changed
 
 
 def _change(rng: random.Random, document: Any) -> Any:

@@ -16,6 +16,7 @@ from fuzz.mutations import (
     bytes_changed,
     json_changed,
     png_changed,
+    sealed_json_changed,
     sized_header_changed,
     zip_changed,
 )
@@ -84,7 +85,7 @@ def _spec() -> Any:
 
     pre = Preprocessing(input_size=INPUT_SIZE, mean=MEAN, std=STD, resize_shorter=18)
     return ModelSpec(
-        name="small", source="factory", weights="random", weights_sha256="0" * 64 * 64,
+        name="small", source="factory", weights="random", weights_sha256="0" * 64,
         num_classes=CLASSES, preprocessing=pre,
     )  # fmt: skip
 
@@ -280,9 +281,11 @@ def _read_picture() -> Read:
 
 
 def _manifest() -> list[bytes]:
-    from made_up_bundle import made_up_manifest
+    from made_up_bundle import write_made_up_bundle
 
-    return [made_up_manifest().model_dump_json(indent=1).encode()]
+    with tempfile.TemporaryDirectory() as folder:
+        write_made_up_bundle(Path(folder))
+        return [Path(folder, "manifest.json").read_bytes()]
 
 
 def _read_manifest() -> Read:
@@ -312,21 +315,42 @@ def _read_plan() -> Read:
     return lambda path: read_plan(path.parent)
 
 
+def _lying_beside(folder: Path) -> None:
+    """The plan and the weights, without which no build.json is read."""
+    from made_up_bundle import made_up_plan
+
+    (folder / "plan.json").write_text(made_up_plan().canonical_json())
+    (folder / "pruned.safetensors").write_bytes(b"weights")
+
+
 def _build() -> list[bytes]:
+    from made_up_bundle import made_up_plan
+
     from cswap_deploy.config import load_config
     from cswap_deploy.records.bundle import BuildRecord
+    from cswap_deploy.records.files import list_files
+    from cswap_deploy.records.value import write_sealed
 
-    record = BuildRecord(
-        settings=load_config(model="demo-resnet").settings(), prune_key="0" * 64,
-        dense_weights_sha256="0" * 64 * 64, files=(),
-    )  # fmt: skip
-    return [record.model_dump_json(indent=1).encode()]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _lying_beside(folder)
+        record = BuildRecord(
+            settings=load_config(model="demo-resnet").settings() | made_up_plan().settings,
+            prune_key="0" * 64, dense_weights_sha256="0" * 64, files=list_files(folder),
+        )  # fmt: skip
+        write_sealed(folder / "build.json", record)
+        return [(folder / "build.json").read_bytes()]
 
 
 def _read_build() -> Read:
     from cswap_deploy.records.bundle import read_build
 
-    return lambda path: read_build(path.parent)
+    def read(path: Path) -> object:
+        if not path.with_name("plan.json").exists():
+            _lying_beside(path.parent)
+        return read_build(path.parent)
+
+    return read
 
 
 def _measurements() -> list[bytes]:
@@ -413,9 +437,9 @@ PARSERS: dict[str, Parser] = {
     "torch.save": Parser("w.pt", _torch_save, _zip_or_bytes, _read_checkpoint),
     "onnx": Parser("m.onnx", _onnx, bytes_changed, _read_onnx),
     "pictures": Parser("p.png", _pictures, png_changed, _read_picture),
-    "manifest": Parser("manifest.json", _manifest, json_changed, _read_manifest),
+    "manifest": Parser("manifest.json", _manifest, sealed_json_changed, _read_manifest),
     "plan": Parser("plan.json", _plan, json_changed, _read_plan),
-    "build.json": Parser("build.json", _build, json_changed, _read_build),
+    "build.json": Parser("build.json", _build, sealed_json_changed, _read_build),
     "history": Parser("h.db", _history, bytes_changed, _read_history),
     "latency-table": Parser("t.json", _table, json_changed, _read_table),
     "measurements": Parser("bench.json", _measurements, json_changed, _read_measurements),

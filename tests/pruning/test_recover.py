@@ -162,7 +162,7 @@ def test_a_build_says_that_it_was_trained(
     assert "## Recovery (training)" in text
     assert "--recover 0.05" in text
     assert "Nothing was trained." in (made.bundle / "report.md").read_text()
-    module = bundle.module()
+    module = bundle.module(small_models.small())
     with torch.no_grad():
         assert torch.isfinite(module(IMAGES)).all()
     again = command(

@@ -157,7 +157,7 @@ def test_json_with_surprises(
     assert len(refused(bundle, capsys)) < 500
 
 
-def test_every_value_replaced_by_others(bundle: Path) -> None:
+def test_every_value_replaced_by_others_or_removed(bundle: Path) -> None:
     """Whatever stands anywhere: the bundle opens, or is refused in words."""
     told = json.loads((bundle / "manifest.json").read_text())
     places: list[tuple[Any, Any]] = []
@@ -173,6 +173,11 @@ def test_every_value_replaced_by_others(bundle: Path) -> None:
         kept = node[key]
         for other in (None, -1, 2**62, 0.5, "", "text", [], [None], {}, {"a": 1}, True):
             node[key] = other
+            reseal(bundle / "manifest.json", told)
+            with suppress(ArtifactError):
+                DeviceBundle.open(bundle)
+        if isinstance(node, dict):
+            del node[key]
             reseal(bundle / "manifest.json", told)
             with suppress(ArtifactError):
                 DeviceBundle.open(bundle)
