@@ -22,6 +22,7 @@ from cswap_deploy.records.bundle import (
     DENSE,
     MODEL,
     PLAN,
+    SIGNATURE,
     WEIGHTS,
     BuildRecord,
     describe,
@@ -459,6 +460,7 @@ def _close(
 
 
 def _seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest, with every file beside it as it is now."""
+    """Write the manifest, with every file beside it as it is now; it is signed no more."""
+    (folder / SIGNATURE).unlink(missing_ok=True)
     files = tuple(ref for ref in list_files(folder) if ref.path != MANIFEST)
     return write_sealed(folder / MANIFEST, manifest.model_copy(update={"files": files}))
