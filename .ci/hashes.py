@@ -24,7 +24,8 @@ def downloaded(report: Path) -> dict[str, str]:
         told = item["download_info"]
         if "archive_info" in told:  # else a folder: this project
             name = unquote(Path(urlsplit(told["url"]).path).name)
-            found[name] = told["archive_info"]["hashes"]["sha256"]
+            archive = told["archive_info"]  # pip before 23.1 has "hash" alone
+            found[name] = archive.get("hashes", {}).get("sha256") or archive["hash"].split("=")[1]
     return found
 
 
