@@ -51,7 +51,9 @@ def test_help_imports_nothing_heavy() -> None:
     imported = set(done.stderr.split())
     assert "typer" in imported
     assert imported.isdisjoint(HEAVY), imported.intersection(HEAVY)
-    later = "export engine validate check compare bench budget history inspect explain models doctor"
+    later = (
+        "export engine validate check compare bench budget history inspect explain models doctor"
+    )
     for name in f"build prune sweep profile-kit verify sign {later}".split():
         assert name in done.stdout
 
