@@ -3,6 +3,9 @@
 #   make demo      prune, export and measure the two embedded networks
 #   make test      run the tests
 #   make check     lint, format, types
+#   make wheel     build the wheel twice, hold the two against each other, leave one in dist/
+#   make hashes    hold what was downloaded against .ci/hashes.txt
+#   make audit     ask for known vulnerabilities of what is installed; only warns
 #   make fuzz      spoil files of every kind and see who fails (FUZZ='--cases 100000')
 #   make bench     run the benchmarks in their short form
 #   make install   only the set-up: .venv with everything in it
@@ -20,11 +23,12 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= cpu,trt-rtx,lite,test,dev
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
+REPORT = --report $(VENV)/downloaded-$$(date +%s)
 BENCHMARKS = $(sort $(wildcard benchmarks/bench_*.py))
 
 export ORT_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check fuzz bench install clean
+.PHONY: demo test check wheel hashes audit fuzz bench install clean
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 
@@ -44,6 +48,17 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(STAMP)
+	.ci/wheel $(BIN)/python
+
+hashes: $(STAMP)
+	$(BIN)/python .ci/hashes.py $(HASHES) $(VENV)/downloaded-*.json
+
+# It asks the package index; without one, or where it takes long, everything else goes on.
+audit: $(STAMP)
+	@timeout -k 5 60 $(BIN)/pip-audit --local --skip-editable --progress-spinner off || \
+		echo "warning: pip-audit found what is above, or could not ask in 60 s" >&2
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
@@ -70,10 +85,10 @@ $(STAMP): pyproject.toml constraints.txt tests/runtime/headers.txt
 		echo "  fix: apt-get install python3-venv" >&2; \
 		exit 1; fi; \
 	echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) $(REPORT)-1.json \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		-c constraints.txt torch==$(TORCH_VERSION) -e ".[$(EXTRAS)]"
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) --no-deps \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) $(REPORT)-2.json --no-deps \
 		-r tests/runtime/headers.txt
 	@touch $@
 

@@ -242,22 +242,65 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     return Bundle(folder, read_plan(folder), manifest)
 
 
-def verify(path: str | os.PathLike[str]) -> BundleCheck:
+def sign(path: str | os.PathLike[str], key: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Sign every file of a bundle with a private key; the signature is its ``bundle.sig``.
+
+    Returns:
+        The files under the signature, by their paths in the bundle.
+
+    Raises:
+        ArtifactError: It is no bundle, or is damaged.
+        UsageError: The key cannot be used.
+        MissingDependencyError: ``cswap-deploy[signing]`` is not installed.
+    """
+    from cswap_deploy.records.bundle import verify_bundle
+    from cswap_deploy.records.signature import sign_files
+
+    verify_bundle(Path(path))
+    return sign_files(Path(path), Path(key))
+
+
+def verify(
+    path: str | os.PathLike[str], *, key: str | os.PathLike[str] | None = None
+) -> BundleCheck:
     """Hold everything in a bundle against its manifest, and its weights against its plan.
 
     The pruned network is made again from a demo's or timm's name, and its recorded weights loaded;
     a factory that the bundle names is not called. The command ``cswap-deploy verify`` exits with 6
     where something is wrong.
 
+    Args:
+        path: The bundle.
+        key: The public key of who signed it, which is held before anything else is looked at.
+
     Raises:
-        ArtifactError: It is no bundle, or its manifest cannot be read.
+        ArtifactError: It is no bundle, its manifest cannot be read, or the signature does not hold.
+        UsageError: The key cannot be used.
+        MissingDependencyError: ``cswap-deploy[signing]`` is not installed.
     """
     from cswap_deploy.records.bundle import examine_bundle
 
+    signed = _signature(Path(path), None if key is None else Path(key))
     checked = examine_bundle(Path(path))
+    checked = replace(checked, findings=(*signed, *checked.findings))
     if checked.wrong:
         return checked
     return replace(checked, findings=(*checked.findings, _replayed(checked)))
+
+
+def _signature(folder: Path, key: Path | None) -> tuple[Finding, ...]:
+    """What can be said of who made a bundle."""
+    from cswap_deploy.records.bundle import SIGNATURE, Finding
+    from cswap_deploy.records.signature import require_signature
+
+    if key is not None:
+        names = require_signature(folder, key)
+        words = f"made with the key of {key}, over all {len(names)} files"
+    elif (folder / SIGNATURE).is_file():
+        words = "not held against a key: none was passed (--key)"
+    else:
+        return ()
+    return (Finding(SIGNATURE, True, words),)
 
 
 def _replayed(checked: BundleCheck) -> Finding:

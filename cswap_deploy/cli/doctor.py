@@ -305,8 +305,9 @@ def _data() -> Seen:
     return "ok", f"{folder}: {', '.join(sorted(os.listdir(folder))[:5])}", ""
 
 
-_CPU, _OPENVINO, _HUB, _TRT, _RTX = (
-    f"pip install 'cswap-deploy[{extra}]'" for extra in ("cpu", "openvino", "hub", "trt", "trt-rtx")
+_CPU, _OPENVINO, _HUB, _TRT, _RTX, _SIGNING = (
+    f"pip install 'cswap-deploy[{extra}]'"
+    for extra in ("cpu", "openvino", "hub", "trt", "trt-rtx", "signing")
 )
 _TRT_GUIDE = "install the libraries too, as NVIDIA's TensorRT installation guide says"
 _PYCUDA_GUIDE = "install the CUDA toolkit, put its bin on PATH, then pip install pycuda"
@@ -337,6 +338,7 @@ CHECKS = {
     },
     "nvidia-modelopt": Check(_modelopt),
     "datasets": package("datasets", fix=_HUB, optional=True),
+    "model-signing": package("model-signing", "model_signing", fix=_SIGNING, optional=True),
     "demo networks": Check(_demos),
     "store": Check(_store),
     "CSWAP_DATA": Check(_data),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -83,6 +85,23 @@ def fresh_module(spec: ModelSpec) -> nn.Module:
         arguments = {str(name): value for name, value in spec.arguments.items()}
         module = timm_models.create(spec.name, pretrained=False, arguments=arguments)
     return plain(module)[0]
+
+
+def weights_licence(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
+    """What a demo's or timm's own weights are licensed under; a user's own are not known.
+
+    Args:
+        spec: The network.
+        settings: Of the build.
+    """
+    if settings.get("checkpoint") is not None or not settings.get("pretrained", True):
+        return None
+    if spec.source == "demo":
+        return str(metadata.metadata("cswap-deploy").json["license_expression"])
+    if spec.source == "timm":
+        licence: str | None = timm_models.pretrained_cfg(spec.name).license
+        return licence
+    return None
 
 
 def weights_digest(module: nn.Module) -> str:

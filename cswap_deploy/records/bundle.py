@@ -25,6 +25,8 @@ WEIGHTS = "pruned.safetensors"
 MODEL = "model.onnx"
 DENSE = "dense.onnx"
 """The dense network's graph, where the build was asked to keep it."""
+SIGNATURE = "bundle.sig"
+"""Of every other file, where the bundle is signed; the manifest does not list it."""
 _ROUNDING = 1e-9
 _SAID_TWICE = (
     "criterion", "ratio", "ratio_of", "exclude", "include", "intervention", "select", "refit",
@@ -155,7 +157,7 @@ def examine_bundle(path: Path) -> BundleCheck:
             except ArtifactError as err:
                 found.append(Finding(name, False, first_line(err)))
     _, extra = compare_files(path, ())
-    unlisted = tuple(name for name in extra if name not in listed | {MANIFEST})
+    unlisted = tuple(name for name in extra if name not in listed | {MANIFEST, SIGNATURE})
     return BundleCheck(path, manifest, tuple(found), unlisted)
 
 

@@ -152,14 +152,19 @@ def check_output(target: Path) -> None:
     _remove_empty(made)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, option: str = "-o") -> None:
     """Write a file so that a reader sees all of it or what was there before.
+
+    Args:
+        path: Of the file.
+        data: Its content.
+        option: What names another folder.
 
     Raises:
         UsageError: The folder cannot be written.
         MissingDependencyError: The disk is full.
     """
-    with scratch_folder(path.parent, prefix=f".{path.name}.partial-", option="-o") as scratch:
+    with scratch_folder(path.parent, prefix=f".{path.name}.partial-", option=option) as scratch:
         new = scratch / "new"
         new.write_bytes(data)
         sync(new)

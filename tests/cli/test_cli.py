@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
     later = (
         "export engine validate check compare bench budget history inspect explain models doctor"
     )
-    for name in f"build prune sweep profile-kit {later}".split():
+    for name in f"build prune sweep profile-kit verify sign {later}".split():
         assert name in done.stdout
 
 
@@ -63,7 +63,7 @@ def test_every_command_says_what_it_does(command: Command) -> None:
         c.name or (c.callback.__name__ if c.callback else "")
         for c in command_line().registered_commands
     ]
-    assert len(names) == 15
+    assert len(names) == 16
     for name in names:
         done = command(name, "--help")
         assert done.code == 0

@@ -38,7 +38,8 @@ def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
     assert list(findings) == [
         "python", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim",
         "onnxruntime", "GPU", "tensorrt-rtx", "tensorrt", "pycuda", "nvidia-ml-py", "openvino",
-        "nncf", "nvidia-modelopt", "datasets", "demo networks", "store", "CSWAP_DATA",
+        "nncf", "nvidia-modelopt", "datasets", "model-signing", "demo networks", "store",
+        "CSWAP_DATA",
     ]  # fmt: skip
 
 
