@@ -62,6 +62,8 @@ LOOKED = 256
 while it is measured; once it is gone, what is left is refitted on all images."""
 _FORWARD = 8
 """One part in so many of the memory budget is for the values of one forward."""
+_WIDENED = 2
+"""And one part in so many for images and mosaics, where the former are few."""
 NEAR = 0.03
 """How far below the speed-up that is asked for a network may stay, as a fraction of it."""
 _ATTEMPTS = 4
@@ -101,7 +103,7 @@ class _Loop:
         network, memory = job.network, job.backend.budget.total
         size = images_at_once(network.dense, memory // _FORWARD)
         few = bool(starved(network.dense, len(images)))
-        wide = widened(images, self.order) if few else (images, self.order)
+        wide = widened(images, self.order, memory // _WIDENED) if few else (images, self.order)
         batches = Batches(*wide, size, network.dense.device)
         self.ground = Ground(network.dense, batches, memory, job.calibration.task, few)
         self.trials = Trials(network, state.removed, self.ground)

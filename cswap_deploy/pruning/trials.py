@@ -78,7 +78,7 @@ def starved(dense: Graph, images: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def widened(images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def widened(images: Tensor, order: Tensor, most_bytes: int) -> tuple[Tensor, Tensor]:
     """Few images with mosaics of them, as many together as are enough.
 
     Those that a candidate is refitted on and those that evaluate it (:func:`images_apart`) have no
@@ -86,21 +86,25 @@ def widened(images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         images: (N, C, H, W).
-        order: (N,) their order; any prefix is balanced by class.
+        order: (N,) their order; any part is balanced by class.
+        most_bytes: For all of them.
 
     Returns:
-        All images, and their order: as given where N is enough.
+        All images, and their order: as given where N is enough, or nothing else fits.
     """
-    parts = _ENOUGH // sum(images_apart(_ENOUGH)) * 2
-    if not parts <= len(images) < _ENOUGH:
+    total = min(_ENOUGH, most_bytes // max(1, images[0].nbytes))
+    few, judges = images_apart(total)
+    sizes = few, judges, total - few - judges
+    if not _FEWEST <= len(images) < total:
         return images, order
-    each, found = _ENOUGH // parts, []
-    for part in range(parts):
-        own = images[order[part::parts]]
-        both = torch.cat([own, mosaics(own, each - len(own), seed=part)])
-        found.append(both[torch.randperm(each, generator=torch.Generator().manual_seed(part))])
+    found, end = [], 0
+    for part, size in enumerate(sizes):
+        begin, end = end, end + size
+        own = images[order[begin * len(images) // total : end * len(images) // total]]
+        both = torch.cat([own, mosaics(own, size - len(own), seed=part)]) if size else own
+        found.append(both[torch.randperm(size, generator=torch.Generator().manual_seed(part))])
     everything = torch.cat(found).contiguous(memory_format=memory_format_of(images))
-    return everything, torch.arange(_ENOUGH)
+    return everything, torch.arange(total)
 
 
 @dataclass(frozen=True, slots=True)

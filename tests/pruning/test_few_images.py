@@ -89,10 +89,10 @@ def test_a_mosaic_is_a_crop_as_the_picture_has_it() -> None:
         assert 0 <= float(image.min()) <= float(image.max()) <= 11
 
 
-@pytest.mark.parametrize("count", [37, 300, 1000])
+@pytest.mark.parametrize("count", [8, 37, 300, 1000])
 def test_what_evaluates_shares_no_picture_with_what_is_solved_on(count: int) -> None:
     marked = torch.arange(1.0, count + 1).view(count, 1, 1, 1).expand(count, 1, 4, 4).contiguous()
-    images, order = widened(marked, torch.randperm(count))
+    images, order = widened(marked, torch.randperm(count), 1 << 30)
     assert len(images) == len(order) == 1024
     few, judges = images_apart(len(images))
     solved, judged = images[order[:few]], images[order[few : few + judges]]
@@ -103,11 +103,12 @@ def test_what_evaluates_shares_no_picture_with_what_is_solved_on(count: int) -> 
 
 
 def test_enough_images_and_next_to_none_stay_as_they_are() -> None:
-    for count in (2, 1024, 1500):
+    for count, room in ((2, 1 << 30), (1024, 1 << 30), (1500, 1 << 30), (300, 4 * 4 * 200)):
         images, order = torch.rand(count, 1, 2, 2), torch.randperm(count)
-        found = widened(images, order)
+        found = widened(images, order, room)
         assert found[0] is images
         assert found[1] is order
+    assert len(widened(torch.rand(300, 1, 2, 2), torch.arange(300), 4 * 4 * 700)[0]) == 700
 
 
 def test_starved_layers_are_those_with_fewer_rows_than_unknowns() -> None:
