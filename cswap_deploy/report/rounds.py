@@ -38,8 +38,9 @@ def rounds(plan: PrunePlan, images: int) -> Section | None:
     text += [f"{what}: {len(names):,}." for what, names in layers if names]
     if plan.starved:
         text.append(
-            f"{len(plan.starved):,} refitted layers had fewer rows than unknowns, so a ridge kept "
-            f"them near what they were: {_starved(plan, images)}."
+            f"Images were few: {len(plan.starved):,} layers had fewer rows than unknowns. Mosaics "
+            "were added, and each layer changed only as far as predictions on left-out images "
+            f"gained: {_starved(plan, images)}."
         )
     heads = "round | units measured | masked forwards | removed | parameters left | time"
     rows = (
