@@ -81,9 +81,9 @@ def by_curves(
     curves = [_curve(goal, group, order[group.name]) for group in goal.groups]
     curves = [curve for curve in curves if curve.counts]
     base = trials.screen({}, moments)
-    wanted = curves
+    wanted, ranking = curves, _ranking(goal, curves)
     while wanted:
-        progress.begin(f"trying parts of {len(wanted)} groups", len(wanted))
+        progress.begin(f"comparing parts of {len(wanted)} groups", len(wanted))
         for curve in wanted:
             count = curve.next
             assert count is not None

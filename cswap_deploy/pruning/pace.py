@@ -21,14 +21,22 @@ from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import window_of
 from cswap_deploy.network.units import consumers, depthwise
 from cswap_deploy.progress import Phases
-from cswap_deploy.pruning.candidates import NEIGHBOURS
+from cswap_deploy.pruning.candidates import CURVED, NEIGHBOURS
 from cswap_deploy.pruning.job import Job, Resolved
 from cswap_deploy.pruning.prepare import Prepared
 from cswap_deploy.pruning.producers import ITERATIONS, find_chains, rows_for
 from cswap_deploy.pruning.producers import MAX_FEATURES as MOST_READ
 from cswap_deploy.pruning.refit import MAX_FEATURES, solvable
 from cswap_deploy.pruning.rounds import LOOKED
-from cswap_deploy.pruning.trials import MAX_ROWS, MIXTURES, ROWS, TOGETHER, images_apart
+from cswap_deploy.pruning.trials import (
+    ENOUGH,
+    MAX_ROWS,
+    MIXTURES,
+    ROWS,
+    TOGETHER,
+    images_apart,
+    starved,
+)
 
 Costs = Mapping[str, list[float]]
 """Kind of phase, the first word of what it is called -> the cost of each of them, in order."""
@@ -37,6 +45,10 @@ _LOOKING, _ESTIMATING, _MEASURING = 1.8, 6.6, 0.8
 _LOOKS = 24
 """Images that a unit is measured on at most, on average."""
 _CANDIDATES, _FROM_DENSE, _TRIED = 7, 3, 2
+_WAVES = 1, 0.5, 0.3, 0.2
+"""Parts of the groups whose curves get a first point, a second one ..."""
+_STEPS = 1.2
+"""Forwards from the start for each layer that is refitted on trial."""
 _TIMED_IMAGES, _TIMED_SECONDS = 32, 0.5
 
 
@@ -45,9 +57,11 @@ def expected_costs(job: Job) -> Costs:
     network, resolved, images = job.network, job.resolved, len(job.calibration.images)
     graph, rounds = network.graph, resolved.rounds
     one = graph.macs(graph.nodes)
+    few_images = bool(starved(network.dense, images))
+    images = max(images, ENOUGH) if few_images else images
     few, judges = images_apart(images)
     judged = (1 + MIXTURES) * judges
-    trial = one * (few + judged) + _refit_macs(graph, few, ROWS)
+    trial = one * judged + (0 if few_images else one * few + _refit_macs(graph, few, ROWS))
     screen = one * (1 + MIXTURES) * min(TOGETHER, images - few)
     trying = [_CANDIDATES * screen + _TRIED * trial]
     if job.device is not None and (whole := sum(g.kind == "branch" for g in network.groups)):
@@ -56,9 +70,12 @@ def expected_costs(job: Job) -> Costs:
     if rounds > 1:
         trying.append(_FROM_DENSE * screen + _TRIED * trial)
     last = 3 * one * images + _refit_macs(graph, images, MAX_ROWS)
-    last += _producer_macs(network)
+    last += _producer_macs(network) + few_images * _STEPS * len(solvable(graph)) * screen
+    seen = images - judges if few_images else min(images, LOOKED)
+    curves = [part * len(network.groups) * screen for part in _WAVES]
     found = {
-        "looking": [_LOOKING * one * min(images, LOOKED)] * rounds,
+        "looking": [_LOOKING * one * seen] * rounds,
+        "comparing": curves * (len(CURVED) * rounds + 1) * few_images,
         "measuring": _measuring(network, resolved),
         "trying": trying if job.compares else [],
         "refitting": [last] if job.compares else [last] * rounds,

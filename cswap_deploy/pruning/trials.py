@@ -48,7 +48,7 @@ MIXTURES = 2
 """Mixed copies of each image that evaluates, beside the image itself."""
 _FEWEST = 8
 """Images that evaluate, however large their outputs."""
-_ENOUGH = 1024
+ENOUGH = 1024
 """Images; where there are fewer, mosaics of them make up for it. EfficientNet-Lite0 without 30 %,
 300 photos: divergence on others 1.06 without, .81 with 900 (benchmarks/LOG.md)."""
 _SHARE = 4
@@ -92,7 +92,7 @@ def widened(images: Tensor, order: Tensor, most_bytes: int) -> tuple[Tensor, Ten
     Returns:
         All images, and their order: as given where N is enough, or nothing else fits.
     """
-    total = min(_ENOUGH, most_bytes // max(1, images[0].nbytes))
+    total = min(ENOUGH, most_bytes // max(1, images[0].nbytes))
     few, judges = images_apart(total)
     sizes = few, judges, total - few - judges
     if not _FEWEST <= len(images) < total:
