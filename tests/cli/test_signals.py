@@ -35,12 +35,18 @@ sys.exit(main())
 """
 
 
+def _begin_with(ignored: signal.Signals | None) -> None:
+    """Whatever started the tests, as ``nohup`` may have."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
+
 def python(*line: object, ignored: signal.Signals | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *map(str, line)], text=True,
         env={**os.environ, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=ignored and (lambda: signal.signal(ignored, signal.SIG_IGN)),  # noqa: PLW1509
+        preexec_fn=lambda: _begin_with(ignored),  # noqa: PLW1509
     )  # fmt: skip
 
 
