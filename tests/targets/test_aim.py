@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -144,9 +145,15 @@ def test_a_kit_gives_the_table_that_a_build_would_make_here(
     network, here = prepared(small_cnn()), timed(small_cnn, runtime)
     assert [g.widths for g in table.graphs] == [g.widths for g in here]
     for there, own in zip(table.graphs, here, strict=True):
-        assert [(n.name, n.op, n.inputs, n.outputs) for n in there.nodes] == [
-            (n.name, n.op, n.inputs, n.outputs) for n in own.nodes
-        ]
+        nodes = [Counter((n.op, n.inputs, n.outputs) for n in each.nodes) for each in (there, own)]
+        apart = (nodes[0] - nodes[1]) + (nodes[1] - nodes[0])
+        if runtime == "openvino":  # counts whole microseconds: what never takes one may be missing
+            slow = {(n.op, n.inputs, n.outputs) for n in (*there.nodes, *own.nodes) if n.ms > 0.002}
+            assert apart.total() <= 2
+            assert not slow & {*apart}
+        else:
+            assert not apart
+            assert [n.name for n in there.nodes] == [n.name for n in own.nodes]
     assert (table.batch, table.threads) == (2, 1)
     assert table.runtime.startswith(runtime)
     model = latency_model(network, TableAim(tmp_path / "device.json", table))
