@@ -32,7 +32,7 @@ from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import shift_output
 from cswap_deploy.network.placing import HOST, placed
 from cswap_deploy.network.pooling import Pool, balanced, pool_before
-from cswap_deploy.network.unfolding import some_of
+from cswap_deploy.network.unfolding import rows_of
 from cswap_deploy.network.units import (
     Consumer,
     channel_dim,
@@ -179,12 +179,8 @@ def input_moments(
                 rows = x.reshape(-1, x.shape[-1])
                 if layer not in sums:
                     sums[layer] = CentredMoments(rows.mean(0))
-                positions = x.reshape(len(x), -1, x.shape[-1])
-                if layer in joint and positions.shape[1] > per_image:  # the same of every image
-                    positions = positions[
-                        :, placed(some_of(positions.shape[1], per_image), x.device)
-                    ]
-                    rows = positions.reshape(-1, x.shape[-1])
+                if layer in joint:
+                    rows = rows_of(x, per_image)
                 rows = rows - sums[layer].centre
                 sums[layer].add(rows, *(rows,) * (layer in joint))
     found = {}

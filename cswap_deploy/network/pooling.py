@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from cswap_deploy.network.nodes import batched, elements, input_of, opname, shape_in
-from cswap_deploy.network.placing import placed
-from cswap_deploy.network.unfolding import some_of
+from cswap_deploy.network.unfolding import rows_of
 
 _SAME_VALUES = frozenset(
     {"flatten", "view", "reshape", "_unsafe_view", "squeeze", "dropout", "clone", "contiguous"}
 )
-
-
 FED = 2
 """Images for each input, from which on averages say enough by themselves."""
 
@@ -37,10 +34,7 @@ class Pool:
 
     def rows(self, value: Tensor, most: int) -> Tensor:
         """(R, C) of the source's value at some positions, the same ones of every image."""
-        x = value.movedim(self.channels, -1).flatten(1, -2)
-        if x.shape[1] > most:
-            x = x[:, placed(some_of(x.shape[1], most), x.device)]
-        return x.reshape(-1, x.shape[-1])
+        return rows_of(value.movedim(self.channels, -1), most)
 
 
 def pool_before(consumer: fx.Node, inputs: int, images: int) -> Pool | None:

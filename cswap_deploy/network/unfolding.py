@@ -117,6 +117,14 @@ def some_of(count: int, most: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
+def rows_of(x: Tensor, most: int) -> Tensor:
+    """(N, ..., C) -> (R, C): at most so many positions of each image, the same ones of all."""
+    x = x.reshape(len(x), -1, x.shape[-1])
+    if x.shape[1] > most:
+        x = x[:, placed(some_of(x.shape[1], most), x.device)]
+    return x.reshape(-1, x.shape[-1])
+
+
 def at(x: Tensor, where: Positions) -> Tensor:
     """(N, H, W, C) -> (R, C)."""
     return x[where.image, where.row, where.column]

@@ -119,13 +119,15 @@ def refit(
             ahead = [c.producer for c in chains.values() if place[c.producer] < place[node]]
             hold = min([node, *ahead], key=place.__getitem__)
             chain = chains.pop(layer, None)
-            before = _Before(pruned, layer)
+            step = None if judge is None else _Step(judge, pruned, layer, chain)
             done = work.solve(layer, hold, chain)
-            if done and chain is not None and work.reconstruct(chain):
+            rebuilt = done and chain is not None and work.reconstruct(chain)
+            if rebuilt:
                 work.solve(layer, hold)
+            if done and step is not None:
+                rebuilt &= step.as_far_as_it_helps() > 0
+            if rebuilt and chain is not None:
                 producers.append(chain.producer_layer)
-            if judge is not None and done:
-                before.step_as_far_as_it_helps(judge, node)
             (solved if done else skipped).append(layer)
             if tick is not None:
                 tick(1)
@@ -139,23 +141,30 @@ class Judge(Protocol):
         """Divergence from the dense network; nothing before ``node`` has changed since the last."""
 
 
-class _Before:
-    """A layer's weights and constant as they were."""
+class _Step:
+    """From the weights and constants of a layer, and of its producer, to what they become."""
 
-    def __init__(self, graph: Graph, layer: str) -> None:
+    def __init__(self, judge: Judge, graph: Graph, layer: str, chain: Chain | None) -> None:
+        self._judge = judge
+        self._first = graph.readers(layer)[0] if chain is None else chain.producer
         self._tensors = [graph.layer(layer).weight, constant_of(graph, layer)]
+        if chain is not None:
+            producer = chain.producer_layer
+            self._tensors += [graph.layer(producer).weight, constant_of(graph, producer)]
         self._values = [tensor.detach().clone() for tensor in self._tensors]
 
-    def step_as_far_as_it_helps(self, judge: Judge, node: fx.Node) -> None:
-        """Keep what has become of them, or half of the change, or none of it."""
+    def as_far_as_it_helps(self) -> float:
+        """Keep what has become of them, or half of the change, or none; the part that is kept."""
         after = [tensor.detach().clone() for tensor in self._tensors]
         found: list[tuple[float, float]] = []
         for part in (0.0, 1.0, 0.5):
             self._set(part, after)
-            found.append((judge.effect(node), part))
+            found.append((self._judge.effect(self._first), part))
             if part == 1.0 and found[1] < found[0]:
-                return
-        self._set(min(found)[1], after)
+                return part
+        _, best = min(found)
+        self._set(best, after)
+        return best
 
     def _set(self, part: float, after: list[Tensor]) -> None:
         for tensor, before, end in zip(self._tensors, self._values, after, strict=True):

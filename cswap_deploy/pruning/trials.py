@@ -216,6 +216,8 @@ class Judging:
         graph = self.graph
         images = self.ground.first_part
         with torch.inference_mode():
+            if graph.position[node] < self._at:
+                self._at, self._held = 0, {}
             env = dict(self._held) or {graph.input: images}
             for at, now in graph.resume(env, self._at, len(images)):
                 if at is node:

@@ -19,13 +19,14 @@ from cswap_deploy.causal.mixtures import mosaics
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.pooling import balanced, pool_before
-from cswap_deploy.network.units import consumers
+from cswap_deploy.network.units import consumers, mask_weight
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import refit as module_of_refit
 from cswap_deploy.pruning.allocation import Goal, Limits
 from cswap_deploy.pruning.candidates import curved
 from cswap_deploy.pruning.curves import Curve, by_curves
 from cswap_deploy.pruning.prepare import prepare
+from cswap_deploy.pruning.producers import find_chains
 from cswap_deploy.pruning.refit import refit
 from cswap_deploy.pruning.trials import (
     Ground,
@@ -299,6 +300,44 @@ def test_a_judge_gives_what_a_whole_forward_gives() -> None:
         whole = float(ground.divergence(graph, parts=1).mean())
         assert judging.effect(node) == pytest.approx(whole, rel=1e-5, abs=1e-9)
         assert judging.effect(node) == pytest.approx(whole, rel=1e-5, abs=1e-9)
+
+
+def test_a_step_that_is_not_taken_leaves_the_producer_too() -> None:
+    """A judge that is never content: the reconstructed producer goes back with its consumer."""
+    module = lively(small_cnn())
+    dense = trace(copy.deepcopy(module), IMAGES16[:2])
+    graph = dense.on(module)
+    mask_weight(graph.layer("project.0"), torch.tensor([0, 1, 2]))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    kept = {"project.0": torch.arange(3, 12)}
+    asked: list[fx.Node] = []
+
+    class Content:
+        def effect(self, node: fx.Node) -> float:
+            asked.append(node)
+            return float(len(asked))
+
+    settings: Any = {"reconstruct": ["project.0"], "most_bytes": 1 << 30}
+    targets = targets_of(dense, IMAGES16)
+    chains = find_chains(graph, ["project.0"])
+    done = refit(graph, targets, kept, judge=Content(), **settings)
+    assert done.producers == ()
+    assert {*asked} == {chains[0].producer if chains else graph.readers("project.0")[0]}
+    after = module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_judge_that_is_asked_for_an_earlier_layer_begins_anew() -> None:
+    module = lively(small_cnn())
+    dense = trace(copy.deepcopy(module), IMAGES16[:2])
+    graph = dense.on(module)
+    ground = replace(ground_of(dense, IMAGES16), few=True)
+    judging = Judging(graph, ground)
+    judging.effect(graph.readers("out.0")[0])
+    with torch.no_grad():
+        graph.layer("expand.0").weight.mul_(1.1)
+    whole = float(ground.divergence(graph, parts=1).mean())
+    assert judging.effect(graph.readers("expand.0")[0]) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_last_refit_leaves_out_what_evaluates_where_images_are_few() -> None:
