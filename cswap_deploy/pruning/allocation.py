@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -19,7 +20,10 @@ Removal = dict[str, list[int]]
 _NEAR = 0.005
 """How near a round comes to its target, as a fraction of it, before steps that go too far are
 replaced by smaller ones."""
-_LEAST_MS = 1e-6
+_LEAST = 1e-6
+"""What a step saves at least, so that effects can be divided by it: of a millisecond, or of one."""
+_WORTH_ITS_END = 0.75
+"""A step ends where it saves at least so much, for each unit, of what the best longer one does."""
 _DEPTH = {"no branches": np.inf, "branches sooner": 1 / 4, "branches first": 1 / 16}
 """What effects of whole branches are multiplied with, for candidates of their own. A branch's is
 that of all its units together, and units' own add up to far less than that."""
@@ -46,7 +50,7 @@ class Ranking:
     """Whether a value is divided by what removing the unit saves."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Goal:
     """What a round is to reach, and the network that it starts from."""
 
@@ -75,18 +79,35 @@ class Goal:
         """The groups of units that lie beside one another; an allocation speaks of no branches."""
         return [g for g in self.groups if g.kind != "branch"]
 
-    def worth(self, group: str, units: Sequence[int]) -> float:
-        """What units of one group save now, above zero.
+    def worth(self, group: Group) -> float:
+        """What a unit of a group saves, on average over the group's next step; above zero."""
+        steps = self.steps[group.name]
+        return steps[0][1] / steps[0][0] if steps else _LEAST
 
-        Of latency no less than half of their share in what all of the group's save: with padded
-        widths one step saves nothing, and the next what both are worth.
+    @cached_property
+    def steps(self) -> Mapping[str, list[tuple[int, float]]]:
+        """Group -> how many units each of its steps removes, and what that saves.
+
+        Where padded widths save nothing a step goes on to a width that does: alignment is what the
+        device's model says it is.
         """
-        found = self.sizes.saving(group, units, self.of)
-        if self.of == "latency":
-            there = self.sizes.left(group)
-            share = self.sizes.saving(group, range(there), self.of) * len(units) / max(there, 1)
-            return max(found, share / 2, _LEAST_MS)
-        return max(found, 1)
+        return {group.name: self._steps_of(group) for group in self.groups}
+
+    def _steps_of(self, group: Group) -> list[tuple[int, float]]:
+        alive = self.remaining(group)
+        alignment = self.limits.alignments[group.name]
+        most = len(alive) - self.limits.floors[group.name]
+        ends = np.arange(len(alive) % alignment or alignment, most + 1, alignment)
+        saved = np.array([self.sizes.saving(group.name, alive[:end], self.of) for end in ends])
+        found, at, before = [], 0, 0.0
+        while len(ends):
+            counts, more = ends - at, saved - before
+            rates = more / counts
+            first = int(np.argmax(rates >= _WORTH_ITS_END * rates.max()))
+            found.append((int(counts[first]), max(float(more[first]), _LEAST)))
+            at, before = int(ends[first]), float(saved[first])
+            ends, saved = ends[first + 1 :], saved[first + 1 :]
+        return found
 
     def without(self, gone: Mapping[str, Sequence[int]]) -> Size:
         """The size that is left once some more units are gone."""
@@ -190,21 +211,18 @@ class Goal:
         """Units that leave together, in order; each step leaves its group aligned."""
         steps = []
         for position, group in enumerate(self.groups):
-            alive = self.remaining(group)
             values = ranking.values[group.name]
-            queue = sorted(alive, key=lambda u: (values[u], u))
-            alignment = self.limits.alignments[group.name]
-            size = len(alive) % alignment or alignment
+            queue = sorted(self.remaining(group), key=lambda u: (values[u], u))
             at, highest = 0, -np.inf
-            while len(alive) - at - size >= self.limits.floors[group.name]:
-                units = queue[at : at + size]
-                worth = self.worth(group.name, units) if ranking.per_saving else len(units)
-                cost = float(sum(values[u] for u in units)) / worth
+            for count, saves in self.steps[group.name]:
+                units = queue[at : at + count]
+                cost = float(sum(values[u] for u in units))
+                cost /= saves if ranking.per_saving else count
                 # Within a group a later step never precedes an earlier one, whatever is rounded.
                 highest = max(cost, highest)
                 # Of what costs the same, whole branches first.
                 place = position - len(self.groups) * (group.kind == "branch")
                 steps.append((highest, place, at, group.name, units))
-                at, size = at + size, alignment
+                at += count
         steps.sort(key=lambda step: step[:3])
         return [(name, units) for *_, name, units in steps]

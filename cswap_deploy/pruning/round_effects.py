@@ -156,10 +156,11 @@ class RoundEffects:
         """The most that a unit of a group costs, per what it saves, where others of it go."""
         goal = self.goal
         worth = [
-            float(values[name][units].mean()) / goal.worth(name, units[:1])
-            for name, units in gone.items()
+            float(values[g.name][gone[g.name]].mean()) / goal.worth(g)
+            for g in goal.groups
+            if g.name in gone
         ]
-        return max(worth, default=0.0) * goal.worth(group.name, [0])
+        return max(worth, default=0.0) * goal.worth(group)
 
     def _wanted(
         self, costs: Mapping[Group, np.ndarray], old: Mapping[Group, set[int]]
@@ -175,7 +176,7 @@ class RoundEffects:
             share = _NARROW * (1 - goal.target / goal.sizes.size().amount(goal.of))
             if share <= 0:  # a coarse step went past this target already
                 return {}
-            worth = {g: costs[g] / goal.worth(g.name, [0]) for g in goal.groups}
+            worth = {g: costs[g] / goal.worth(g) for g in goal.groups}
             there = [worth[g][u] for g in goal.groups for u in goal.remaining(g)]
             limit = np.quantile(there, min(1.0, share))
             wanted = {g: {u for u in units if worth[g][u] <= limit} for g, units in old.items()}

@@ -332,7 +332,7 @@ def refit_behind(
     progress.begin(f"refitting {len(kept)} layer{'s' if len(kept) > 1 else ''}", len(kept))
     done = refit(
         graph, targets, kept,
-        reconstruct=lost.keys() & kept.keys() if producers else (),
+        reconstruct=kept if producers else (),
         most_bytes=most_bytes, judge=judge, tick=progress.advance,
     )  # fmt: skip
     progress.end()

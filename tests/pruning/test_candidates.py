@@ -533,3 +533,30 @@ def test_of_equal_effects_the_faster_one_goes(second_is_faster: bool, worse: flo
         progress=Silent(),  # type: ignore[arg-type]
     )
     assert choice.name == ("second" if second_is_faster and worse < 1.01 else "first")
+
+
+class Padded:
+    """A fake: what a call takes falls by one where so many units are gone."""
+
+    def __init__(self, *stairs: int) -> None:
+        self.stairs = stairs
+
+    def saving(self, _group: str, units: Sequence[int], _of: str) -> float:
+        return sum(len(units) >= stair for stair in self.stairs)
+
+
+@pytest.mark.parametrize(
+    ("stairs", "counts"),
+    [((16, 32, 48), [16, 16, 16]), ((8, 16, 24, 32, 40, 48, 56), [8] * 7), ((16,), [16])],
+)
+def test_steps_end_where_the_device_saves_time(stairs: tuple[int, ...], counts: list[int]) -> None:
+    """Widths that are padded to sixteen, to eight; and what saves nothing further down."""
+    (group,) = [g for g in traced(small_cnn).groups if g.kind != "branch"][:1]
+    group = replace(group, root_indices=tuple((unit,) for unit in range(64)))
+    limits = Limits({group.name: 8}, {group.name: 8})
+    start = Goal((group,), limits, Padded(*stairs), {}, "latency", 0.0)  # type: ignore[arg-type]
+    steps = start.steps[group.name]
+    assert [count for count, _ in steps[: len(counts)]] == counts
+    assert all(saved == pytest.approx(1.0) for _, saved in steps[: len(counts)])
+    assert all(saved < 1e-3 for _, saved in steps[len(counts) :])
+    assert start.worth(group) == pytest.approx(1 / counts[0])

@@ -13,10 +13,13 @@ from small_networks import lively, pictures, small_cnn, small_vit, targets_of, t
 from small_networks import refitted as fit
 from torch import Tensor, nn
 
+from cswap_deploy.config import PruneConfig
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.unfolding import at, draw, laid_out
 from cswap_deploy.network.units import mask_weight
+from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import producers
+from cswap_deploy.pruning.prepare import prepare
 from cswap_deploy.pruning.producers import (
     HELD_OUT,
     MAX_FEATURES,
@@ -29,6 +32,7 @@ from cswap_deploy.pruning.producers import (
     reconstruct_producer,
 )
 from cswap_deploy.pruning.refit import Refit
+from cswap_deploy.pruning.trials import refit_behind
 
 IMAGES = pictures(64, 9)[0]
 
@@ -272,3 +276,43 @@ def test_wide_producers_are_left_alone() -> None:
     _, _, done = pruned_pair(wide, [1], reconstruct=True)
     assert done.producers == ()
     assert done.layers == ("second",)
+
+
+class Residual(nn.Module):
+    """Three blocks behind one another, of which any may go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12, 10)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+                nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12),
+            )
+            for _ in range(3)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_blocks_behind_a_branch_that_is_gone_have_their_producers_reconstructed() -> None:
+    """They lost no input themselves, but have to make up for what the branch added."""
+    torch.manual_seed(5)
+    many = pictures(256, 9)[0]
+    prepared = prepare(lively(Residual()), many, PruneConfig(ratio=0.2, round_to=1))
+    (branch,) = [g.name for g in prepared.groups if "blocks.1" in g.name and g.kind == "branch"]
+    effects = {}
+    for producers_too in (False, True):
+        network = prepared.copy()
+        done = refit_behind(
+            network, {branch: [0]}, targets_of(prepared.dense, many[:192]),
+            producers=producers_too, most_bytes=1 << 30, progress=Silent(),
+        )  # fmt: skip
+        assert done.producers == (("blocks.2.0",) if producers_too else ())
+        said, wanted = (g.run(many[192:])[0].detach() for g in (network.graph, prepared.dense))
+        effects[producers_too] = float((said - wanted).square().sum())
+    assert effects[True] < 0.9 * effects[False]
