@@ -19,12 +19,13 @@ from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import elements
 from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import window_of
-from cswap_deploy.network.units import consumers, depthwise
+from cswap_deploy.network.units import depthwise
 from cswap_deploy.progress import Phases
 from cswap_deploy.pruning.candidates import CURVED, NEIGHBOURS
+from cswap_deploy.pruning.chains import find_chains
 from cswap_deploy.pruning.job import Job, Resolved
 from cswap_deploy.pruning.prepare import Prepared
-from cswap_deploy.pruning.producers import ITERATIONS, find_chains, rows_for
+from cswap_deploy.pruning.producers import ITERATIONS, rows_for
 from cswap_deploy.pruning.producers import MAX_FEATURES as MOST_READ
 from cswap_deploy.pruning.refit import MAX_FEATURES, solvable
 from cswap_deploy.pruning.rounds import LOOKED
@@ -49,6 +50,8 @@ _WAVES = 1, 0.5, 0.3, 0.2
 """Parts of the groups whose curves get a first point, a second one ..."""
 _STEPS = 1.2
 """Forwards from the start for each layer that is refitted on trial."""
+_SWEPT = 2
+"""Times that a producer is reconstructed, on average."""
 _TIMED_IMAGES, _TIMED_SECONDS = 32, 0.5
 
 
@@ -114,14 +117,13 @@ def _refit_macs(graph: Graph, images: int, rows: int) -> float:
 def _producer_macs(network: Prepared) -> float:
     """Two products for each iteration, with what all chains read."""
     graph, total = network.graph, 0.0
-    single = [n for n in consumers(network.groups) if len(graph.readers(n)) == 1]
-    for chain in find_chains(graph, single):
+    for chain in find_chains(graph, solvable(graph)):
         layer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
         taps = window_of(chain.consumer, consumer).taps
         features = layer.weight[0].numel()
         if features <= MOST_READ and not depthwise(layer):
             rows = rows_for(taps * features)
-            total += 2 * (ITERATIONS + 1) * rows * taps * features * len(layer.weight)
+            total += 2 * _SWEPT * (ITERATIONS + 1) * rows * taps * features * len(layer.weight)
     return total
 
 

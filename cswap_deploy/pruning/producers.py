@@ -14,6 +14,9 @@ what is lacking on held-out images grows, and a step is taken, whole or in part,
 lessens it there. At last the consumer is refitted. Nothing is differentiated but psi, numerically,
 at one point; nothing is trained.
 
+A gate on the way (squeeze-and-excite) counts as what it is for each image: that it would change too
+is of second order, and the next sweep reads it again.
+
 Source: damped least squares: Levenberg, Q. Appl. Math. 2 (1944). Conjugate gradients for it, and
 early stopping as regularisation: Hanke, "Conjugate Gradient Type Methods for Ill-Posed Problems"
 (1995). The preconditioner treats slopes and inputs as independent: Martens & Grosse 2015,
@@ -23,7 +26,7 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,11 +34,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from cswap_deploy.network.graph import Graph
-from cswap_deploy.network.nodes import input_of, opname
-from cswap_deploy.network.offsets import needs_bias, scale_and_shift, shift_output
+from cswap_deploy.network.nodes import input_of
+from cswap_deploy.network.offsets import scale_and_shift, shift_output
 from cswap_deploy.network.placing import placed
 from cswap_deploy.network.unfolding import Positions, Window, laid_out, some_of, unfold, window_of
 from cswap_deploy.network.units import depthwise
+from cswap_deploy.pruning.chains import Chain, is_norm
 
 MAX_FEATURES = 1152
 """A producer whose units read more than this is left as it is: the covariance of what they read
@@ -57,50 +61,6 @@ HELD_OUT = 0.2
 _ROUNDING = 1e-10
 """Part of the wanted variance (1e-5 in size) below which what is lacking is float32's rounding, of
 either sign on another processor: following it would change weights for nothing."""
-_POINTWISE = frozenset(
-    {"relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "sigmoid"}
-    | {"tanh", "elu", "leaky_relu", "dropout", "clone", "contiguous"}
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """A layer, what happens to each of its outputs by itself, and the one layer that reads them."""
-
-    producer: fx.Node
-    producer_layer: str
-    path: tuple[fx.Node, ...]
-    """Between the two, in order."""
-    consumer: fx.Node
-    consumer_layer: str
-
-
-def _one_for_one(layer: nn.Module) -> bool:
-    return depthwise(layer) and layer.in_channels == getattr(layer, "out_channels", None)
-
-
-def find_chains(graph: Graph, consumers: Iterable[str]) -> list[Chain]:
-    """The chains that end in some layers; layers that other things feed have none."""
-    layers = {node: name for name in graph.layers() for node in graph.readers(name)}
-    found = []
-    for name in consumers:
-        consumer = graph.readers(name)[0]
-        path: list[fx.Node] = []
-        node = input_of(consumer)
-        while node not in layers and _by_itself(node):
-            path.insert(0, node)
-            node = input_of(node)
-        if node not in layers or any(len(n.users) != 1 for n in (node, *path)):
-            continue
-        producer, layer = layers[node], graph.layer(layers[node])
-        if (
-            len(graph.readers(producer)) == 1
-            and getattr(graph.layer(name), "groups", 1) == 1
-            and (getattr(layer, "groups", 1) == 1 or _one_for_one(layer))
-            and not needs_bias(graph, producer)
-        ):
-            found.append(Chain(node, producer, tuple(path), consumer, name))
-    return found
 
 
 Solve = Callable[[Tensor], Tensor]
@@ -207,6 +167,8 @@ class Reads:
     """(r * S, F), or (F, r * S, k) where each unit reads its own."""
     exists: Tensor
     """(r, S) 1 or 0: outside the picture the consumer reads its own padding."""
+    gates: Mapping[fx.Node, Tensor]
+    """(r, 1, k) what each gate of the chain scales the units by."""
 
     @classmethod
     def of(
@@ -238,6 +200,7 @@ class Reads:
             rows, units, columns, own, layer, window, through,
             _to_solve_on(where.image[rows]),
             layer.weight.new_empty(shape), layer.weight.new_empty(len(rows), through.taps),
+            {gate: layer.weight.new_empty(len(rows), 1, len(units)) for gate in chain.gates},
         )  # fmt: skip
 
     def take(self, x: Tensor, part: slice, where: Positions) -> None:
@@ -248,17 +211,27 @@ class Reads:
             part: Which of the consumer's positions lie there.
             where: Those positions, counted from the first of the images.
         """
-        begin, end = torch.searchsorted(self.rows, torch.tensor([part.start, part.stop])).tolist()
-        mine = placed(self.rows[begin:end] - part.start, x.device)
+        rows, mine = self._within(part, x)
         x = laid_out(x, self.layer)[..., self.units if self.own else self.columns]
         values, exists = unfold(x, where[mine], self.window, through=self.through)
-        self.exists[begin:end] = exists.to(self.exists.dtype)
+        self.exists[rows] = exists.to(self.exists.dtype)
         taps = self.through.taps
-        at = slice(begin * taps, end * taps)
+        at = slice(rows.start * taps, rows.stop * taps)
         if self.own:
             self.values[:, at] = values.flatten(0, 1).movedim(1, 0)
         else:
             self.values[at] = values.flatten(2).flatten(0, 1)
+
+    def take_gate(self, gate: fx.Node, value: Tensor, part: slice, where: Positions) -> None:
+        """Note what a gate of the chain (N, C, 1, 1) is on some images; see :meth:`take`."""
+        rows, mine = self._within(part, value)
+        images = where.image[mine]
+        self.gates[gate][rows, 0] = value.flatten(1)[images][:, self.units]
+
+    def _within(self, part: slice, value: Tensor) -> tuple[slice, Tensor]:
+        """Which rows lie at some of the positions; and where among those."""
+        begin, end = torch.searchsorted(self.rows, torch.tensor([part.start, part.stop])).tolist()
+        return slice(begin, end), placed(self.rows[begin:end] - part.start, value.device)
 
     @property
     def linear(self) -> Linear:
@@ -275,29 +248,44 @@ def reconstruct_producer(graph: Graph, chain: Chain, reads: Reads, wanted: Tenso
         reads: What the former reads.
         wanted: (R, O), of the latter at all its positions; constants do not count.
     """
-    producer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
+    producer = graph.layer(chain.producer_layer)
     units, columns = reads.units, reads.columns
-    now = producer.weight.detach()[units]
-    part = now[:, columns].movedim(1, -1)
-    weight = part.flatten(1)
-    read = consumer.weight.detach()[:, units]
-    z = reads.linear(weight)
-    if producer.bias is not None:
-        z += producer.bias.detach()[units]
-    work = _Reconstruction(
-        reads.linear, reads.exists, _pointwise(graph, chain, units),
-        read.reshape(*read.shape[:2], -1).permute(2, 1, 0), reads.solve_on,
-    )  # fmt: skip
-    rows = placed(reads.rows, wanted.device)
-    change = work.change(z.view(*reads.exists.shape, -1), wanted[rows])
+    work, z = _set_up(graph, chain, reads)
+    change = work.change(z, wanted[placed(reads.rows, wanted.device)])
     if change is None:
         return False
-    now[:, columns] = (weight + change.weight).view(part.shape).movedim(-1, 1)
+    now = producer.weight.detach()[units]
+    part = now[:, columns].movedim(1, -1)
+    now[:, columns] = (part.flatten(1) + change.weight).view(part.shape).movedim(-1, 1)
     producer.weight[units] = now
     by = producer.weight.new_zeros(len(producer.weight))
     by[units] = change.constant
     shift_output(graph, chain.producer_layer, by)
     return True
+
+
+def held_out_error(graph: Graph, chain: Chain, reads: Reads, wanted: Tensor) -> float:
+    """What the consumer's output lacks on the rows held out, squared and summed.
+
+    Arguments as those of :func:`reconstruct_producer`.
+    """
+    work, z = _set_up(graph, chain, reads)
+    return float(work.lacking(z, wanted[placed(reads.rows, wanted.device)])[1])
+
+
+def _set_up(graph: Graph, chain: Chain, reads: Reads) -> tuple[_Reconstruction, Tensor]:
+    """The units of a producer, and what they give, (r, S, k), with the weights as they are."""
+    producer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
+    weight = producer.weight.detach()[reads.units][:, reads.columns].movedim(1, -1).flatten(1)
+    read = _ungrouped(consumer)[:, reads.units]
+    z = reads.linear(weight)
+    if producer.bias is not None:
+        z += producer.bias.detach()[reads.units]
+    work = _Reconstruction(
+        reads.linear, reads.exists, _pointwise(graph, chain, reads),
+        read.reshape(*read.shape[:2], -1).permute(2, 1, 0), reads.solve_on,
+    )  # fmt: skip
+    return work, z.view(*reads.exists.shape, -1)
 
 
 _Psi = Callable[[Tensor], Tensor]
@@ -346,20 +334,24 @@ class _Reconstruction:
             z: (r, S, k), what the units give.
             wanted: (r, O), of the consumer.
         """
-        lacking = wanted - self._out(z)
+        lacking, least = self.lacking(z, wanted)
         if _power(lacking) <= _ROUNDING * _power(wanted):
             return None
         change = best_change(self.reads, self._slope(z), self.read, lacking, self.solve_on)
         if change is None:
             return None
         moved = (self.reads(change.weight) + change.constant).view(z.shape)
-        held = slice(self.solve_on, None)
-        least, best = _power(lacking[held]), None
+        best = None
         for part in _STEPS:
-            rest = _power((wanted - self._out(z + part * moved))[held])
+            _, rest = self.lacking(z + part * moved, wanted)
             if rest < least:
                 least, best = rest, part
         return None if best is None else change.times(best)
+
+    def lacking(self, z: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """(r, O), of what the consumer makes of z, and how much of it is on rows held out."""
+        found = wanted - self._out(z)
+        return found, _power(found[self.solve_on :])
 
     def _out(self, z: Tensor) -> Tensor:
         """(r, O), what the consumer makes of it, without its constant."""
@@ -434,22 +426,34 @@ def best_change(
     return best
 
 
-def _pointwise(graph: Graph, chain: Chain, units: Tensor) -> _Psi:
+def _pointwise(graph: Graph, chain: Chain, reads: Reads) -> _Psi:
     """What lies between a producer and its consumer, for some of the producer's outputs."""
-    steps = [
-        [v[units] for v in scale_and_shift(graph, n, torch.float32)] if _is_norm(n) else n
-        for n in chain.path
-    ]
 
     def psi(z: Tensor) -> Tensor:
-        for step in steps:
-            if isinstance(step, fx.Node):
-                z = graph.execute(step, {input_of(step): z})
+        for step in chain.path:
+            if step in reads.gates:
+                z = z * reads.gates[step]
+            elif is_norm(step):
+                scale, shift = scale_and_shift(graph, step, torch.float32)
+                z = z * scale[reads.units] + shift[reads.units]
             else:
-                z = z * step[0] + step[1]
+                z = graph.execute(step, {input_of(step): z})
         return z
 
     return psi
+
+
+def _ungrouped(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """(O, I, ...) weights, zero for what an output's group does not read."""
+    weight = layer.weight.detach()
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if groups == 1:
+        return weight
+    found = weight.new_zeros(len(weight), groups * weight.shape[1], *weight.shape[2:])
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    for group, own in enumerate(weight.chunk(groups)):
+        found[group * outputs :, group * inputs :][:outputs, :inputs] = own
+    return found
 
 
 def _power(lacking: Tensor) -> Tensor:
@@ -460,14 +464,3 @@ def _to_solve_on(image: Tensor) -> int:
     """How many of the rows belong to the first images; the others are held out."""
     images = int(image[-1]) + 1
     return int(torch.searchsorted(image, images - int(HELD_OUT * images)))
-
-
-def _by_itself(node: fx.Node) -> bool:
-    """Whether each output depends on the input at its own place only."""
-    return _is_norm(node) or (
-        node.op == "call_function" and len(node.all_input_nodes) == 1 and opname(node) in _POINTWISE
-    )
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.batch_norm.default

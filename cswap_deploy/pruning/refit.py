@@ -21,7 +21,8 @@ from cswap_deploy.network.pooling import balanced, pool_before
 from cswap_deploy.network.unfolding import Positions, laid_out, unfold, window_of
 from cswap_deploy.network.units import depthwise
 from cswap_deploy.network.walk import Walk
-from cswap_deploy.pruning.producers import Chain, Reads, find_chains, reconstruct_producer
+from cswap_deploy.pruning.chains import Chain, find_chains, gate_of
+from cswap_deploy.pruning.producers import Reads, held_out_error, reconstruct_producer
 from cswap_deploy.pruning.targets import Targets, rows_at, stream_part
 
 MAX_FEATURES = 8192
@@ -128,10 +129,9 @@ def refit(
             rebuilt = False
             if done and chain is not None:
                 for _ in range(SWEEPS):
-                    if not work.reconstruct(chain):
+                    if not work.reconstruct(chain, hold):
                         break
                     rebuilt = True
-                    work.solve(layer, hold)
                 work.reads = work.wanted = None
             if done and step is not None:
                 rebuilt &= step.as_far_as_it_helps() > 0
@@ -150,21 +150,34 @@ class Judge(Protocol):
         """Divergence from the dense network; nothing before ``node`` has changed since the last."""
 
 
-class _Step:
-    """From the weights and constants of a layer, and of its producer, to what they become."""
+class _Weights:
+    """Weights and constants of a layer, and of its producer, as they are when it is made."""
+
+    def __init__(self, graph: Graph, layer: str, chain: Chain | None) -> None:
+        names = [layer] if chain is None else [layer, chain.producer_layer]
+        self._tensors = [t for n in names for t in (graph.layer(n).weight, constant_of(graph, n))]
+        self._values = self._now()
+
+    def _now(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._tensors]
+
+    def restore(self) -> None:
+        """Give them back."""
+        for tensor, before in zip(self._tensors, self._values, strict=True):
+            tensor.copy_(before)
+
+
+class _Step(_Weights):
+    """From there to what they become."""
 
     def __init__(self, judge: Judge, graph: Graph, layer: str, chain: Chain | None) -> None:
+        super().__init__(graph, layer, chain)
         self._judge = judge
         self._first = graph.readers(layer)[0] if chain is None else chain.producer
-        self._tensors = [graph.layer(layer).weight, constant_of(graph, layer)]
-        if chain is not None:
-            producer = chain.producer_layer
-            self._tensors += [graph.layer(producer).weight, constant_of(graph, producer)]
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
 
     def as_far_as_it_helps(self) -> float:
         """Keep what has become of them, or half of the change, or none; the part that is kept."""
-        after = [tensor.detach().clone() for tensor in self._tensors]
+        after = self._now()
         found: list[tuple[float, float]] = []
         for part in (0.0, 1.0, 0.5):
             self._set(part, after)
@@ -212,7 +225,7 @@ class _Refitting:
             self.reads = reads = Reads.of(
                 pruned, chain, places.where, self.kept[layer], self.kept.get(chain.producer_layer)
             )
-            stops = [chain.producer, node] if reads is not None else stops
+            stops = [chain.producer, *chain.gates, node] if reads is not None else stops
         pool = pool_before(node, system.inputs, len(targets.batches))
         if pool is not None and chain is None:
             stops, hold = [pool.node, node], min(hold, pool.node, key=pruned.position.__getitem__)
@@ -221,6 +234,9 @@ class _Refitting:
             if pool is not None and stop is pool.node:
                 most = max(1, targets.rows // len(targets.batches))
                 system.add_around(pool.rows(pruned.value(pool.source, env), most))
+                continue
+            if reads is not None and (gate := gate_of(stop)) is not None:
+                reads.take_gate(stop, pruned.value(gate, env), places.of(part), where)
                 continue
             x = pruned.value(input_of(stop), env)
             if stop is not node:
@@ -240,11 +256,24 @@ class _Refitting:
         system.solve(self.ridge)
         return True
 
-    def reconstruct(self, chain: Chain) -> bool:
-        """Give the layer's producer new weights, from what was noted when the layer was solved."""
+    def reconstruct(self, chain: Chain, hold: fx.Node) -> bool:
+        """Give the producer of the layer that was solved last new weights, and then the layer.
+
+        Returns:
+            Whether that is better on rows held out; otherwise both are what they were.
+        """
         if self.reads is None or self.wanted is None:
             return False
-        return reconstruct_producer(self.pruned, chain, self.reads, self.wanted)
+        pruned, layer = self.pruned, chain.consumer_layer
+        before = _Weights(pruned, layer, chain)
+        error = held_out_error(pruned, chain, self.reads, self.wanted)
+        if not reconstruct_producer(pruned, chain, self.reads, self.wanted):
+            return False
+        self.solve(layer, hold, chain if chain.gates else None)  # gates have changed, too
+        if held_out_error(pruned, chain, self.reads, self.wanted) < error:
+            return True
+        before.restore()
+        return False
 
 
 class _System:

@@ -24,9 +24,9 @@ from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import refit as module_of_refit
 from cswap_deploy.pruning.allocation import Goal, Limits
 from cswap_deploy.pruning.candidates import curved
+from cswap_deploy.pruning.chains import find_chains
 from cswap_deploy.pruning.curves import Curve, by_curves
 from cswap_deploy.pruning.prepare import prepare
-from cswap_deploy.pruning.producers import find_chains
 from cswap_deploy.pruning.refit import refit
 from cswap_deploy.pruning.trials import (
     Ground,
