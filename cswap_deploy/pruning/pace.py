@@ -48,7 +48,7 @@ _LOOKS = 24
 _CANDIDATES, _FROM_DENSE, _TRIED = 7, 3, 2
 _WAVES = 1, 0.5, 0.3, 0.2
 """Parts of the groups whose curves get a first point, a second one ..."""
-_STEPS = 1.2
+_STEPS = 1.6
 """Forwards from the start for each layer that is refitted on trial."""
 _SWEPT = 2
 """Times that a producer is reconstructed, on average."""

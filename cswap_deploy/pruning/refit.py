@@ -117,6 +117,7 @@ def refit(
     solved: list[str] = []
     skipped: list[str] = []
     producers: list[str] = []
+    effect: float | None = None
     with torch.no_grad():
         for layer in sorted(kept, key=lambda name: place[pruned.readers(name)[0]]):
             node = pruned.readers(layer)[0]
@@ -134,7 +135,8 @@ def refit(
                     rebuilt = True
                 work.reads = work.wanted = None
             if done and step is not None:
-                rebuilt &= step.as_far_as_it_helps() > 0
+                effect, part = step.as_far_as_it_helps(effect)
+                rebuilt &= part > 0
             if rebuilt and chain is not None:
                 producers.append(chain.producer_layer)
             (solved if done else skipped).append(layer)
@@ -175,18 +177,24 @@ class _Step(_Weights):
         self._judge = judge
         self._first = graph.readers(layer)[0] if chain is None else chain.producer
 
-    def as_far_as_it_helps(self) -> float:
-        """Keep what has become of them, or half of the change, or none; the part that is kept."""
+    def as_far_as_it_helps(self, before: float | None) -> tuple[float, float]:
+        """Keep what has become of them, or half of the change, or none.
+
+        Args:
+            before: The effect as the last step left it, where there was one.
+
+        Returns:
+            The effect, and the part of the change that is kept.
+        """
         after = self._now()
-        found: list[tuple[float, float]] = []
-        for part in (0.0, 1.0, 0.5):
+        found = [] if before is None else [(before, 0.0)]
+        for part in (1.0, 0.5) if found else (0.0, 1.0, 0.5):
             self._set(part, after)
             found.append((self._judge.effect(self._first), part))
-            if part == 1.0 and found[1] < found[0]:
-                return part
-        _, best = min(found)
-        self._set(best, after)
-        return best
+            if part == 1.0 and found[-1] < found[0]:
+                return found[-1]
+        self._set(min(found)[1], after)
+        return min(found)
 
     def _set(self, part: float, after: list[Tensor]) -> None:
         for tensor, before, end in zip(self._tensors, self._values, after, strict=True):
