@@ -50,6 +50,8 @@ _WAVES = 1, 0.5, 0.3, 0.2
 """Parts of the groups whose curves get a first point, a second one ..."""
 _STEPS = 1.6
 """Forwards from the start for each layer that is refitted on trial."""
+_IN_TURN = 2
+"""Times that each whole branch is screened as branches go in turn."""
 _SWEPT = 2
 """Times that a producer is reconstructed, on average."""
 _TIMED_IMAGES, _TIMED_SECONDS = 32, 0.5
@@ -66,9 +68,10 @@ def expected_costs(job: Job) -> Costs:
     judged = (1 + MIXTURES) * judges
     trial = one * judged + (0 if few_images else one * few + _refit_macs(graph, few, ROWS))
     screen = one * (1 + MIXTURES) * min(TOGETHER, images - few)
-    trying = [_CANDIDATES * screen + _TRIED * trial]
+    trying, in_turn = [_CANDIDATES * screen + _TRIED * trial], 0.0
     if job.device is not None and (whole := sum(g.kind == "branch" for g in network.groups)):
         trying.append(whole * screen + NEIGHBOURS * trial)  # a step of the search over them
+        in_turn = _IN_TURN * whole * screen
     trying *= rounds
     if rounds > 1:
         trying.append(_FROM_DENSE * screen + _TRIED * trial)
@@ -80,6 +83,7 @@ def expected_costs(job: Job) -> Costs:
         "looking": [_LOOKING * one * seen] * rounds,
         "comparing": curves * (len(CURVED) * rounds + 1) * few_images,
         "measuring": _measuring(network, resolved),
+        "removing": [in_turn] * rounds,
         "trying": trying if job.compares else [],
         "refitting": [last] if job.compares else [last] * rounds,
     }

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ from cswap_deploy.pruning.allocation import Goal, Limits, Ranking, Removal, Valu
 from cswap_deploy.pruning.candidates import (
     Choice,
     best_candidate,
+    branches_in_turn,
     proposals,
     rankings,
     search_branches,
@@ -465,6 +467,8 @@ def test_last_round_can_undo_the_earlier_ones(
 class Told:
     """A fake: what a set of branches does is known, and width does nothing."""
 
+    ground = SimpleNamespace(possible=True)
+
     def __init__(self, effects: dict[frozenset[str], float]) -> None:
         self.effects, self.tried = effects, 0
 
@@ -500,6 +504,27 @@ def test_branches_go_and_stay_together_where_that_is_better() -> None:
     assert best.gone.keys() & branches == {b, c}
     assert best.effect == pytest.approx(0.1)
     assert best.gone == start.choose(best.ranking), "and it can be had at another target"
+
+
+def test_branches_are_counted_with_those_that_go_before_them() -> None:
+    """Two that carry the same are harmless, each of them; a third is dearer alone, not after."""
+    prepared = prepare(small_vit(), CALIBRATION.images, PruneConfig(round_to=1))
+    branches = [g.name for g in prepared.groups if g.kind == "branch"]
+    start = replace(goal(prepared, left=0.1, of="channels"), limits=prepared.limits)
+    worth = {g.name: start.worth(g) for g in prepared.groups}
+    one, twin, third = branches[:3]
+    alone = {one: 0.01, twin: 0.02, third: 0.05} | dict.fromkeys(branches[3:], 0.5)
+    trials = Told({})
+    trials.names = frozenset(branches)
+    for count in range(len(branches) + 1):
+        for gone in map(frozenset, combinations(branches, count)):
+            both = 0.2 * worth[twin] * ({one, twin} <= gone)
+            trials.effects[gone] = 0.1 + both + sum(alone[name] * worth[name] for name in gone)
+    values = random_values(prepared, 0) | {n: np.full(1, alone[n] * worth[n]) for n in branches}
+    found = branches_in_turn(trials, start, values, {}, Silent())  # type: ignore[arg-type]
+    cost = {name: float(found[name][0]) / worth[name] for name in branches}
+    assert cost == pytest.approx(alone | {twin: 0.22})
+    assert all(found[group.name] is values[group.name] for group in start.layers)
 
 
 class Alike:
