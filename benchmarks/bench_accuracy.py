@@ -43,7 +43,7 @@ from cswap_deploy.cli.output import Console
 from cswap_deploy.config import PruneConfig
 from cswap_deploy.data import Calibration, calibration_set, load_samples
 from cswap_deploy.errors import MissingDependencyError
-from cswap_deploy.measure.accuracy import accuracy_change
+from cswap_deploy.measure.accuracy import accuracy_change, predicted
 from cswap_deploy.models.load import LoadedModel
 from cswap_deploy.progress import Phases, Progress, Silent
 from cswap_deploy.pruning.allocation import Values
@@ -197,9 +197,8 @@ def measure(
     )  # fmt: skip
     seconds = time.perf_counter() - begun + draw.seconds.get(case.method, 0.0)
     after = logits(pruned, draw.test.images)
-    change = accuracy_change(
-        draw.dense.argmax(1).numpy(), after.argmax(1).numpy(), draw.test.labels.numpy()
-    )
+    before, now = (predicted(said.numpy(), "logits") for said in (draw.dense, after))
+    change = accuracy_change(before, now, draw.test.labels.numpy())
     divergence = kl_divergence(after.double()[None], draw.dense.double())
     return Result(
         model=case.model,

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,22 @@ def test_a_plain_ranking_ignores_what_a_unit_costs(prepared: dict[str, Prepared]
     assert all(
         torch.equal(v, net.dense.module.state_dict()[k]) for k, v in net.module.state_dict().items()
     )
+
+
+def test_a_row_is_measured_from_end_to_end() -> None:
+    module, images = small_vit(), pictures(24)
+    net, told = ready_by_parameters(module, images[0]), Calibration(*images)
+    draw = SimpleNamespace(
+        calibration=told, test=told, seconds={}, dense=bench_accuracy.logits(module, images[0]),
+        values=lambda *_: {g.name: np.arange(g.units, dtype=float) for g in net.groups},
+    )  # fmt: skip
+    case = bench_accuracy.Case("vit", "random", True, False, 0.2, 0)
+    model = bench_accuracy.Model("vit", "params", 1, (0.2,))
+    row = bench_accuracy.measure(case, model, net, draw, "c", bench_accuracy.Silent())  # type: ignore[arg-type]
+    assert row.removed == pytest.approx(0.2, abs=0.03)
+    assert row.images == 24
+    assert row.kl > 0
+    assert row.agreement <= 1
 
 
 def ready_by_parameters(module: nn.Module, images: Tensor) -> Prepared:
