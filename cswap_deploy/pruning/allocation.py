@@ -79,6 +79,11 @@ class Goal:
         """The groups of units that lie beside one another; an allocation speaks of no branches."""
         return [g for g in self.groups if g.kind != "branch"]
 
+    @property
+    def branches(self) -> list[Group]:
+        """Whole residual branches that are still there."""
+        return [g for g in self.groups if g.kind == "branch" and self.remaining(g)]
+
     def worth(self, group: Group) -> float:
         """What a unit of a group saves, on average over the group's next step; above zero."""
         steps = self.steps[group.name]

@@ -109,7 +109,7 @@ def branches_in_turn(
     Source:
         Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions".
     """
-    whole = [g for g in goal.groups if g.kind == "branch" and goal.remaining(g)]
+    whole = goal.branches
     if len(whole) < 2 or not trials.ground.possible:
         return effects
     worth = {g.name: goal.worth(g) for g in whole}
@@ -186,7 +186,7 @@ def search_branches(
     first few, and goes on from the one that is better beyond chance. Arguments as those of
     :func:`best_candidate`.
     """
-    whole = [g for g in goal.groups if g.kind == "branch" and goal.remaining(g)]
+    whole = goal.branches
     for _ in range(_STEPS if whole and choice.trial is not None else 0):
         rankings = {
             f"{choice.name}, {'with' if g.name in choice.gone else 'without'} {g.name}": replace(

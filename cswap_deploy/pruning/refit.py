@@ -127,13 +127,7 @@ def refit(
             chain = chains.pop(layer, None)
             step = None if judge is None else _Step(judge, pruned, layer, chain)
             done = work.solve(layer, hold, chain)
-            rebuilt = False
-            if done and chain is not None:
-                for _ in range(SWEEPS):
-                    if not work.reconstruct(chain, hold):
-                        break
-                    rebuilt = True
-                work.reads = work.wanted = None
+            rebuilt = done and chain is not None and work.reconstruct(chain, hold)
             if done and step is not None:
                 effect, part = step.as_far_as_it_helps(effect)
                 rebuilt &= part > 0
@@ -265,23 +259,29 @@ class _Refitting:
         return True
 
     def reconstruct(self, chain: Chain, hold: fx.Node) -> bool:
-        """Give the producer of the layer that was solved last new weights, and then the layer.
+        """Solve the producer of the layer that was solved last, and the layer again, in turn.
+
+        Each turn must be better on rows held out; one that is not is taken back, and the last.
 
         Returns:
-            Whether that is better on rows held out; otherwise both are what they were.
+            Whether anything was changed.
         """
+        pruned, layer, helped = self.pruned, chain.consumer_layer, False
         if self.reads is None or self.wanted is None:
             return False
-        pruned, layer = self.pruned, chain.consumer_layer
-        before = _Weights(pruned, layer, chain)
         error = held_out_error(pruned, chain, self.reads, self.wanted)
-        if not reconstruct_producer(pruned, chain, self.reads, self.wanted):
-            return False
-        self.solve(layer, hold, chain if chain.gates else None)  # gates have changed, too
-        if held_out_error(pruned, chain, self.reads, self.wanted) < error:
-            return True
-        before.restore()
-        return False
+        for _ in range(SWEEPS):
+            before = _Weights(pruned, layer, chain)
+            if not reconstruct_producer(pruned, chain, self.reads, self.wanted):
+                break
+            self.solve(layer, hold, chain if chain.gates else None)  # gates have changed, too
+            now = held_out_error(pruned, chain, self.reads, self.wanted)
+            if not now < error:
+                before.restore()
+                break
+            error, helped = now, True
+        self.reads = self.wanted = None
+        return helped
 
 
 class _System:

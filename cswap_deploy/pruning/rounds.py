@@ -131,9 +131,9 @@ class _Loop:
         values = job.importance.of(replace(view, measure=effects.measure))
         name = "effect" if job.importance.needs_images else job.config.criterion
         tried = {name: Ranking(values, per_saving=not job.importance.allocates)}
-        if job.compares and job.device is not None:
-            values = branches_in_turn(self.trials, goal, values, moments, job.progress)
         if job.compares:
+            if job.device is not None:
+                values = branches_in_turn(self.trials, goal, values, moments, job.progress)
             tried = rankings(goal, values, proposed)
             tried |= curved(self.trials, goal, {name: values} | proposed, moments, job.progress)
         choice = best_candidate(

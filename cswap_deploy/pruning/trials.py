@@ -169,7 +169,8 @@ class Ground:
     def first_parts(self) -> list[Tensor]:
         """The first images that evaluate, with their mixtures: steps of layers are judged on them.
 
-        With half as many, EfficientNet-Lite0 agreed on one photo of 300 less (benchmarks/LOG.md).
+        EfficientNet-Lite0, two splits: KL .318 and .413 with half as many, now .316 and .407; the
+        agreement is no better (benchmarks/LOG.md).
         """
         return list(self._parts(_JUDGED))
 

@@ -287,17 +287,24 @@ def dense_logits(graph: Graph) -> Tensor:
         return graph.run(IMAGES16)[0].clone()
 
 
-def test_a_judge_gives_what_a_whole_forward_gives() -> None:
+def judged(images: Tensor) -> tuple[Graph, Ground, Judging]:
+    """A network to change, its dense one's ground, and what judges the changes."""
     module = lively(small_cnn())
-    dense = trace(copy.deepcopy(module), IMAGES16[:2])
+    dense = trace(copy.deepcopy(module), images[:2])
     graph = dense.on(module)
-    ground = replace(ground_of(dense, IMAGES16), few=True)
-    judging = Judging(graph, ground)
+    ground = replace(ground_of(dense, images), few=True)
+    return graph, ground, Judging(graph, ground)
+
+
+@pytest.mark.parametrize(("images", "parts"), [(IMAGES16, 1), (pictures(160)[0], 2)])
+def test_a_judge_gives_what_a_whole_forward_gives(images: Tensor, parts: int) -> None:
+    graph, ground, judging = judged(images)
+    assert len(ground.first_parts) == parts
     for name in ("expand.0", "project.0", "out.0", "classifier"):
         node: fx.Node = graph.readers(name)[0]
         with torch.no_grad():
             graph.layer(name).weight.mul_(1.05)
-        whole = float(ground.divergence(graph, parts=1).mean())
+        whole = float(ground.divergence(graph, parts=parts).mean())
         assert judging.effect(node) == pytest.approx(whole, rel=1e-5, abs=1e-9)
         assert judging.effect(node) == pytest.approx(whole, rel=1e-5, abs=1e-9)
 
@@ -328,11 +335,7 @@ def test_a_step_that_is_not_taken_leaves_the_producer_too() -> None:
 
 
 def test_a_judge_that_is_asked_for_an_earlier_layer_begins_anew() -> None:
-    module = lively(small_cnn())
-    dense = trace(copy.deepcopy(module), IMAGES16[:2])
-    graph = dense.on(module)
-    ground = replace(ground_of(dense, IMAGES16), few=True)
-    judging = Judging(graph, ground)
+    graph, ground, judging = judged(IMAGES16)
     judging.effect(graph.readers("out.0")[0])
     with torch.no_grad():
         graph.layer("expand.0").weight.mul_(1.1)
