@@ -7,6 +7,7 @@ leave most of the picture out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,14 @@ class Window:
     def taps(self) -> int:
         """Positions of the input that one position of the output reads."""
         return self.kernel[0] * self.kernel[1]
+
+    def reads(self, side: int) -> float:
+        """Positions of the input that a square of so many rows and columns of the output reads,
+        for each of its own.
+        """
+        along = zip(self.kernel, self.stride, self.dilation, strict=True)
+        high, wide = (min(side * k, (side - 1) * s + (k - 1) * d + 1) for k, s, d in along)
+        return high * wide / side**2
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """(height, width) of the output, from those of the input."""
@@ -92,29 +101,41 @@ def laid_out(x: Tensor, layer: Consumer, *, batch: int = 0) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def draw(shape: Sequence[int], most: int, *, seed: int = 0) -> Positions:
+def draw(shape: Sequence[int], most: int, *, seed: int = 0, block: int = 1) -> Positions:
     """Positions of a value (N, H, W, ...): all, or as many in each image as come to ``most``.
 
-    They are drawn in the host's memory: the same ones on every device.
+    They are drawn in the host's memory: the same ones on every device. With ``block`` they lie in
+    squares of so many rows and columns, whose windows share most of what they read.
     """
     images, height, width = shape[:3]
     each = min(height * width, max(1, most // images))
     if each == height * width:
         place = torch.arange(each).repeat(images, 1)
     else:
+        side = min(block, height, width, math.isqrt(each))
+        high, wide = height - side + 1, width - side + 1
+        count = min(each // side**2, high * wide)
         generator = torch.Generator().manual_seed(seed)
-        counts = [_DRAWN_AT_ONCE] * (images // _DRAWN_AT_ONCE) + [images % _DRAWN_AT_ONCE]
-        drawn = (torch.rand(count, height * width, generator=generator) for count in counts)
-        place = torch.cat([part.topk(each).indices for part in drawn])
-    image = torch.arange(images).repeat_interleave(each)
-    return Positions(image, place.flatten() // width, place.flatten() % width)
+        sizes = [_DRAWN_AT_ONCE] * (images // _DRAWN_AT_ONCE) + [images % _DRAWN_AT_ONCE]
+        drawn = (torch.rand(size, high * wide, generator=generator) for size in sizes)
+        corner = torch.cat([part.topk(count).indices for part in drawn])[..., None]
+        inside = torch.arange(side).repeat(side), torch.arange(side).repeat_interleave(side)
+        place = (corner // wide + inside[1]) * width + corner % wide + inside[0]
+    place = place.flatten()
+    image = torch.arange(images).repeat_interleave(len(place) // images)
+    return Positions(image, place // width, place % width)
 
 
-def some_of(count: int, most: int) -> Tensor:
-    """(min(count, most),) of the numbers below ``count``, ascending; always the same ones."""
+def some_of(count: int, most: int, *, run: int = 1) -> Tensor:
+    """(min(count, most),) of the numbers below ``count``, ascending; always the same ones.
+
+    With ``run`` (which divides ``count``) so many that follow one another are taken together.
+    """
     if count <= most:
         return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randperm(count // run, generator=generator)[: max(1, most // run)].sort().values
+    return (first[:, None] * run + torch.arange(run)).flatten()
 
 
 def rows_of(x: Tensor, most: int) -> Tensor:
@@ -130,38 +151,49 @@ def at(x: Tensor, where: Positions) -> Tensor:
     return x[where.image, where.row, where.column]
 
 
-def unfold(
-    x: Tensor, where: Positions, window: Window, *, through: Window | None = None
-) -> tuple[Tensor, Tensor]:
+def unfold(x: Tensor, where: Positions, window: Window) -> Tensor:
     """What a layer reads at some positions of its output (im2col).
 
     Args:
         x: (N, H, W, C), its input.
-        where: R positions of its output; of the output of the layer behind it with ``through``.
+        where: R positions of its output.
         window: The layer's.
-        through: The window of a layer behind it, each of whose S taps reads one output of the
-            first.
 
     Returns:
-        (R, S, T, C), S = 1 without ``through``; and (R, S) bool, which of those outputs exist. The
-        others lie in the padding of the layer behind, and their values mean nothing.
+        (R, T, C).
     """
     top, left = window.padding
     padded = F.pad(x, (0, 0, left, left, top, top)) if top or left else x
     high, wide = padded.shape[1:3]
-    if through is None:
-        rows, columns = where.row[:, None], where.column[:, None]
-        exists = torch.ones_like(rows, dtype=torch.bool)
-    else:
-        rows, columns = _taps(where.row, where.column, through)
-        rows, columns = rows - through.padding[0], columns - through.padding[1]
-        out_height, out_width = window.output_size(x.shape[1:3])
-        exists = (rows >= 0) & (rows < out_height) & (columns >= 0) & (columns < out_width)
-        rows, columns = rows.clamp(0, out_height - 1), columns.clamp(0, out_width - 1)
-    rows, columns = _taps(rows, columns, window)
-    index = (where.image.view(-1, 1, 1) * high + rows) * wide + columns
+    rows, columns = _taps(where.row, where.column, window)
+    index = (where.image.view(-1, 1) * high + rows) * wide + columns
     found = padded.reshape(-1, x.shape[-1]).index_select(0, index.flatten())
-    return found.view(*index.shape, x.shape[-1]), exists
+    return found.view(*index.shape, x.shape[-1])
+
+
+def read_at(
+    where: Positions, window: Window, size: Sequence[int]
+) -> tuple[Positions, Tensor, Tensor]:
+    """Positions of its input that a layer reads at some positions of its output, each once.
+
+    Args:
+        where: R positions of its output.
+        window: The layer's, with T taps.
+        size: (height, width) of the input.
+
+    Returns:
+        U positions, ascending; (R, T) int64 which of them each tap reads; and (R, T) bool, which
+        of those exist. The others lie in the padding, and something else stands in their place.
+    """
+    height, width = size
+    rows, columns = _taps(where.row, where.column, window)
+    rows, columns = rows - window.padding[0], columns - window.padding[1]
+    exists = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    place = (where.image[:, None] * height + rows) * width + columns
+    found, index = torch.unique(place, return_inverse=True)
+    rows = found // width
+    return Positions(rows // height, rows % height, found % width), index, exists
 
 
 def _taps(row: Tensor, column: Tensor, window: Window) -> tuple[Tensor, Tensor]:

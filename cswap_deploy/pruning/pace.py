@@ -29,6 +29,7 @@ from cswap_deploy.pruning.producers import ITERATIONS, rows_for
 from cswap_deploy.pruning.producers import MAX_FEATURES as MOST_READ
 from cswap_deploy.pruning.refit import MAX_FEATURES, solvable
 from cswap_deploy.pruning.rounds import LOOKED
+from cswap_deploy.pruning.targets import BLOCK
 from cswap_deploy.pruning.trials import (
     ENOUGH,
     MAX_ROWS,
@@ -119,15 +120,15 @@ def _refit_macs(graph: Graph, images: int, rows: int) -> float:
 
 
 def _producer_macs(network: Prepared) -> float:
-    """Two products for each iteration, with what all chains read."""
+    """Two products with each of a chain's layers for each iteration."""
     graph, total = network.graph, 0.0
     for chain in find_chains(graph, solvable(graph)):
         layer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
-        taps = window_of(chain.consumer, consumer).taps
-        features = layer.weight[0].numel()
+        window, features = window_of(chain.consumer, consumer), layer.weight[0].numel()
         if features <= MOST_READ and not depthwise(layer):
-            rows = rows_for(taps * features)
-            total += 2 * _SWEPT * (ITERATIONS + 1) * rows * taps * features * len(layer.weight)
+            each = window.reads(BLOCK) * features + window.taps * len(consumer.weight)
+            rows = rows_for(features, window)
+            total += 2 * _SWEPT * (ITERATIONS + 1) * rows * each * len(layer.weight)
     return total
 
 

@@ -26,9 +26,9 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,9 +37,19 @@ from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.nodes import input_of
 from cswap_deploy.network.offsets import scale_and_shift, shift_output
 from cswap_deploy.network.placing import placed
-from cswap_deploy.network.unfolding import Positions, Window, laid_out, some_of, unfold, window_of
+from cswap_deploy.network.unfolding import (
+    Positions,
+    Window,
+    laid_out,
+    read_at,
+    some_of,
+    unfold,
+    window_of,
+)
 from cswap_deploy.network.units import depthwise
 from cswap_deploy.pruning.chains import Chain, is_norm
+from cswap_deploy.pruning.linear_maps import Linear, OwnInputs, SharedInputs, Through
+from cswap_deploy.pruning.targets import BLOCK, Places
 
 MAX_FEATURES = 1152
 """A producer whose units read more than this is left as it is: the covariance of what they read
@@ -50,8 +60,10 @@ consumer's output moves with it. A third and three times as much are equal (benc
 ITERATIONS = 10
 """Of conjugate gradients. Half as many cost quality, three times as many gain little."""
 _ROWS = 16_384
+"""Of the consumer's positions, and ``BLOCK`` times as many where they lie in squares: neighbours
+tell less than others. ResNet-56 without ten branches: KL .127 and .115 (benchmarks/LOG.md)."""
 _MOST_BYTES = 256 << 20
-"""Memory for the unfolded rows of one layer."""
+"""Memory for what the producer of one layer reads."""
 _STEPS = 1.0, 0.5, 0.25
 """Parts of the change that are tried."""
 _CONSTANT = 1e-6
@@ -63,94 +75,32 @@ _ROUNDING = 1e-10
 either sign on another processor: following it would change weights for nothing."""
 
 
-Solve = Callable[[Tensor], Tensor]
-"""(k, F) -> (k, F)."""
+def rows_for(features: int, through: Window) -> int:
+    """How many of a consumer's positions a reconstruction uses.
 
-
-class Linear(Protocol):
-    """What the k units of a producer read at some rows, as a linear map of their weights."""
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """(k, F) weights -> (n, k) what they give at all rows."""
-
-    def adjoint(self, given: Tensor) -> Tensor:
-        """(n, k) -> (k, F), over the first n rows."""
-
-    def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
-        """What solves with the damped covariance of the first rows, and their mean variance.
-
-        The damping is a part of that variance, which is () or (k,).
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class SharedInputs:
-    """All units read the same: (n, F)."""
-
-    values: Tensor
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """See :class:`Linear`."""
-        return self.values @ weight.T
-
-    def adjoint(self, given: Tensor) -> Tensor:
-        """See :class:`Linear`."""
-        return given.T @ self.values[: len(given)]
-
-    def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
-        """See :class:`Linear`."""
-        factor, variance = _factored(self.values[: rows : max(1, rows // _ROWS)], ridge)
-        return lambda g: torch.cholesky_solve(g.T.double(), factor).T.float(), variance
-
-
-@dataclass(frozen=True, slots=True)
-class OwnInputs:
-    """Each unit reads an input of its own: (F, n, k)."""
-
-    values: Tensor
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """See :class:`Linear`."""
-        found = self.values[0] * weight[:, 0]
-        for tap, values in enumerate(self.values[1:], 1):
-            found.addcmul_(values, weight[:, tap])
-        return found
-
-    def adjoint(self, given: Tensor) -> Tensor:
-        """See :class:`Linear`."""
-        return torch.stack([(v[: len(given)] * given).sum(0) for v in self.values], 1)
-
-    def preconditioner(self, rows: int, ridge: float) -> tuple[Solve, Tensor]:
-        """See :class:`Linear`."""
-        some = self.values[:, : rows : max(1, rows // _ROWS)].permute(2, 1, 0)
-        factor, variance = _factored(some, ridge)
-        return (
-            lambda g: torch.cholesky_solve(g[..., None].double(), factor)[..., 0].float(),
-            variance,
-        )
-
-
-def _factored(rows: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """(..., n, F) rows -> the Cholesky factor of their damped covariance, and its mean variance."""
-    rows = rows - rows.mean(-2, keepdim=True)
-    covariance = (rows.mT @ rows).double() / rows.shape[-2]
-    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
-    variance = diagonal.mean(-1).clamp_min(1e-20)
-    diagonal.add_(ridge * variance[..., None])
-    return torch.linalg.cholesky(covariance), variance.float()
-
-
-def rows_for(each: int) -> int:
-    """How many rows of so many unfolded numbers a reconstruction uses."""
-    return max(1, min(_ROWS, _MOST_BYTES // (4 * each)))
+    Args:
+        features: Numbers that are held for each position of the producer.
+        through: The consumer's window.
+    """
+    each = math.ceil(through.reads(BLOCK) * features)
+    most = _ROWS if through.taps == 1 else BLOCK * _ROWS
+    return max(1, min(most, _MOST_BYTES // (4 * each)))
 
 
 @dataclass(slots=True)
 class Reads:
-    """What the units of a producer read, at some rows and the S taps of what reads them."""
+    """What the units of a producer read, wherever what reads them looks, at r positions."""
 
     rows: Tensor
     """(r,) which of the consumer's positions, ascending."""
+    places: Positions
+    """U of the producer's output, each once, by item."""
+    items: int
+    """Of each image."""
+    index: Tensor
+    """(r, S) which of them each of the consumer's taps reads."""
+    exists: Tensor
+    """(r, S) 1 or 0."""
     units: Tensor
     """(k,) the outputs of the producer that are left."""
     columns: Tensor | slice
@@ -159,27 +109,26 @@ class Reads:
     """Whether each unit reads an input of its own."""
     layer: nn.Conv2d | nn.Linear
     window: Window
-    through: Window
-    """Of the consumer."""
-    solve_on: int
-    """How many of the rows are solved for; the others, of the last images, are held out."""
+    solve_on: tuple[int, int]
+    """How many of the rows, and of the places, are solved for; the others, of the last images, are
+    held out."""
     values: Tensor
-    """(r * S, F), or (F, r * S, k) where each unit reads its own."""
-    exists: Tensor
-    """(r, S) 1 or 0: outside the picture the consumer reads its own padding."""
+    """(U, F), or (F, U, k) where each unit reads its own."""
     gates: Mapping[fx.Node, Tensor]
-    """(r, 1, k) what each gate of the chain scales the units by."""
+    """(U, k) what each gate of the chain scales the units by."""
 
     @classmethod
     def of(
-        cls, graph: Graph, chain: Chain, where: Positions, units: Tensor, inputs: Tensor | None
-    ) -> Reads | None:
+        cls, graph: Graph, chain: Chain, where: Places, size: Sequence[int],
+        units: Tensor, inputs: Tensor | None,
+    ) -> Reads | None:  # fmt: skip
         """Room for what a chain's producer reads; ``None`` where that is too much.
 
         Args:
             graph: Over the network to change.
             chain: From the layer to change to the layer that reads it.
-            where: Positions of the latter, by item.
+            where: Positions of the latter.
+            size: (height, width) of the former's output.
             units: (k,) the outputs of the producer that are left.
             inputs: Those of the producer that are left; all unless given.
         """
@@ -188,50 +137,45 @@ class Reads:
         units = placed(units, device)
         columns: Tensor | slice = slice(None) if inputs is None or own else placed(inputs, device)
         window, through = window_of(chain.producer, layer), window_of(chain.consumer, consumer)
-        reads = 1 if own else layer.weight.shape[1] if inputs is None else len(inputs)
-        features = window.taps * reads
+        features = window.taps * (1 if own else layer.weight[:, columns].shape[1])
         if features > MAX_FEATURES:
             return None
-        each = through.taps * features * (len(units) if own else 1)
-        rows = some_of(len(where), rows_for(each))
-        count = len(rows) * through.taps
-        shape = (window.taps, count, len(units)) if own else (count, features)
+        most = rows_for(features * (len(units) if own else 1), through)
+        rows = some_of(len(where.where), most, run=1 if through.taps == 1 else BLOCK**2)
+        places, index, exists = read_at(where.where[rows], through, size)
+        count, new = len(places), layer.weight.new_empty
+        image = where.where.image[rows]
+        begins = int(image[-1]) + 1 - int(HELD_OUT * (int(image[-1]) + 1))
         return cls(
-            rows, units, columns, own, layer, window, through,
-            _to_solve_on(where.image[rows]),
-            layer.weight.new_empty(shape), layer.weight.new_empty(len(rows), through.taps),
-            {gate: layer.weight.new_empty(len(rows), 1, len(units)) for gate in chain.gates},
+            rows, places, where.items, placed(index, device),
+            placed(exists, device).to(layer.weight.dtype), units, columns, own, layer, window,
+            (_before(image, begins), _before(places.image, begins)),
+            new(window.taps, count, len(units)) if own else new(count, features),
+            {gate: new(count, len(units)) for gate in chain.gates},
         )  # fmt: skip
 
-    def take(self, x: Tensor, part: slice, where: Positions) -> None:
-        """Note what is read on some images.
-
-        Args:
-            x: The producer's input there.
-            part: Which of the consumer's positions lie there.
-            where: Those positions, counted from the first of the images.
-        """
-        rows, mine = self._within(part, x)
+    def take(self, x: Tensor, images: slice) -> None:
+        """Note what is read on some images, of which ``x`` is the producer's input."""
+        at, where = self._within(images, x.device)
         x = laid_out(x, self.layer)[..., self.units if self.own else self.columns]
-        values, exists = unfold(x, where[mine], self.window, through=self.through)
-        self.exists[rows] = exists.to(self.exists.dtype)
-        taps = self.through.taps
-        at = slice(rows.start * taps, rows.stop * taps)
+        values = unfold(x, where, self.window)
         if self.own:
-            self.values[:, at] = values.flatten(0, 1).movedim(1, 0)
+            self.values[:, at] = values.movedim(1, 0)
         else:
-            self.values[at] = values.flatten(2).flatten(0, 1)
+            self.values[at] = values.flatten(1)
 
-    def take_gate(self, gate: fx.Node, value: Tensor, part: slice, where: Positions) -> None:
+    def take_gate(self, gate: fx.Node, value: Tensor, images: slice) -> None:
         """Note what a gate of the chain (N, C, 1, 1) is on some images; see :meth:`take`."""
-        rows, mine = self._within(part, value)
-        images = where.image[mine]
-        self.gates[gate][rows, 0] = value.flatten(1)[images][:, self.units]
+        at, where = self._within(images, value.device)
+        self.gates[gate][at] = value.flatten(1)[where.image][:, self.units]
 
-    def _within(self, part: slice, value: Tensor) -> tuple[slice, Tensor]:
-        """Which rows lie at some of the positions; and where among those."""
-        begin, end = torch.searchsorted(self.rows, torch.tensor([part.start, part.stop])).tolist()
-        return slice(begin, end), placed(self.rows[begin:end] - part.start, value.device)
+    def _within(self, images: slice, device: torch.device) -> tuple[slice, Positions]:
+        """Which places lie on some images; and those, counted from the first of them."""
+        begin, end = (
+            _before(self.places.image, n * self.items) for n in (images.start, images.stop)
+        )
+        where = self.places[begin:end].on(device, first=images.start * self.items)
+        return slice(begin, end), where
 
     @property
     def linear(self) -> Linear:
@@ -274,18 +218,17 @@ def held_out_error(graph: Graph, chain: Chain, reads: Reads, wanted: Tensor) -> 
 
 
 def _set_up(graph: Graph, chain: Chain, reads: Reads) -> tuple[_Reconstruction, Tensor]:
-    """The units of a producer, and what they give, (r, S, k), with the weights as they are."""
+    """The units of a producer, and what they give, (U, k), with the weights as they are."""
     producer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
     weight = producer.weight.detach()[reads.units][:, reads.columns].movedim(1, -1).flatten(1)
     read = _ungrouped(consumer)[:, reads.units]
+    read = read.reshape(*read.shape[:2], -1)
     z = reads.linear(weight)
     if producer.bias is not None:
         z += producer.bias.detach()[reads.units]
-    work = _Reconstruction(
-        reads.linear, reads.exists, _pointwise(graph, chain, reads),
-        read.reshape(*read.shape[:2], -1).permute(2, 1, 0), reads.solve_on,
-    )  # fmt: skip
-    return work, z.view(*reads.exists.shape, -1)
+    through = Through(reads.index, reads.exists, read.permute(2, 1, 0).contiguous())
+    psi = _pointwise(graph, chain, reads)
+    return _Reconstruction(reads.linear, through, psi, reads.solve_on), z
 
 
 _Psi = Callable[[Tensor], Tensor]
@@ -316,31 +259,28 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class _Reconstruction:
-    """The units of one producer, at r rows and the S taps of what reads them."""
+    """The units of one producer, at U positions that its consumer looks at from r of its own."""
 
     reads: Linear
-    exists: Tensor
-    """(r, S)."""
+    through: Through
     psi: _Psi
-    read: Tensor
-    """(S, k, O), the consumer's weights."""
-    solve_on: int
-    """The first rows; the others are held out."""
+    solve_on: tuple[int, int]
+    """The first rows and places; the others are held out."""
 
     def change(self, z: Tensor, wanted: Tensor) -> Change | None:
         """What to add to the units' weights and constants; ``None`` where nothing helps.
 
         Args:
-            z: (r, S, k), what the units give.
+            z: (U, k), what the units give.
             wanted: (r, O), of the consumer.
         """
         lacking, least = self.lacking(z, wanted)
         if _power(lacking) <= _ROUNDING * _power(wanted):
             return None
-        change = best_change(self.reads, self._slope(z), self.read, lacking, self.solve_on)
+        change = best_change(self.reads, self._slope(z), self.through, lacking, self.solve_on)
         if change is None:
             return None
-        moved = (self.reads(change.weight) + change.constant).view(z.shape)
+        moved = self.reads(change.weight) + change.constant
         best = None
         for part in _STEPS:
             _, rest = self.lacking(z + part * moved, wanted)
@@ -350,61 +290,53 @@ class _Reconstruction:
 
     def lacking(self, z: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """(r, O), of what the consumer makes of z, and how much of it is on rows held out."""
-        found = wanted - self._out(z)
-        return found, _power(found[self.solve_on :])
-
-    def _out(self, z: Tensor) -> Tensor:
-        """(r, O), what the consumer makes of it, without its constant."""
-        h = self.psi(z) * self.exists[..., None]
-        return h.flatten(1) @ self.read.flatten(0, 1)
+        found = wanted - self.through(self.psi(z))
+        return found, _power(found[self.solve_on[0] :])
 
     def _slope(self, z: Tensor) -> Tensor:
-        """(r, S, k), psi' at z, by a difference; zero where the consumer reads its padding."""
-        reach = (1e-3 * z.std((0, 1))).clamp_min(1e-6)
-        rise = (self.psi(z + reach) - self.psi(z - reach)) / (2 * reach)
-        return rise * self.exists[..., None]
+        """(U, k), psi' at z, by a difference."""
+        reach = (1e-3 * z.std(0)).clamp_min(1e-6)
+        return (self.psi(z + reach) - self.psi(z - reach)) / (2 * reach)
 
 
 def best_change(
-    reads: Linear, slope: Tensor, read: Tensor, lacking: Tensor, solve_on: int
+    reads: Linear, slope: Tensor, through: Through, lacking: Tensor, solve_on: tuple[int, int]
 ) -> Change | None:
     """The change of all units' weights and constants that explains what is lacking.
 
     Args:
-        reads: What the units read, at r rows and S taps.
-        slope: (r, S, k), psi' there.
-        read: (S, k, O), the consumer's weights.
+        reads: What the units read, at U positions.
+        slope: (U, k), psi' there.
+        through: What the consumer makes of them, at r positions.
         lacking: (r, O); its mean does not count, as the consumer's constant is refitted later.
-        solve_on: How many rows are solved for; on the others it must not grow.
+        solve_on: How many of the r, and of the U, are solved for; on the others it must not grow.
 
     Returns:
         ``None`` where no change lessens what is lacking on the rows that are held out.
     """
-    mixing = read.flatten(0, 1)
+    rows, places = solve_on
 
     def moves(change: Change) -> Tensor:
         """(r, O), less the mean over the rows that are solved for."""
-        moved = (reads(change.weight) + change.constant).view(slope.shape) * slope
-        out = moved.flatten(1) @ mixing
-        return out - out[:solve_on].mean(0)
+        out = through((reads(change.weight) + change.constant) * slope)
+        return out - out[:rows].mean(0)
 
     def adjoint(given: Tensor) -> Change:
-        back = (given - given.mean(0)) @ mixing.T
-        back = (back.view(-1, *slope.shape[1:]) * slope[: len(given)]).flatten(0, 1)
+        back = through.adjoint(given - given.mean(0), places) * slope[:places]
         return Change(reads.adjoint(back), back.sum(0))
 
     # How far the output moves with each unit, all rows together.
-    weight = (slope[:solve_on].square() * read.square().sum(2)).sum((0, 1))
+    weight = (slope[:places].square() * through.reach(places, rows)).sum(0)
     if not weight.any():
         return None
     weight = weight.clamp_min(1e-12 * weight.max())
-    solve, variance = reads.preconditioner(solve_on * slope.shape[1], RIDGE)
+    solve, variance = reads.preconditioner(places, RIDGE)
     ridge = Change((RIDGE * weight * variance)[:, None], _CONSTANT * weight)
 
-    aim = lacking - lacking[:solve_on].mean(0)
-    held = slice(solve_on, None)
+    aim = lacking - lacking[:rows].mean(0)
+    held = slice(rows, None)
     least = aim[held].square().sum()
-    rest = adjoint(aim[:solve_on])
+    rest = adjoint(aim[:rows])
     best, found, step, product = None, rest.times(0.0), rest.times(0.0), weight.new_ones(())
     for _ in range(ITERATIONS):
         better = Change(solve(rest.weight) / weight[:, None], rest.constant / weight)
@@ -413,7 +345,7 @@ def best_change(
             break
         step = better.plus(step.times(product / before))
         moved = moves(step)
-        curved = adjoint(moved[:solve_on]).plus(
+        curved = adjoint(moved[:rows]).plus(
             Change(ridge.weight * step.weight, ridge.constant * step.constant)
         )
         size = product / step.dot(curved)
@@ -460,7 +392,6 @@ def _power(lacking: Tensor) -> Tensor:
     return (lacking - lacking.mean(0)).square().sum()
 
 
-def _to_solve_on(image: Tensor) -> int:
-    """How many of the rows belong to the first images; the others are held out."""
-    images = int(image[-1]) + 1
-    return int(torch.searchsorted(image, images - int(HELD_OUT * images)))
+def _before(image: Tensor, end: int) -> int:
+    """How many of some positions, by image, lie on images before one."""
+    return int(torch.searchsorted(image, end))

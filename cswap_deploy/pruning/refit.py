@@ -224,9 +224,9 @@ class _Refitting:
         stops = [node]
         reads: Reads | None = None
         if chain is not None:
-            self.reads = reads = Reads.of(
-                pruned, chain, places.where, self.kept[layer], self.kept.get(chain.producer_layer)
-            )
+            size = targets.shape(chain.producer_layer)[1:]
+            kept = self.kept[layer], self.kept.get(chain.producer_layer)
+            self.reads = reads = Reads.of(pruned, chain, places, size, *kept)
             stops = [chain.producer, *chain.gates, node] if reads is not None else stops
         pool = pool_before(node, system.inputs, len(targets.batches))
         if pool is not None and chain is None:
@@ -238,12 +238,12 @@ class _Refitting:
                 system.add_around(pool.rows(pruned.value(pool.source, env), most))
                 continue
             if reads is not None and (gate := gate_of(stop)) is not None:
-                reads.take_gate(stop, pruned.value(gate, env), places.of(part), where)
+                reads.take_gate(stop, pruned.value(gate, env), part)
                 continue
             x = pruned.value(input_of(stop), env)
             if stop is not node:
                 assert reads is not None
-                reads.take(x, places.of(part), where)
+                reads.take(x, part)
                 continue
             wanted = dense[places.of(part)]
             stream = stream_part(pruned, targets.dense, layer, env)
@@ -312,7 +312,7 @@ class _System:
             own = x if len(group.mine) == x.shape[-1] else x[..., group.mine]
             for begin in range(0, len(where), step):
                 part = slice(begin, begin + step)
-                u = unfold(own, where[part], self._window)[0].flatten(1)
+                u = unfold(own, where[part], self._window).flatten(1)
                 group.add(u, wanted[part, group.rows])
 
     def add_around(self, values: Tensor) -> None:

@@ -16,9 +16,13 @@ from torch import Tensor, fx, nn
 from cswap_deploy.network.branches import LAYOUT, Branch, branch_of, shape_of
 from cswap_deploy.network.graph import Env, Graph
 from cswap_deploy.network.nodes import ancestors, batch_dim, shape_in
-from cswap_deploy.network.unfolding import Positions, at, draw, laid_out
+from cswap_deploy.network.unfolding import Positions, at, draw, laid_out, window_of
 from cswap_deploy.network.units import channel_dim
 from cswap_deploy.network.walk import Batches
+
+BLOCK = 4
+"""Positions of layers with larger windows are drawn in squares of so many rows and columns: what
+lies before such a layer is then computed for few more positions than are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +77,17 @@ class Targets:
 
     def places(self, layer: str) -> Places:
         """Where the layer's output is looked at."""
-        shape = self._shape(layer)
-        if shape not in self._places:
-            items, height, width = shape
+        items, height, width = self.shape(layer)
+        node, module = self.dense.readers(layer)[0], self.dense.layer(layer)
+        block = 1 if window_of(node, module).taps == 1 else BLOCK
+        key = items, height, width, block
+        if key not in self._places:
             count = items * len(self.batches)
-            where = draw((count, height, width), self.rows)
-            self._places[shape] = Places(where, items, len(where) // count)
-        return self._places[shape]
+            where = draw((count, height, width), self.rows, block=block)
+            self._places[key] = Places(where, items, len(where) // count)
+        return self._places[key]
 
-    def _shape(self, layer: str) -> tuple[int, int, int]:
+    def shape(self, layer: str) -> tuple[int, int, int]:
         """(items of one image, H, W) of its output."""
         node, module = self.dense.readers(layer)[0], self.dense.layer(layer)
         sizes = list(shape_in(node.meta["val"], 1))

@@ -21,14 +21,13 @@ from cswap_deploy.network.units import mask_weight
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning import producers
 from cswap_deploy.pruning.chains import Chain, find_chains
+from cswap_deploy.pruning.linear_maps import OwnInputs, SharedInputs, Through
 from cswap_deploy.pruning.prepare import prepare
 from cswap_deploy.pruning.producers import (
     HELD_OUT,
     MAX_FEATURES,
     RIDGE,
-    OwnInputs,
     Reads,
-    SharedInputs,
     best_change,
     reconstruct_producer,
 )
@@ -155,9 +154,13 @@ def test_change_is_the_damped_least_squares_solution(
     aim = (lacking - lacking.mean(0)).flatten().double()
     wanted = torch.linalg.solve(jacobian.T @ jacobian + pull, jacobian.T @ aim).view(units, known)
 
-    twice = [torch.cat([v, v]) for v in (slope, lacking)]  # what is held out is what is solved for
+    # What is held out is what is solved for.
+    both = [torch.cat([v, v]) for v in (slope.flatten(0, 1), lacking)]
     reads = OwnInputs(torch.cat([seen, seen], 1)) if own else SharedInputs(torch.cat([seen, seen]))
-    found = best_change(reads, twice[0], read, twice[1], rows)
+    index = torch.arange(2 * rows * taps).view(-1, taps)
+    through = Through(index, torch.ones(2 * rows, taps), read)
+    ends = rows, rows * taps
+    found = best_change(reads, both[0], through, both[1], ends)
     assert found is not None
 
     def left(change: Tensor) -> float:
@@ -169,8 +172,9 @@ def test_change_is_the_damped_least_squares_solution(
     solved = torch.cat([found.weight, found.constant[:, None]], 1)
     assert most > 5
     assert left(torch.zeros_like(wanted)) - left(solved) == pytest.approx(most, rel=0.01)
-    assert best_change(reads, torch.zeros_like(twice[0]), read, twice[1], rows) is None
-    assert best_change(reads, twice[0], torch.zeros_like(read), twice[1], rows) is None
+    assert best_change(reads, torch.zeros_like(both[0]), through, both[1], ends) is None
+    nothing = Through(index, through.exists, torch.zeros_like(read))
+    assert best_change(reads, both[0], nothing, both[1], ends) is None
 
 
 @pytest.mark.parametrize("make", [BLOCKS["3x3, 3x3"], BLOCKS["depthwise, 1x1"]])
@@ -180,23 +184,32 @@ def test_adjoint_is_the_transpose(make: Callable[[], nn.Module]) -> None:
     reads = noted(graph, chain, torch.arange(8))
     torch.manual_seed(0)
     weight = torch.randn_like(reads.linear.adjoint(torch.zeros(1, 8)))
-    given = torch.randn(reads.exists.numel(), 8)
+    given = torch.randn(len(reads.places), 8)
     left = (reads.linear(weight) * given).sum()
     torch.testing.assert_close(
         left, (weight * reads.linear.adjoint(given)).sum(), rtol=1e-4, atol=0.1
     )
+    consumer = graph.layer("second").weight.detach().flatten(2).permute(2, 1, 0)
+    through = Through(reads.index, reads.exists, consumer)
+    for rows, places in (reads.solve_on, (len(reads.rows), len(reads.places))):
+        wanted = torch.randn(rows, 6)
+        torch.testing.assert_close(
+            (through(given)[:rows] * wanted).sum(),
+            (given[:places] * through.adjoint(wanted, places)).sum(), rtol=1e-4, atol=0.1,
+        )  # fmt: skip
 
 
 def noted(graph: Graph, chain: Chain, units: Tensor) -> Reads:
     """What the producer of a block reads, on all images."""
-    places = targets_of(graph, IMAGES, rows=64).places("second")
-    reads = Reads.of(graph, chain, places.where, units, None)
+    targets = targets_of(graph, IMAGES, rows=64)
+    size = targets.shape("first")[1:]
+    reads = Reads.of(graph, chain, targets.places("second"), size, units, None)
     assert reads is not None
     with torch.no_grad():
         x = torch.tanh(graph.module.stem(IMAGES))  # type: ignore[operator]
     for begin in (0, 40):  # in two parts of uneven size
         part = slice(begin, min(begin + 40, len(IMAGES)))
-        reads.take(x[part], places.of(part), places.within(part, graph.device))
+        reads.take(x[part], part)
     return reads
 
 
