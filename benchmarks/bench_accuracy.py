@@ -148,7 +148,8 @@ def measure_model(name: str, config: Config, progress: Progress) -> Iterator[Res
     calibration = config.calibration or model.calibration
     cases = list(_cases(name, model, config))
     loaded: LoadedModel | None = None
-    prepared: Prepared | None = None
+    prepared: dict[bool, Prepared] = {}
+    """With whole branches, which peers do not rank, and without."""
     draw: Draw | None = None
     refused: set[str] = set()
     for at, case in enumerate(cases, 1):
@@ -164,11 +165,13 @@ def measure_model(name: str, config: Config, progress: Progress) -> Iterator[Res
             loaded = load(model)
         if draw is None or draw.seed != case.seed:
             draw = Draw(loaded, model, calibration, case.seed)
-        if prepared is None:
-            least = min(cases, key=lambda c: c.ratio)
-            prepared = prepare(loaded.module, draw.calibration.images, settings(least, model))
+        branches = settings(case, model).branches
+        if branches not in prepared:
+            least = settings(replace(case, ratio=min(c.ratio for c in cases)), model)
+            prepared[branches] = prepare(loaded.module, draw.calibration.images, least)
+        network = prepared[branches]
         try:
-            result = measure(case, model, prepared, draw, digests[case.method], progress)
+            result = measure(case, model, network, draw, digests[case.method], progress)
         except (peers.NotApplicableError, MissingDependencyError) as err:
             progress.note(f"{case.method} left out: {err}")
             refused.add(case.method)

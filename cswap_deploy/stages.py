@@ -35,7 +35,7 @@ from cswap_deploy.network.placing import HOST, device_for
 from cswap_deploy.network.probabilities import with_output_kind
 from cswap_deploy.progress import Progress
 from cswap_deploy.pruning.prune import prune as prune_network
-from cswap_deploy.pruning.recover import Lesson, ProgressStore, recovery_words
+from cswap_deploy.pruning.recover import HELD_OUT, Lesson, ProgressStore, recovery_words
 from cswap_deploy.pruning.recover import recover as train
 from cswap_deploy.pruning.rounds import NEAR
 from cswap_deploy.pruning.state import RoundStore
@@ -121,6 +121,8 @@ def prune(run: Run) -> PrunedFiles:
         save_file(contiguous_state(done.module), out / WEIGHTS, metadata={"format": "pt"})
 
     settings = config.key() | {"seed": run.config.run.seed}
+    if config.recover is not None:
+        settings["held_out"] = HELD_OUT
     key: dict[str, Any] = {
         "inputs": {"aim": aim and aim.key, "measured_on": measured_on(device_for(config))}
         | run.calibration_key

@@ -29,6 +29,7 @@ from cswap_deploy.pruning.importance import importance_of
 from cswap_deploy.pruning.job import Backend, Job
 from cswap_deploy.pruning.pace import Pace, expected_costs, macs_per_second
 from cswap_deploy.pruning.prepare import Prepared, check_reach, prepare
+from cswap_deploy.pruning.recover import held_out
 from cswap_deploy.pruning.rounds import remove_in_rounds
 from cswap_deploy.pruning.state import RoundStore, State
 from cswap_deploy.pruning.timing import NARROWED, TimedDevice, latency_model
@@ -68,7 +69,8 @@ def prune(
         module: In eval mode, float32; not changed. Where it gives probabilities, its effects are
             those on their logarithms.
         calibration: Images of the network's size.
-        config: With ratio 0 nothing is removed.
+        config: With ratio 0 nothing is removed. With ``recover``, which comes later, the images
+            that are to judge that are not looked at.
         seed: Of the importance ``random``.
         spec: How workers can build the network again; without it there are none.
         rounds: Where finished rounds are kept; the latest one is gone on from.
@@ -86,6 +88,11 @@ def prune(
     """
     keep_freed_memory()
     importance = importance_of(config.criterion)
+    if config.recover is not None and config.ratio > 0:
+        seen = ~held_out(len(calibration.images))
+        calibration = replace(
+            calibration, images=calibration.images[seen], labels=calibration.labels[seen]
+        )
     images = calibration.images
     require_steady(module, images)
     if config.ratio == 0:
