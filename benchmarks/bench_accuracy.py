@@ -148,8 +148,8 @@ def measure_model(name: str, config: Config, progress: Progress) -> Iterator[Res
     calibration = config.calibration or model.calibration
     cases = list(_cases(name, model, config))
     loaded: LoadedModel | None = None
-    prepared: dict[bool, Prepared] = {}
-    """With whole branches, which peers do not rank, and without."""
+    prepared: dict[tuple[bool, bool], Prepared] = {}
+    """By whether whole branches may go, which peers do not rank, and with a refit."""
     draw: Draw | None = None
     refused: set[str] = set()
     for at, case in enumerate(cases, 1):
@@ -165,11 +165,11 @@ def measure_model(name: str, config: Config, progress: Progress) -> Iterator[Res
             loaded = load(model)
         if draw is None or draw.seed != case.seed:
             draw = Draw(loaded, model, calibration, case.seed)
-        branches = settings(case, model).branches
-        if branches not in prepared:
+        way = settings(case, model).branches, case.refit
+        if way not in prepared:
             least = settings(replace(case, ratio=min(c.ratio for c in cases)), model)
-            prepared[branches] = prepare(loaded.module, draw.calibration.images, least)
-        network = prepared[branches]
+            prepared[way] = prepare(loaded.module, draw.calibration.images, least)
+        network = prepared[way]
         try:
             result = measure(case, model, network, draw, digests[case.method], progress)
         except (peers.NotApplicableError, MissingDependencyError) as err:

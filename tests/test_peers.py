@@ -325,6 +325,33 @@ def test_a_row_is_measured_from_end_to_end() -> None:
     assert row.agreement <= 1
 
 
+def test_peers_are_asked_about_no_branches_whatever_ran_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, images = small_vit(), pictures(24)
+    draw = SimpleNamespace(seed=0, calibration=Calibration(*images))
+    seen: dict[str, set[str]] = {}
+
+    def measure(
+        case: bench_accuracy.Case, _: object, network: Prepared, *__: object
+    ) -> accuracy_results.Result:
+        seen[case.method] = seen.get(case.method, set()) | {g.kind for g in network.groups}
+        if case.refit:
+            raise peers.NotApplicableError("that is enough")
+        return result(model="m", method=case.method, ratio=case.ratio, removed=case.ratio)
+
+    monkeypatch.setattr(bench_accuracy, "load", lambda _: SimpleNamespace(module=module))
+    monkeypatch.setattr(bench_accuracy, "Draw", lambda *_: draw)
+    monkeypatch.setattr(bench_accuracy, "measure", measure)
+    config = bench_accuracy.Config(methods=("cswap", "obs"), ratios=(0.2,), results=tmp_path)
+    silent = bench_accuracy.Silent()
+    rows = list(bench_accuracy.measure_model("demo-vit", config, silent))
+    assert {row.method for row in rows} == {"cswap", "obs"}
+    assert "branch" in seen["cswap"]
+    assert seen["obs"]
+    assert "branch" not in seen["obs"]
+
+
 def ready_by_parameters(module: nn.Module, images: Tensor) -> Prepared:
     return prepare(module, images, PruneConfig(ratio=0.1, round_to=1, branches=False))
 
