@@ -47,6 +47,9 @@ _LOOKING = 0.15
 """Part of the time that looks may take."""
 _RATE = 1e-4
 """Largest learning rate, of Adam."""
+_AVERAGED = 0.98
+"""What judges, and is kept, is a running mean of the weights: this much of it stays at each step.
+Single steps on batches of few images go up and down (benchmarks/LOG.md)."""
 _WARM = 0.1
 """Part of the time in which the rate rises."""
 _FEATURES_END = 0.4
@@ -69,6 +72,8 @@ class Progressed:
     step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
     now: dict[str, Tensor] = field(default_factory=dict)
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    """Running, of the weights."""
     moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Of Adam, by the parameter's number."""
     checks: list[RecoveryCheck] = field(default_factory=list)
@@ -159,6 +164,8 @@ class _Trainer:
         self._blocks = _common_blocks(student, teacher, judged[:2].to(lesson.device))
         self._trained = [p.requires_grad_(True) for p in student.parameters()]
         self._optimizer = torch.optim.Adam(self._trained, lr=_RATE)
+        self._mean = copied(student)
+        self._averaged = list(self._mean.parameters())
 
     def run(
         self, state: Progressed, seconds: float, progress: Progress, save: Saver | None
@@ -166,6 +173,7 @@ class _Trainer:
         """Until the time is up, or nothing is gained any more."""
         if state.now:
             self._student.load_state_dict(state.now)
+            self._mean.load_state_dict(state.mean)
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state.moments, "param_groups": groups})
         else:
@@ -182,7 +190,7 @@ class _Trainer:
                 self._check(state)
                 due += apart
                 state.seconds += time.perf_counter() - begun
-                state.now = _weights(self._student)
+                state.now, state.mean = _weights(self._student), _weights(self._mean)
                 state.moments = {
                     at: {what: value.detach().cpu().clone() for what, value in each.items()}
                     for at, each in self._optimizer.state_dict()["state"].items()
@@ -223,6 +231,9 @@ class _Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self._trained, 1.0)
             self._optimizer.step()
+            with torch.no_grad():
+                for mean, now in zip(self._averaged, self._trained, strict=True):
+                    mean.lerp_(now, 1 - _AVERAGED)
         state.step += 1
 
     def _check(self, state: Progressed) -> None:
@@ -234,7 +245,7 @@ class _Trainer:
         )  # fmt: skip
         best = min((c.divergence for c in state.checks), default=math.inf)
         if not state.best or check.divergence < best:
-            state.best = _weights(self._student)
+            state.best = _weights(self._mean)
         state.checks.append(check)
 
     @torch.no_grad()
@@ -244,7 +255,7 @@ class _Trainer:
         for part in torch.split(self._judged, 64):
             batch = part.to(self._device)
             expected = named_outputs(self._teacher(batch))
-            found = named_outputs(self._student(batch))
+            found = named_outputs(self._mean(batch))
             total += float(divergence(expected, found, self._task).sum())
             if self._task == "classify":
                 one, other = (next(iter(outputs.values())) for outputs in (expected, found))
@@ -336,7 +347,7 @@ class ProgressStore:
         self._store = store
         self._resume = resume
         self._key = stage_key(
-            "recovering", version=1, inputs={"recover": key}, settings={}, tools={}
+            "recovering", version=2, inputs={"recover": key}, settings={}, tools={}
         )
 
     def load(self) -> Progressed | None:
@@ -348,7 +359,7 @@ class ProgressStore:
             return None
         told = json.loads((folder / "progress.json").read_bytes())
         tensors = load_file(folder / _TENSORS)
-        parts: dict[str, dict[str, Tensor]] = {"best": {}, "now": {}, "adam": {}}
+        parts: dict[str, dict[str, Tensor]] = {"best": {}, "now": {}, "mean": {}, "adam": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
             parts[kind][rest] = value
@@ -357,7 +368,7 @@ class ProgressStore:
             at, _, what = name.partition(".")
             moments.setdefault(int(at), {})[what] = value
         return Progressed(
-            told["seconds"], told["step"], parts["best"], parts["now"], moments,
+            told["seconds"], told["step"], parts["best"], parts["now"], parts["mean"], moments,
             [RecoveryCheck.model_validate(check) for check in told["checks"]],
         )  # fmt: skip
 
@@ -367,6 +378,7 @@ class ProgressStore:
 
         tensors = {f"best.{name}": value for name, value in state.best.items()}
         tensors |= {f"now.{name}": value for name, value in state.now.items()}
+        tensors |= {f"mean.{name}": value for name, value in state.mean.items()}
         for at, each in state.moments.items():
             tensors |= {f"adam.{at}.{what}": value for what, value in each.items()}
         told = {
