@@ -129,12 +129,13 @@ def draw(shape: Sequence[int], most: int, *, seed: int = 0, block: int = 1) -> P
 def some_of(count: int, most: int, *, run: int = 1) -> Tensor:
     """(min(count, most),) of the numbers below ``count``, ascending; always the same ones.
 
-    With ``run`` (which divides ``count``) so many that follow one another are taken together.
+    With ``run`` so many that follow one another are taken together; what is left over is not.
     """
     if count <= most:
         return torch.arange(count)
+    run = min(run, most)
     generator = torch.Generator().manual_seed(0)
-    first = torch.randperm(count // run, generator=generator)[: max(1, most // run)].sort().values
+    first = torch.randperm(count // run, generator=generator)[: most // run].sort().values
     return (first[:, None] * run + torch.arange(run)).flatten()
 
 

@@ -19,6 +19,7 @@ from cswap_deploy.data.calibration import Calibration
 from cswap_deploy.errors import PruneError, UsageError
 from cswap_deploy.models.plain import copied
 from cswap_deploy.network.deletion import delete_removed
+from cswap_deploy.network.nodes import memory_format_of
 from cswap_deploy.network.placing import HOST, device_for, moved
 from cswap_deploy.network.probabilities import give_outputs, giving_logits, output_kind
 from cswap_deploy.network.sizes import SizeModel
@@ -70,7 +71,7 @@ def prune(
             those on their logarithms.
         calibration: Images of the network's size.
         config: With ratio 0 nothing is removed. With ``recover``, which comes later, the images
-            that are to judge that are not looked at.
+            that are to judge it are not looked at.
         seed: Of the importance ``random``.
         spec: How workers can build the network again; without it there are none.
         rounds: Where finished rounds are kept; the latest one is gone on from.
@@ -90,9 +91,9 @@ def prune(
     importance = importance_of(config.criterion)
     if config.recover is not None and config.ratio > 0:
         seen = ~held_out(len(calibration.images))
-        calibration = replace(
-            calibration, images=calibration.images[seen], labels=calibration.labels[seen]
-        )
+        kept = calibration.images[seen]
+        kept = kept.contiguous(memory_format=memory_format_of(calibration.images))
+        calibration = replace(calibration, images=kept, labels=calibration.labels[seen])
     images = calibration.images
     require_steady(module, images)
     if config.ratio == 0:
