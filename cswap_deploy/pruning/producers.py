@@ -145,7 +145,8 @@ class Reads:
         places, index, exists = read_at(where.where[rows], through, size)
         count, new = len(places), layer.weight.new_empty
         image = where.where.image[rows]
-        begins = int(image[-1]) + 1 - int(HELD_OUT * (int(image[-1]) + 1))
+        images = int(image[-1]) + 1
+        begins = images - int(HELD_OUT * images)  # what is held out
         return cls(
             rows, places, where.items, placed(index, device),
             placed(exists, device).to(layer.weight.dtype), units, columns, own, layer, window,

@@ -376,9 +376,8 @@ class ProgressStore:
         """Keep where it is."""
         from safetensors.torch import save_file
 
-        tensors = {f"best.{name}": value for name, value in state.best.items()}
-        tensors |= {f"now.{name}": value for name, value in state.now.items()}
-        tensors |= {f"mean.{name}": value for name, value in state.mean.items()}
+        kinds = {"best": state.best, "now": state.now, "mean": state.mean}
+        tensors = {f"{k}.{name}": v for k, each in kinds.items() for name, v in each.items()}
         for at, each in state.moments.items():
             tensors |= {f"adam.{at}.{what}": value for what, value in each.items()}
         told = {
