@@ -37,6 +37,10 @@ _NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 _LOCK = "lock"
 
+_GONE = (FileNotFoundError, FileExistsError)
+"""What making a lock says when another process clears its folder away at that moment: a lock makes
+its folder where there is none, and "exists" is the answer when the folder goes right after."""
+
 _OURS = ("manifest.json", "build.json", "sweep.json", "kit.json")
 """A folder with one of these was made by a build or a sweep and may be replaced by one."""
 
@@ -202,10 +206,10 @@ def scratch_folder(
 def _make_locked(folder: Path, lock: FileLock) -> None:
     """Make a scratch folder and hold its lock."""
     while True:
-        folder.mkdir(mode=0o700, exist_ok=True)
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock.acquire()
-        except (Timeout, FileNotFoundError):
+        except (Timeout, *_GONE):
             continue  # another process took it for stale between the two steps
         if (folder / _LOCK).exists():
             return
@@ -242,7 +246,7 @@ def clear_stale(parent: Path, *, prefix: str, restore: Path | None = None) -> No
         restore: Where a bundle goes back that was moved aside when the process was killed.
     """
     for folder in parent.glob(f"{_escape(prefix)}*"):
-        with suppress(FileNotFoundError):
+        with suppress(*_GONE):
             if not (folder / _LOCK).exists():
                 young = time.time() - folder.stat().st_mtime < _YOUNG_SECONDS
                 if not young or _is_dead(folder.name.removeprefix(prefix).partition("-")[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import multiprocessing
@@ -182,6 +183,36 @@ def test_an_interruption_while_clearing_up_leaves_nothing(tmp_path: Path) -> Non
         child.communicate(timeout=60)
     assert child.returncode != 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_that_goes_while_another_process_looks_at_it_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / ".partial-999999999-0a"
+    other.mkdir()
+    (other / "lock").touch()
+    make = os.mkdir
+
+    def goes_meanwhile(path: str | Path, *given: int) -> None:
+        if Path(path) == other:
+            other.rmdir()
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, *given)
+
+    ask = Path.exists
+
+    def found_and_gone(path: Path, **how: bool) -> bool:
+        there = ask(path, **how)
+        if path == other / "lock":
+            path.unlink()
+        return there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", goes_meanwhile)
+        patch.setattr(Path, "exists", found_and_gone)
+        fill(Store(tmp_path), "new")
+    assert read(Store(tmp_path).find(KEY)) == {"new"}
+    assert [folder.name for folder in tmp_path.iterdir()] == [KEY]
 
 
 # --- cswap-deploy store --------------------------------------------------------------------------
