@@ -202,3 +202,17 @@ def test_a_softmax_inside_is_no_logits() -> None:
     assert found.divergence_before == pytest.approx(expected.divergence_before, rel=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(module(IMAGES).sum(1), torch.ones(len(IMAGES)))
+
+
+def test_a_classifier_is_taught_its_logits_but_for_what_all_have_in_common() -> None:
+    wanted = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+    moved = {"y": wanted + torch.arange(6.0)[:, None]}
+    assert float(module_._loss({"y": wanted}, moved, "classify")) < 1e-10
+    assert float(module_._loss({"y": wanted}, moved, "features")) > 1
+    # A class that the prediction is deaf to counts as much as any other.
+    far = wanted.clone()
+    far[:, 0] -= 40
+    other = far.clone()
+    other[:, 0] += 10
+    assert float(divergence({"y": far}, {"y": other}, "classify").max()) < 1e-6
+    assert float(module_._loss({"y": far}, {"y": other}, "classify")) > 0.01
