@@ -22,16 +22,23 @@ LIMIT_S = 60.0
 PRUNED = [name for name, case in NETWORKS.items() if case.expected == "pruned"]
 
 
-EXPORTED = frozenset(
-    NETWORKS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else list(NETWORKS)[::12]
-)
-"""Exporting takes most of the time; the nightly profile exports all."""
+def every(step: int) -> frozenset[str]:
+    """One network of so many, or all of them in the nightly profile."""
+    return frozenset(
+        list(NETWORKS)[:: 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else step]
+    )
+
+
+EXPORTED, REPLAYED = every(12), every(4)
+"""Exporting, and tracing a module once more for its plan, take most of the time."""
 
 
 def attempt(name: str, folder: Path, *, ratio: float) -> Built:
     case = NETWORKS[name]
     export = ratio > 0 and name in EXPORTED
-    how = {"size": case.size, "images": case.images, "export": export}
+    how = {
+        "size": case.size, "images": case.images, "export": export, "replay": name in REPLAYED,
+    }  # fmt: skip
     with limited(LIMIT_S):
         built = build(case.make, folder, ratio=ratio, **how)
         if built.refused and ratio > 0:
