@@ -97,9 +97,9 @@ def build(
         pruned = cswap_deploy.prune(make(), data, ratio=ratio, **(QUICK | settings))
     except CswapError as err:
         return _refusal(err, begun)
-    _check(pruned, make, data[0])
+    want = _check(pruned, make, data[0])
     if replay:
-        _check_replay(pruned, fresh or make, data[0], folder)
+        _check_replay(pruned, fresh or make, data[0], want, folder)
     if export:
         try:
             _check_onnx(pruned.module, data[0], folder / "model.onnx")
@@ -136,7 +136,8 @@ def _refusal(err: CswapError, begun: float) -> Built:
     return Built(type(err).__name__, str(err), seconds=time.perf_counter() - begun)
 
 
-def _check(pruned: Any, make: Callable[[], nn.Module], images: Tensor) -> None:
+def _check(pruned: Any, make: Callable[[], nn.Module], images: Tensor) -> Tensor:
+    """The pruned network's answers, which are sound."""
     with torch.no_grad():
         want = pruned.module(images)
     assert torch.isfinite(want).all(), "the pruned network's outputs are not finite"
@@ -146,15 +147,14 @@ def _check(pruned: Any, make: Callable[[], nn.Module], images: Tensor) -> None:
         assert off <= TOLERANCE * float(want.abs().max()), f"nothing was removed, and {off:.1e} off"
     counted = sum(p.numel() for p in pruned.module.parameters())
     assert counted == pruned.plan.pruned.params, f"{counted} parameters: {pruned.plan.pruned}"
+    return want
 
 
 def _check_replay(
-    pruned: Any, fresh: Callable[[], nn.Module], images: Tensor, folder: Path
+    pruned: Any, fresh: Callable[[], nn.Module], images: Tensor, want: Tensor, folder: Path
 ) -> None:
     from safetensors.torch import save_file
 
-    with torch.no_grad():
-        want = pruned.module(images)
     weights = folder / "weights.safetensors"
     save_file(contiguous_state(pruned.module), weights)
     plan = type(pruned.plan).model_validate_json(pruned.plan.model_dump_json())

@@ -38,7 +38,7 @@ LAST_RUN = ROOT / "benchmarks/results/matrix.json"
 CLASSES = 10
 SIZE = (3, 32, 32)
 END_TO_END = ("resnet18", "vit_tiny_patch16_224")
-"""In every run; the others' families are among :data:`FAST`."""
+"""In every run; ``pytest -m matrix`` builds the others."""
 
 
 @pytest.fixture(scope="module")
