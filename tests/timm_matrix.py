@@ -57,8 +57,9 @@ _NAMES = """
     vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p16_224
 """
 _FAST = """
-    convnext_atto convnextv2_atto deit_tiny_distilled_patch16_224 mobilenetv4_conv_small_035
-    regnetx_002
+    convmixer_768_32 convnext_atto convnextv2_atto deit_tiny_distilled_patch16_224
+    mobilenetv4_conv_small_035 regnetx_002 resmlp_12_224 resnet10t starnet_s050
+    vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 xcit_nano_12_p16_224
 """
 FAST = frozenset(_FAST.split())
 """In every run of the tests."""
