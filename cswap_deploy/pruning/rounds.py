@@ -50,7 +50,6 @@ from cswap_deploy.pruning.trials import (
     Ground,
     Judging,
     Trials,
-    less_beyond_chance,
     refit_behind,
     remove,
     starved,
@@ -251,8 +250,9 @@ class _Loop:
     def _or_from_dense(self, choice: Choice, goal: Goal, view: View) -> Choice:
         """The candidate of the last round, or one from the dense network on, which undoes all.
 
-        Only where it is better beyond chance: a trial, refitted on few images, flatters what leaves
-        all layers alike, and the last refit then makes less of it (benchmarks/LOG.md).
+        The lower mean wins, as among all candidates: keeping the rounds' one unless the other is
+        better beyond chance left ResNet-20 at 40 % at a KL of .28 where this has .18
+        (benchmarks/LOG.md, 2026-11-30).
         """
         job = self.job
         other = best_from_dense(
@@ -261,7 +261,7 @@ class _Loop:
         )  # fmt: skip
         assert choice.trial is not None
         assert other.trial is not None
-        if not less_beyond_chance(other.trial.effect, choice.trial.effect):
+        if float(other.trial.effect.mean()) >= float(choice.trial.effect.mean()):
             return choice
         network = job.network
         network.module.load_state_dict(network.dense.module.state_dict())
