@@ -44,8 +44,7 @@ def find_branches(graph: Graph) -> list[Group]:
     modules = _Modules(graph)
     found: dict[str, Group] = {}
     for layer in graph.layers():
-        readers = graph.readers(layer)
-        branch = branch_of(readers[0]) if len(readers) == 1 else None
+        branch = _ended_by(graph, layer)
         if branch is None:
             continue
         inside = _inside(graph, branch, modules.live)
@@ -60,12 +59,25 @@ def find_structure(graph: Graph, *, branches: bool = True) -> Removable:
     """Groups and residual branches; each group with the branches that take all of it along."""
     found = find_groups(graph)
     whole = find_branches(graph) if branches else []
+    outputs = {f"{layer}.weight" for layer in graph.layers() if _ended_by(graph, layer)}
 
     def takes(branch: Group, group: Group) -> bool:
         return all(branch.holds(reader.layer) for reader in group.consumers)
 
-    groups = [replace(g, within=tuple(b.name for b in whole if takes(b, g))) for g in found.groups]
+    groups = [
+        replace(
+            group, within=tuple(branch.name for branch in whole if takes(branch, group)),
+            stream=any(m.tensor in outputs and m.dim == 0 for m in group.members),
+        )
+        for group in found.groups
+    ]  # fmt: skip
     return replace(found, groups=(*groups, *whole))
+
+
+def _ended_by(graph: Graph, layer: str) -> Branch | None:
+    """The residual branch that a layer ends, if it is called once."""
+    readers = graph.readers(layer)
+    return branch_of(readers[0]) if len(readers) == 1 else None
 
 
 def silence(module: nn.Module, group: Group) -> None:

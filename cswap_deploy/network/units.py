@@ -94,6 +94,8 @@ class Group:
     """Of a residual branch: its last layer, and the norm behind it; zero where it is masked."""
     within: tuple[str, ...] = ()
     """Residual branches that take the whole group along."""
+    stream: bool = False
+    """Whether residual branches are added to its units, so that many layers share them."""
 
     def holds(self, layer: str) -> bool:
         """Whether a layer goes with this residual branch."""

@@ -27,6 +27,8 @@ _STEPS = 6
 """At most."""
 _NONE = 1e-6
 """An effect (nats) that is float32's rounding: such candidates are as good as one another."""
+_LATE = 1e30
+"""Value of units that go last, though before whole branches, of which weights say nothing."""
 _EQUAL = 1.01
 """Effects within this factor are equal, far within chance: the fewest multiply-accumulates win."""
 
@@ -139,14 +141,14 @@ def branches_in_turn(
 
 def best_candidate(
     trials: Trials, goal: Goal, rankings: Mapping[str, Ranking], moments: Mapping[str, Moments],
-    *, refits: bool, progress: Phases, always: bool = False,
+    *, progress: Phases, always: bool = False,
 ) -> Choice:  # fmt: skip
     """Of what rankings remove, the candidate with the least effect of its own.
 
     A single one is tried only if ``always``.
 
     Successive halving: all are screened on few images, and the first few of them tried.
-    ``moments`` and ``refits`` are those of :meth:`Trials.trial`.
+    ``moments`` are those of :meth:`Trials.trial`.
 
     Source:
         Jamieson & Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
@@ -166,7 +168,7 @@ def best_candidate(
         progress.advance(count - _FINALISTS)
     tried: dict[str, Trial] = {}
     for name in finalists:
-        tried[name] = trials.trial(candidates[name], moments, refits=refits)
+        tried[name] = trials.trial(candidates[name], moments)
         progress.advance(1)
     progress.end()
     effects = {name: max(float(trial.effect.mean()), _NONE) for name, trial in tried.items()}
@@ -177,7 +179,7 @@ def best_candidate(
 
 def search_branches(
     trials: Trials, goal: Goal, choice: Choice, moments: Mapping[str, Moments],
-    *, refits: bool, progress: Phases,
+    *, progress: Phases,
 ) -> Choice:  # fmt: skip
     """A tried candidate with one whole branch more or fewer, as long as that is better.
 
@@ -205,7 +207,7 @@ def search_branches(
             values[name] = trials.screen(gone, moments)
             progress.advance(1)
         tried = {
-            name: trials.trial(near[name], moments, refits=refits)
+            name: trials.trial(near[name], moments)
             for name in sorted(values, key=lambda name: values[name])[:NEIGHBOURS]
         }
         progress.end()
@@ -219,7 +221,7 @@ def search_branches(
 
 def best_from_dense(
     trials: Trials, goal: Goal, view: View,
-    *, moments: Mapping[str, Moments], refits: bool, progress: Phases,
+    *, moments: Mapping[str, Moments], progress: Phases,
 ) -> Choice:  # fmt: skip
     """The best candidate that removes everything at once from the dense network.
 
@@ -232,21 +234,29 @@ def best_from_dense(
         whole.restore(name, units)
     start = replace(goal, sizes=whole, removed={})
     found = proposals(replace(view, graph=network.dense))
-    alone = Trials(network, {}, trials.ground)
+    alone = replace(trials, network=network, removed={})
     proposed = _by_weights(start, found) | curved(alone, start, found, moments, progress)
     return best_candidate(
         alone, start,
         {f"{name}, from dense": ranking for name, ranking in proposed.items()}, moments,
-        refits=refits, progress=progress, always=True,
+        progress=progress, always=True,
     )  # fmt: skip
 
 
 def _by_weights(goal: Goal, proposed: Mapping[str, Values]) -> dict[str, Ranking]:
-    """Rankings by importances that look at no image: as they are, and uniform."""
+    """Rankings by importances that look at no image: as they are, uniform, with streams whole.
+
+    Many layers share a stream's units, and weights say nothing of that: ResNet-20 without half of
+    its channels, magnitude alike in all layers: KL .84, with the stream whole .39.
+    """
     found = {}
     for name, values in proposed.items():
         if IMPORTANCES[name].allocates:
             found[name] = Ranking(values, per_saving=False)
         else:
             found |= {name: Ranking(values), f"{name}, uniform": goal.uniform(values)}
-    return found
+    whole = {g.name: np.full(g.units, _LATE) for g in goal.groups if g.stream}
+    return found | {
+        f"{name}, streams whole": replace(ranking, values={**ranking.values} | whole)
+        for name, ranking in (found.items() if whole else ())
+    }

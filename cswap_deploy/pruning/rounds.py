@@ -106,9 +106,10 @@ class _Loop:
         wide = widened(images, self.order, memory // _WIDENED) if few else (images, self.order)
         batches = Batches(*wide, size, network.dense.device)
         self.ground = Ground(network.dense, batches, memory, job.calibration.task, few)
-        self.trials = Trials(network, state.removed, self.ground)
-        self.refits = job.config.refit and not few
-        """Between rounds, and in trials. Few images say too little of many weights for that."""
+        # Few images say too little of many weights for a refit before the last one.
+        self.trials = Trials(
+            network, state.removed, self.ground, refits=job.config.refit and not few
+        )
         self.first_moments: dict[str, Moments] = {}
         """Of the dense network; empty where the run goes on after an interruption."""
         self.slower = 1.0
@@ -135,13 +136,9 @@ class _Loop:
                 values = branches_in_turn(self.trials, goal, values, moments, job.progress)
             tried = rankings(goal, values, proposed)
             tried |= curved(self.trials, goal, {name: values} | proposed, moments, job.progress)
-        choice = best_candidate(
-            self.trials, goal, tried, moments, refits=self.refits, progress=job.progress
-        )
+        choice = best_candidate(self.trials, goal, tried, moments, progress=job.progress)
         if job.device is not None:
-            choice = search_branches(
-                self.trials, goal, choice, moments, refits=self.refits, progress=job.progress
-            )
+            choice = search_branches(self.trials, goal, choice, moments, progress=job.progress)
         if last and state.round > 1 and choice.trial is not None and job.config.refit:
             choice = self._or_from_dense(choice, goal, view)
         fraction: float | None = None
@@ -250,15 +247,18 @@ class _Loop:
     def _or_from_dense(self, choice: Choice, goal: Goal, view: View) -> Choice:
         """The candidate of the last round, or one from the dense network on, which undoes all.
 
-        The lower mean wins, as among all candidates: keeping the rounds' one unless the other is
-        better beyond chance left ResNet-20 at 40 % at a KL of .28 where this has .18
-        (benchmarks/LOG.md, 2026-11-30).
+        Both are tried as they will be: with producers reconstructed, which take over more of what
+        left all layers alike than of what left a few. ResNet-20 without half of its channels, KL:
+        .89 and .90 without them, .84 and .76 with them, .48 and .39 in the end (benchmarks/LOG.md).
         """
         job = self.job
+        trials = replace(self.trials, producers=job.config.refit_producers)
         other = best_from_dense(
-            self.trials, goal, view, refits=self.refits, progress=job.progress,
+            trials, goal, view, progress=job.progress,
             moments=self.first_moments or self._moments(job.network.dense),
         )  # fmt: skip
+        if trials.refits and trials.producers:
+            choice = replace(choice, trial=trials.trial(choice.gone, choice.moments))
         assert choice.trial is not None
         assert other.trial is not None
         if float(other.trial.effect.mean()) >= float(choice.trial.effect.mean()):
@@ -281,7 +281,7 @@ class _Loop:
         for name, units in choice.gone.items():
             network.sizes.remove(name, units)
             state.removed.setdefault(name, []).extend(units)
-        if (self.refits or (last and self.job.config.refit)) and choice.gone:
+        if (self.trials.refits or (last and self.job.config.refit)) and choice.gone:
             done = done or refit_behind(
                 network, state.removed, self.ground.targets(self.ground.solved_on, MAX_ROWS),
                 judge=Judging(network.graph, self.ground) if self.ground.few else None,

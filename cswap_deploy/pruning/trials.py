@@ -249,6 +249,10 @@ class Trials:
     removed: Units
     """What is gone from it."""
     ground: Ground
+    refits: bool = True
+    """Whether the rest of a candidate's network is refitted."""
+    producers: bool = False
+    """Whether producers are reconstructed too: four times as long, and near what comes of it."""
 
     def screen(self, gone: Units, moments: Mapping[str, Moments]) -> float:
         """Mean effect of a candidate that is not refitted, on a few images.
@@ -260,23 +264,25 @@ class Trials:
             remove(self.network, gone, moments)
             return float(self.ground.divergence(self.network.graph, parts=1).mean())
 
-    def trial(self, gone: Units, moments: Mapping[str, Moments], *, refits: bool = True) -> Trial:
+    def trial(self, gone: Units, moments: Mapping[str, Moments]) -> Trial:
         """What becomes of the network once a candidate is removed.
 
         Args:
             gone: What the candidate removes.
             moments: Of the consumers' inputs, for the ablation values.
-            refits: Whether the rest is refitted.
         """
         network, done = self.network.copy(), None
         remove(network, gone, moments)
-        if refits:
+        if self.refits:
             removed = {
                 g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())]
                 for g in network.groups
             }
             targets, most = self.ground.trial_targets, self.ground.share
-            done = refit_behind(network, removed, targets, most_bytes=most, progress=Silent())
+            done = refit_behind(
+                network, removed, targets,
+                producers=self.producers, most_bytes=most, progress=Silent(),
+            )  # fmt: skip
         return Trial(self.ground.divergence(network.graph), network.module, done)
 
 

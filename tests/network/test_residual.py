@@ -18,7 +18,7 @@ from cswap_deploy.export.onnx import export_onnx
 from cswap_deploy.models.torchvision_shim import import_timm
 from cswap_deploy.network.deletion import contiguous_state, load_pruned
 from cswap_deploy.network.graph import trace
-from cswap_deploy.network.residual import find_branches, silence
+from cswap_deploy.network.residual import find_branches, find_structure, silence
 from cswap_deploy.progress import Silent
 from cswap_deploy.pruning.prepare import prepare
 from cswap_deploy.pruning.prune import Pruned, prune
@@ -190,3 +190,10 @@ def run(module: nn.Module, **settings: Any) -> Pruned:
 
 def gone(result: Pruned) -> list[str]:
     return [g.name for g in result.plan.groups if g.kind == "branch" and not g.kept]
+
+
+def test_streams_are_told_from_what_gates_and_depthwise_layers_share() -> None:
+    module = import_timm().create_model("mobilenetv3_small_050", num_classes=10).eval()
+    groups = find_structure(trace(module, torch.randn(2, 3, 64, 64))).groups
+    streams = {group.name for group in groups if group.stream}
+    assert streams == {f"blocks.{stage}.0.conv_pwl" for stage in (1, 2, 4)}

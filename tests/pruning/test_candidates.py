@@ -217,16 +217,31 @@ def test_candidate_with_the_least_effect_as_a_whole_is_taken(make: Any) -> None:
     assert divergence(result.module) == pytest.approx(found[log.candidate], rel=1e-3, abs=1e-6)
 
 
-def test_all_importances_propose_as_they_are_uniform_and_together() -> None:
+def test_all_importances_propose_as_they_are_uniform_together_and_with_streams_whole() -> None:
     prepared = ready(small_cnn)
     start = goal(prepared, left=0.5)
     found = rankings(start, random_values(prepared, 0), proposals(view(prepared)))
     assert found.keys() == {
         "effect", "effect, uniform", "effect, lamp", "magnitude", "magnitude, uniform", "lamp",
-        "together, uniform",
+        "together, uniform", "magnitude, streams whole", "magnitude, uniform, streams whole",
+        "lamp, streams whole",
     }  # fmt: skip
     counted = {name for name, ranking in found.items() if ranking.per_saving}
-    assert counted == {"effect", "magnitude"}
+    assert counted == {"effect", "magnitude", "magnitude, streams whole"}
+
+
+def test_streams_stay_whole_as_long_as_the_target_is_met_without_them() -> None:
+    prepared = ready(small_cnn)
+    streams = {g.name for g in prepared.groups if g.stream}
+    assert streams
+    assert streams != {g.name for g in prepared.groups}
+    for left, untouched in (0.9, True), (0.3, False):
+        start = goal(prepared, left=left)
+        found = rankings(start, random_values(prepared, 0), proposals(view(prepared)))
+        gone = start.choose(found["magnitude, uniform, streams whole"])
+        assert (not gone.keys() & streams) is untouched
+        alike = start.choose(found["magnitude, uniform"])
+        assert alike.keys() & streams
 
 
 def test_branches_are_proposed_by_their_effect_alone_and_beside_it_nothing_but_width() -> None:
@@ -349,14 +364,14 @@ def test_only_the_best_of_the_screened_candidates_are_refitted(
     whole = Trials.trial
     monkeypatch.setattr(Trials, "trial", trial)
     trials = Trials(prepared, {}, ground_of(prepared.dense, IMAGES))
-    choice = best_candidate(trials, start, given, moments, refits=True, progress=Silent())
+    choice = best_candidate(trials, start, given, moments, progress=Silent())
     by_screening = sorted(sets, key=lambda name: trials.screen(sets[name], moments))
     assert tried == [sets[name] for name in by_screening[:2]]
     effects = {n: whole(trials, sets[n], moments).effect for n in by_screening[:2]}
     assert choice.name == min(effects, key=lambda name: float(effects[name].mean()))
     assert choice.effect == float(effects[choice.name].mean())
     tried.clear()  # without ablation values nothing but the refit makes up for what is gone
-    best_candidate(trials, start, given, {}, refits=True, progress=Silent())
+    best_candidate(trials, start, given, {}, progress=Silent())
     assert tried == list(sets.values())
 
 
@@ -480,7 +495,7 @@ class Told:
     def screen(self, gone: Removal, _moments: Any) -> float:
         return self.effects.get(frozenset(name for name in gone if name in self.names), 9.0)
 
-    def trial(self, gone: Removal, moments: Any, *, refits: bool) -> Trial:
+    def trial(self, gone: Removal, moments: Any) -> Trial:
         self.tried += 1
         noise = torch.linspace(-0.01, 0.01, 50, dtype=torch.float64)
         return Trial(self.screen(gone, moments) + noise, nn.Identity(), None)
@@ -503,9 +518,9 @@ def test_branches_go_and_stay_together_where_that_is_better() -> None:
     }
     first = start.choose(Ranking(values))
     assert first.keys() & branches == {a}
-    tried = trials.trial(first, {}, refits=True)
+    tried = trials.trial(first, {})
     choice = Choice("start", first, {}, tried, start, Ranking(values))
-    best = search_branches(trials, start, choice, {}, refits=True, progress=Silent())  # type: ignore[arg-type]
+    best = search_branches(trials, start, choice, {}, progress=Silent())  # type: ignore[arg-type]
     assert best.gone.keys() & branches == {b, c}
     assert best.effect == pytest.approx(0.1)
     assert best.gone == start.choose(best.ranking), "and it can be had at another target"
@@ -540,7 +555,7 @@ class Alike:
     def __init__(self, worse: float) -> None:
         self.effects = iter((1.0, worse))
 
-    def trial(self, *_: Any, refits: bool) -> Trial:
+    def trial(self, *_: Any) -> Trial:
         return Trial(torch.full((4,), next(self.effects), dtype=torch.float64), nn.Identity(), None)
 
 
@@ -559,7 +574,6 @@ def test_of_equal_effects_the_faster_one_goes(second_is_faster: bool, worse: flo
         start,
         {"first": first, "second": second},
         {},
-        refits=True,
         progress=Silent(),  # type: ignore[arg-type]
     )
     assert choice.name == ("second" if second_is_faster and worse < 1.01 else "first")

@@ -24,8 +24,8 @@ def test_a_trial_has_the_task_s_effect(task: Task) -> None:
     module = small_tasks.maps()
     network = prepare(module, IMAGES, PruneConfig(ratio=0.3))
     effect = (
-        Trials(network, {}, ground_of(network.dense, IMAGES, task))
-        .trial({"conv1": [3, 5]}, {}, refits=False)
+        Trials(network, {}, ground_of(network.dense, IMAGES, task), refits=False)
+        .trial({"conv1": [3, 5]}, {})
         .effect
     )
     masked = copy.deepcopy(module)
@@ -51,5 +51,5 @@ def test_a_trial_has_the_task_s_effect(task: Task) -> None:
 def test_large_outputs_are_tried_on_fewer_images() -> None:
     network = prepare(small_tasks.maps(), IMAGES, PruneConfig(ratio=0.3))
     ground = replace(ground_of(network.dense, IMAGES, "dense"), memory=1)
-    effect = Trials(network, {}, ground).trial({"conv1": [3]}, {}, refits=False).effect
+    effect = Trials(network, {}, ground, refits=False).trial({"conv1": [3]}, {}).effect
     assert len(effect) == 8
