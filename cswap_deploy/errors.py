@@ -60,6 +60,13 @@ _TOLD = {
 """How libraries say it in errors of their own."""
 
 
+def printable(text: str) -> str:
+    """For a terminal: what is not printable is spelled out, so that a name from a file that someone
+    else made cannot move the cursor or colour what follows.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class CswapError(Exception):
     """A failure the user can mend; the message says what failed and, when known, the fix."""
 

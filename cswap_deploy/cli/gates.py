@@ -256,7 +256,9 @@ def conclude(
 
 def _failed(err: GateError) -> typer.Exit:
     """Say why; what was measured is on stdout already, so this is no error object there."""
-    typer.echo(f"error: {err}", err=True)
+    from cswap_deploy.errors import printable
+
+    typer.echo(f"error: {printable(str(err))}", err=True)
     return typer.Exit(err.exit_code)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from cswap_deploy.errors import printable
 from cswap_deploy.runtime.process import guarded
 
 _INTERRUPTED = 130
@@ -69,7 +70,7 @@ def _misused(err: Any, show: Callable[[], None]) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     if "--json" in sys.argv:
         print(json.dumps({"error": message, "exit_code": code}))
     return code

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich import markup
 from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cswap_deploy.errors import printable
 from cswap_deploy.records.amounts import duration, fixed, percent, speed
 
 if TYPE_CHECKING:
@@ -383,6 +384,11 @@ def _flat(told: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield from _flat(item, f"{prefix}{name}[{i}].")
         else:
             yield f"{prefix}{name}", _text(value)
+
+
+def escape(text: str) -> str:
+    """Any text, so that neither rich nor the terminal takes a part of it for a command."""
+    return markup.escape(printable(text))
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from rich.text import Text
 
+from cswap_deploy.errors import printable
 from cswap_deploy.report.cells import Cell, KeptRemoved, Mark, Names, Strip, text
 from cswap_deploy.report.document import Column, Report, Table
 
@@ -137,7 +138,9 @@ def _block(head: str, cells: list[Text], *, right: bool = False, fold: bool = Fa
 
 
 def _cell(cell: Cell) -> Text:
-    return Text(text(cell), style=_STYLES.get(cell, "") if isinstance(cell, Mark) else "")
+    return Text(
+        printable(text(cell)), style=_STYLES.get(cell, "") if isinstance(cell, Mark) else ""
+    )
 
 
 def _strips(cells: tuple[Cell, ...], room: int) -> list[Text]:

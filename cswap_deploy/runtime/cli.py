@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.errors import MissingDependencyError, UsageError
+from cswap_deploy.errors import MissingDependencyError, UsageError, printable
 from cswap_deploy.runtime.process import guarded
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
 
     def fail(code: int, message: str) -> None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         if as_json:
             print(json.dumps({"error": message, "exit_code": code}))
 
@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
                 readable.append((file, classifier.prepare(file)))
             except UsageError as err:
                 failed.append(str(file))
-                print(f"error: {err}", file=sys.stderr)
+                print(f"error: {printable(str(err))}", file=sys.stderr)
         pixels = [picture for _, picture in readable]
         if options.save_input is not None:
             seen += pixels
@@ -178,8 +178,13 @@ def _classes(guesses: Sequence[Guess]) -> dict[str, Any]:
 def _lines(result: Mapping[str, Any]) -> list[str]:
     """One picture's result for people."""
     if "top" in result:
-        return [f"{100 * guess['probability']:6.2f} %  {guess['name']}" for guess in result["top"]]
-    return [f"{name} ({', '.join(map(str, s))})" for name, s in result["outputs"].items()]
+        return [
+            f"{100 * guess['probability']:6.2f} %  {printable(guess['name'])}"
+            for guess in result["top"]
+        ]
+    return [
+        f"{printable(name)} ({', '.join(map(str, s))})" for name, s in result["outputs"].items()
+    ]
 
 
 def _key(name: str) -> str:

@@ -435,6 +435,21 @@ def test_names_that_are_no_text_are_printed_as_they_are(bundle: Path, tmp_path: 
     assert done.stdout.startswith(name + b"\n")
 
 
+def test_a_class_s_name_does_not_speak_to_the_terminal(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    """Who made the bundle wrote the names; JSON has them as they are."""
+    told = json.loads((bundle / "manifest.json").read_text())
+    names = [f"\x1b[2J\x1b]0;{name}\x07 \u202ecaf\xe9" for name in NAMES]
+    told["model"]["class_names"] = names
+    reseal(bundle / "manifest.json", told)
+    shown = run(bundle, tmp_path / "a.png", "--top", CLASSES).out
+    assert f"\\x1b[2J\\x1b]0;{NAMES[0]}\\x07 \\u202ecaf\xe9" in shown
+    assert shown.replace("\n", "").isprintable()
+    [image] = json.loads(run(bundle, tmp_path / "a.png", "--json", "--top", CLASSES).out)["images"]
+    assert {guess["name"] for guess in image["top"]} >= set(names)
+
+
 def test_odd_pictures_are_prepared_by_the_bundle_and_said_once(
     run: Callable[..., Ran], bundle: Path, tmp_path: Path
 ) -> None:
