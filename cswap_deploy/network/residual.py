@@ -44,8 +44,7 @@ def find_branches(graph: Graph) -> list[Group]:
     modules = _Modules(graph)
     found: dict[str, Group] = {}
     for layer in graph.layers():
-        branch = _ended_by(graph, layer)
-        if branch is None:
+        if (branch := _ended_by(graph, layer)) is None:
             continue
         inside = _inside(graph, branch, modules.live)
         emptied = modules.emptied(branch, inside, layer) if inside else ()

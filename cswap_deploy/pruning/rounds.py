@@ -258,7 +258,10 @@ class _Loop:
             moments=self.first_moments or self._moments(job.network.dense),
         )  # fmt: skip
         if trials.refits and trials.producers:
+            job.progress.begin("trying the candidate of the rounds with producers", 1)
             choice = replace(choice, trial=trials.trial(choice.gone, choice.moments))
+            job.progress.advance(1)
+            job.progress.end()
         assert choice.trial is not None
         assert other.trial is not None
         if float(other.trial.effect.mean()) >= float(choice.trial.effect.mean()):

@@ -409,6 +409,29 @@ def test_better_beyond_chance(gap: float, better: bool) -> None:
     assert less_beyond_chance(one, one + noise + gap) is better
 
 
+def test_last_round_tries_two_as_they_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With producers, which only the last refit reconstructs: those that meet in the end."""
+    tried: list[tuple[bool, float]] = []
+    trial = Trials.trial
+
+    def noted(trials: Trials, *args: Any) -> Trial:
+        found = trial(trials, *args)
+        tried.append((trials.producers, float(found.effect.mean())))
+        return found
+
+    monkeypatch.setattr(Trials, "trial", noted)
+    last = run(small_cnn(), rounds=2).plan.rounds[-1]
+    with_producers = [effect for producers, effect in tried if producers]
+    assert [producers for producers, _ in tried] == sorted(producers for producers, _ in tried)
+    assert len(tried) - len(with_producers) >= 4, "two in each round"
+    assert len(with_producers) == 3, "two from the dense network, and the rounds' own"
+    assert last.kl == pytest.approx(min(with_producers))
+    tried.clear()
+    run(small_cnn(), rounds=2, refit_producers=False)
+    assert tried
+    assert not any(producers for producers, _ in tried)
+
+
 class Watched(RoundStore):
     """Keeps what each round had removed, and nothing more."""
 
