@@ -89,12 +89,14 @@ def publish(results: Path, figures: Path, *, value: Value = "top1") -> list[str]
 
 
 def main_rows(rows: list[Result]) -> list[Result]:
-    """Those with the calibration size that was used most: curves do not mix sizes."""
-    if not rows:
-        return []
-    sizes = [row.calibration for row in rows]
-    usual = max(set(sizes), key=lambda size: (sizes.count(size), size))
-    return [row for row in rows if row.calibration == usual]
+    """With a refit as without, those with the calibration size that was used most there."""
+    found = []
+    for refit in (False, True):
+        here = [row for row in rows if row.refit == refit]
+        sizes = [row.calibration for row in here]
+        usual = max(set(sizes), key=lambda size: (sizes.count(size), size), default=0)
+        found += [row for row in here if row.calibration == usual]
+    return found
 
 
 def curves(rows: list[Result], *, refit: bool, value: Value = "top1") -> Curves:
@@ -117,14 +119,16 @@ def tables(model: str, rows: list[Result], *, value: Value = "top1") -> str:
     dense = np.mean([row.top1_dense for row in rows])
     first = rows[0]
     about = (
-        f"**{model}**, {_NAMES[value]}, dense top-1 {dense:.1%}, {first.images} test images, "
-        f"{first.calibration} calibration images; ratio of the {_OF[first.ratio_of]}"
+        f"**{model}**, {_NAMES[value]}, dense top-1 {dense:.1%}, {first.images} test images; "
+        f"ratio of the {_OF[first.ratio_of]}"
     )
     parts = [about.replace("%", " %")]
     for refit, title in ((False, "as ranked, no refit"), (True, "with the same refit")):
         found = curves(rows, refit=refit, value=value)
         if found:
-            parts.append(_table(title, found, ratio_of=first.ratio_of))
+            images = next(row.calibration for row in rows if row.refit == refit)
+            head = f"{title}, {images} calibration images"
+            parts.append(_table(head, found, ratio_of=first.ratio_of))
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,7 +242,7 @@ def _curves(model: str, rows: list[Result]) -> Figure:
         span = max(high - low, _LEAST_SPAN)
         axes.set_ylim(high - span, high + 0.05 * span)  # room for the line's name
         axes.set_title(title, fontsize=10)
-        axes.set_xticks(sorted({100 * row.ratio for row in rows}))
+        axes.set_xticks(sorted({100 * row.ratio for row in rows if row.refit == refit}))
         axes.set_xlabel(f"removed, % of the {_OF[rows[0].ratio_of]}")
         axes.set_ylabel("top-1 on unseen images, %")
     lines = {t.get_label(): t for a in (left, right) for t in a.get_lines()}

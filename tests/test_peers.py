@@ -393,11 +393,19 @@ def test_the_table_takes_a_peers_better_way_and_pairs_the_margin_by_seed() -> No
         result(method="lamp", seed=0, top1=0.70),
     ]  # fmt: skip
     table = accuracy_figure.tables("m", rows)
-    assert "| with the same refit | 40 % |" in table
+    assert "| with the same refit, 512 calibration images | 40 % |" in table
     assert "| cswap | **91.0** ±1.4 |" in table
     assert "| obs | 88.0 ±1.4* |" in table
     assert "| lamp | 70.0 |" in table
     assert "| *cswap − best peer* | +3.0 ±0.0 |" in table
+
+
+def test_sizes_of_calibration_are_not_mixed_in_one_table() -> None:
+    native = [result(refit=False, calibration=64)]
+    most = [result(calibration=128, seed=seed) for seed in (0, 1)]
+    rows = [*native, result(calibration=256), *most]
+    assert accuracy_figure.main_rows(rows) == native + most
+    assert accuracy_figure.main_rows([]) == []
 
 
 def test_the_figure_is_one_drawing_with_every_method_named() -> None:
