@@ -2,12 +2,14 @@
 
     python benchmarks/bench_speed.py                              # both demo networks
     python benchmarks/bench_speed.py --models resnet56 --speedups 1.3 1.6 --seeds 2
+    python benchmarks/bench_speed.py --peer 0.4 0.55 --speedups   # no speed-ups, a peer twice
     python benchmarks/bench_speed.py --quick                      # demo-vit, one speed-up
 
-Dense and pruned engines are timed in one loop (``--runtime``, on the CPU), after the pruned
-module's parameters were counted and its graph exported. Agreement and top-1 are on test images that
-it never saw. Real networks and images are read from the folder that ``CSWAP_DATA`` names. The last
-line is one JSON object.
+What Torch-Pruning's magnitude ranks, plainly and in one step to a part of the MACs, gets this
+package's means and refit (``--peer``). Dense and pruned engines are timed in one loop
+(``--runtime``, on the CPU), after the pruned module's parameters were counted and its graph
+exported. Agreement and top-1 are on test images that it never saw. Real networks and images are
+read from the folder that ``CSWAP_DATA`` names. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,17 +21,28 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import peers
 from bench_build import network_and_images, what_is_kept
+from torch import nn
 
 from cswap_deploy.config import PruneConfig, load_config
+from cswap_deploy.data import Calibration
 from cswap_deploy.errors import PruneError
+from cswap_deploy.network.deletion import delete_removed
 from cswap_deploy.progress import Silent
+from cswap_deploy.pruning.importance import Importance, View
+from cswap_deploy.pruning.job import Job
+from cswap_deploy.pruning.prepare import prepare
 from cswap_deploy.pruning.prune import prune
+from cswap_deploy.pruning.rounds import remove_in_rounds
+from cswap_deploy.pruning.state import State
 from cswap_deploy.runtime.profiling import TIMERS
 from cswap_deploy.targets.aim import TargetAim
 
 RATIOS = {"params 0.4": {"ratio": 0.4}, "macs 0.4": {"ratio": 0.4, "ratio_of": "macs"}}
 SPEEDUPS = (1.3, 1.6, 2.0)
+PEER = "torch_pruning"
 
 
 @dataclass(frozen=True)
@@ -76,24 +89,58 @@ def run(
     )
     device = TargetAim(runtime, config, loaded.spec, images)
     begun = time.perf_counter()
-    pruned = prune(
-        loaded.module, calibration, config=PruneConfig(**settings), seed=seed, device=device,
-        progress=Silent(),
-    )  # fmt: skip
+    if PEER in settings:
+        made = by_torch_pruning(loaded.module, calibration, settings[PEER], seed)
+    else:
+        pruned = prune(
+            loaded.module, calibration, config=PruneConfig(**settings), seed=seed, device=device,
+            progress=Silent(),
+        )  # fmt: skip
+        assert sum(p.numel() for p in pruned.module.parameters()) == pruned.plan.pruned.params
+        made = Made(
+            pruned.module, pruned.plan.effective("params"), pruned.plan.effective("macs"),
+            sum(g.kind == "branch" and not g.kept for g in pruned.plan.groups),
+        )  # fmt: skip
     seconds = time.perf_counter() - begun
-    assert sum(p.numel() for p in pruned.module.parameters()) == pruned.plan.pruned.params
     fresh = TargetAim(runtime, config, loaded.spec, images)
     fresh.start(loaded.module)
-    speedup = 1 / fresh.fraction(pruned.module)
+    speedup = 1 / fresh.fraction(made.module)
     return Result(
         model=name, aim=aim, runtime=runtime, seed=seed, batch=batch, threads=1,
         speedup=round(speedup, 3),
-        **what_is_kept(loaded.module, pruned.module, test),
-        params_removed=round(pruned.plan.effective("params"), 4),
-        macs_removed=round(pruned.plan.effective("macs"), 4),
-        branches=sum(g.kind == "branch" and not g.kept for g in pruned.plan.groups),
+        **what_is_kept(loaded.module, made.module, test),
+        params_removed=round(made.params_removed, 4), macs_removed=round(made.macs_removed, 4),
+        branches=made.branches,
         seconds=round(seconds, 1),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """A pruned network, for real."""
+
+    module: nn.Module
+    params_removed: float
+    """A fraction."""
+    macs_removed: float
+    branches: int = 0
+
+
+def by_torch_pruning(module: nn.Module, calibration: Calibration, ratio: float, seed: int) -> Made:
+    """A part of the MACs is removed as Torch-Pruning's group magnitude ranks, and refitted."""
+    config = PruneConfig(
+        ratio=ratio, ratio_of="macs", intervention="mean", branches=False, rounds=1
+    )
+    network = prepare(module, calibration.images, config)
+    view = View(network.graph, network.groups, calibration, np.random.default_rng(seed))
+    found = peers.per_position(peers.magnitude_l2(view), network.groups)
+    # The loop divides by what a unit saves; a plain ranking undoes that beforehand.
+    plain = {n: v * network.sizes.saving(n, [0], "macs") for n, v in found.items()}
+    state = State()
+    remove_in_rounds(Job(network, calibration, config, Importance(lambda _: plain), seed), state)
+    smaller = delete_removed(network.module, state.removed, network.groups, network.example)
+    dense, left = network.dense_size, network.sizes.size()
+    return Made(smaller, 1 - left.params / dense.params, 1 - left.macs / dense.macs)
 
 
 def main() -> None:
@@ -102,13 +149,14 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--models", nargs="+", default=["demo-resnet", "demo-vit"], metavar="NAME")
-    add("--speedups", nargs="+", type=float, default=list(SPEEDUPS), metavar="X")
+    add("--speedups", nargs="*", type=float, default=list(SPEEDUPS), metavar="X")
+    add("--peer", nargs="*", type=float, default=[0.4], metavar="R", help="parts of the MACs")
     add("--seeds", type=int, default=1, metavar="N", help="calibration sets")
     add("--batch", type=int, default=1)
     add("--runtime", default="onnxruntime", choices=list(TIMERS))
     add("--quick", action="store_true")
     args = parser.parse_args()
-    wanted = aims(args.speedups)
+    wanted = aims(args.speedups) | {f"magnitude, macs {r:g}": {PEER: r} for r in args.peer}
     if args.quick:
         args.models, wanted = ["demo-vit"], {"1.3x": {"speedup": 1.3}}
     results = []
