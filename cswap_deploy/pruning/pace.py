@@ -47,6 +47,8 @@ _LOOKING, _ESTIMATING, _MEASURING = 1.8, 6.6, 0.8
 _LOOKS = 24
 """Images that a unit is measured on at most, on average."""
 _CANDIDATES, _FROM_DENSE, _TRIED = 7, 3, 2
+_STREAMS_WHOLE = 3
+"""More candidates, of either, where there are streams."""
 _WAVES = 1, 0.5, 0.3, 0.2
 """Parts of the groups whose curves get a first point, a second one ..."""
 _STEPS = 1.6
@@ -69,15 +71,18 @@ def expected_costs(job: Job) -> Costs:
     judged = (1 + MIXTURES) * judges
     trial = one * judged + (0 if few_images else one * few + _refit_macs(graph, few, ROWS))
     screen = one * (1 + MIXTURES) * min(TOGETHER, images - few)
-    trying, in_turn = [_CANDIDATES * screen + _TRIED * trial], 0.0
+    held = _STREAMS_WHOLE * any(group.stream for group in network.groups)
+    trying, in_turn = [(_CANDIDATES + held) * screen + _TRIED * trial], 0.0
     if job.device is not None and (whole := sum(g.kind == "branch" for g in network.groups)):
         trying.append(whole * screen + NEIGHBOURS * trial)  # a step of the search over them
         in_turn = _IN_TURN * whole * screen
     trying *= rounds
     if rounds > 1:
-        trying.append(_FROM_DENSE * screen + _TRIED * trial)
+        producers = 0.0 if few_images else _producer_macs(network, ROWS)
+        trying.append((_FROM_DENSE + held) * screen + _TRIED * (trial + producers))
+        trying.append(0.0 if few_images else trial + producers)  # what the rounds came to
     last = 3 * one * images + _refit_macs(graph, images, MAX_ROWS)
-    last += _producer_macs(network) + few_images * _STEPS * len(solvable(graph)) * screen
+    last += _producer_macs(network, MAX_ROWS) + few_images * _STEPS * len(solvable(graph)) * screen
     seen = images - judges if few_images else min(images, LOOKED)
     curves = [part * len(network.groups) * screen for part in _WAVES]
     found = {
@@ -119,15 +124,15 @@ def _refit_macs(graph: Graph, images: int, rows: int) -> float:
     return total
 
 
-def _producer_macs(network: Prepared) -> float:
-    """Two products with each of a chain's layers for each iteration."""
+def _producer_macs(network: Prepared, most: int) -> float:
+    """Two products with each of a chain's layers for each iteration, on so many rows at most."""
     graph, total = network.graph, 0.0
     for chain in find_chains(graph, solvable(graph)):
         layer, consumer = graph.layer(chain.producer_layer), graph.layer(chain.consumer_layer)
         window, features = window_of(chain.consumer, consumer), layer.weight[0].numel()
         if features <= MOST_READ and not depthwise(layer):
             each = window.reads(BLOCK) * features + window.taps * len(consumer.weight)
-            rows = rows_for(features, window)
+            rows = min(most, rows_for(features, window))
             total += 2 * _SWEPT * (ITERATIONS + 1) * rows * each * len(layer.weight)
     return total
 
