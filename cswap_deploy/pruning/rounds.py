@@ -258,7 +258,7 @@ class _Loop:
             moments=self.first_moments or self._moments(job.network.dense),
         )  # fmt: skip
         if trials.refits and trials.producers:
-            job.progress.begin("trying the candidate of the rounds with producers", 1)
+            job.progress.begin("trying what the rounds came to", 1)
             choice = replace(choice, trial=trials.trial(choice.gone, choice.moments))
             job.progress.advance(1)
             job.progress.end()
