@@ -34,7 +34,7 @@ _STYLES = {
     "obs": ("#16202a", "-.", ""),
 }
 _INK, _LINE = "#16202a", "#dfe4e8"
-_OF = {"channels": "block-inner channels", "params": "parameters", "macs": "MACs"}
+_OF = {"channels": "channels", "params": "parameters", "macs": "MACs"}
 _LEAST_SPAN = 5
 """Points that an axis shows at least: what two methods differ by for no reason must look small."""
 
