@@ -280,7 +280,7 @@ def _dots(model: str, rows: list[Result]) -> Figure:
             va="center", fontsize=9,
         )  # fmt: skip
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlim(right=min(100, max(values)) + 0.12 * (max(values) - min(values)))
+    axes.set_xlim(right=min(100, max(values)) + 0.17 * (max(values) - min(values)))
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("unseen images that get the dense network's answer, %")
     how = ",\nwith the same closed-form refit" if refit else ""
