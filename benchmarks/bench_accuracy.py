@@ -269,14 +269,10 @@ def settings(case: Case, model: Model) -> PruneConfig:
 
 
 def ranking(values: Values, case: Case, model: Model, prepared: Prepared) -> Values:
-    """The loop divides every value by what it saves; a plain ranking undoes that beforehand."""
+    """As a case says: the loop divides every value by what it saves."""
     if model.ratio_of == "channels" or case.cost_aware:
         return values
-    plain = peers.per_position(values, prepared.groups)
-    return {
-        name: found * prepared.sizes.saving(name, [0], model.ratio_of)
-        for name, found in plain.items()
-    }
+    return peers.plainly(values, prepared, model.ratio_of)
 
 
 def _cases(name: str, model: Model, config: Config) -> Iterator[Case]:

@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,6 @@ from cswap_deploy.targets.aim import TargetAim
 
 RATIOS = {"params 0.4": {"ratio": 0.4}, "macs 0.4": {"ratio": 0.4, "ratio_of": "macs"}}
 SPEEDUPS = (1.3, 1.6, 2.0)
-PEER = "torch_pruning"
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,66 @@ class Result:
     seconds: float
 
 
-def aims(speedups: list[float]) -> dict[str, Mapping[str, Any]]:
-    """Name -> settings: as today, and speed-ups with and without whole branches."""
-    found: dict[str, Mapping[str, Any]] = dict(RATIOS)
+@dataclass(frozen=True)
+class Made:
+    """A pruned network, for real."""
+
+    module: nn.Module
+    params_removed: float
+    """A fraction."""
+    macs_removed: float
+    branches: int = 0
+
+
+Way = Callable[[nn.Module, Calibration, int, TargetAim], Made]
+"""Prunes a network on images, with a seed, for a device."""
+
+
+def ways(speedups: list[float], peer: list[float]) -> dict[str, Way]:
+    """What is asked -> how: as today, speed-ups with and without whole branches, and a peer."""
+    found: dict[str, Way] = {name: partial(by_cswap, asked) for name, asked in RATIOS.items()}
     for speedup in speedups:
-        found[f"{speedup:g}x"] = {"speedup": speedup}
-        found[f"{speedup:g}x, no branches"] = {"speedup": speedup, "branches": False}
-    return found
+        found[f"{speedup:g}x"] = partial(by_cswap, {"speedup": speedup})
+        narrow = {"speedup": speedup, "branches": False}
+        found[f"{speedup:g}x, no branches"] = partial(by_cswap, narrow)
+    return found | {
+        f"magnitude, macs {ratio:g}": partial(by_torch_pruning, ratio) for ratio in peer
+    }
 
 
-def run(
-    name: str, aim: str, settings: Mapping[str, Any], *, runtime: str, seed: int, batch: int
-) -> Result:
+def by_cswap(
+    settings: Mapping[str, Any], module: nn.Module, calibration: Calibration, seed: int,
+    device: TargetAim,
+) -> Made:  # fmt: skip
+    """As the command does."""
+    pruned = prune(
+        module, calibration, config=PruneConfig(**settings), seed=seed, device=device,
+        progress=Silent(),
+    )  # fmt: skip
+    plan = pruned.plan
+    assert sum(p.numel() for p in pruned.module.parameters()) == plan.pruned.params
+    branches = sum(g.kind == "branch" and not g.kept for g in plan.groups)
+    return Made(pruned.module, plan.effective("params"), plan.effective("macs"), branches)
+
+
+def by_torch_pruning(
+    ratio: float, module: nn.Module, calibration: Calibration, seed: int, _: TargetAim
+) -> Made:
+    """A part of the MACs is removed as Torch-Pruning's group magnitude ranks, and refitted."""
+    config = PruneConfig(
+        ratio=ratio, ratio_of="macs", intervention="mean", branches=False, rounds=1
+    )
+    network = prepare(module, calibration.images, config)
+    view = View(network.graph, network.groups, calibration, np.random.default_rng(seed))
+    values = peers.plainly(peers.magnitude_l2(view), network, "macs")
+    state = State()
+    remove_in_rounds(Job(network, calibration, config, Importance(lambda _: values), seed), state)
+    smaller = delete_removed(network.module, state.removed, network.groups, network.example)
+    dense, left = network.dense_size, network.sizes.size()
+    return Made(smaller, 1 - left.params / dense.params, 1 - left.macs / dense.macs)
+
+
+def run(name: str, aim: str, way: Way, *, runtime: str, seed: int, batch: int) -> Result:
     """Prune, count, time, and compare predictions."""
     loaded, calibration, test = network_and_images(name, seed)
     images = calibration.images[:batch].contiguous().numpy()
@@ -89,18 +137,7 @@ def run(
     )
     device = TargetAim(runtime, config, loaded.spec, images)
     begun = time.perf_counter()
-    if PEER in settings:
-        made = by_torch_pruning(loaded.module, calibration, settings[PEER], seed)
-    else:
-        pruned = prune(
-            loaded.module, calibration, config=PruneConfig(**settings), seed=seed, device=device,
-            progress=Silent(),
-        )  # fmt: skip
-        assert sum(p.numel() for p in pruned.module.parameters()) == pruned.plan.pruned.params
-        made = Made(
-            pruned.module, pruned.plan.effective("params"), pruned.plan.effective("macs"),
-            sum(g.kind == "branch" and not g.kept for g in pruned.plan.groups),
-        )  # fmt: skip
+    made = way(loaded.module, calibration, seed, device)
     seconds = time.perf_counter() - begun
     fresh = TargetAim(runtime, config, loaded.spec, images)
     fresh.start(loaded.module)
@@ -113,34 +150,6 @@ def run(
         branches=made.branches,
         seconds=round(seconds, 1),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Made:
-    """A pruned network, for real."""
-
-    module: nn.Module
-    params_removed: float
-    """A fraction."""
-    macs_removed: float
-    branches: int = 0
-
-
-def by_torch_pruning(module: nn.Module, calibration: Calibration, ratio: float, seed: int) -> Made:
-    """A part of the MACs is removed as Torch-Pruning's group magnitude ranks, and refitted."""
-    config = PruneConfig(
-        ratio=ratio, ratio_of="macs", intervention="mean", branches=False, rounds=1
-    )
-    network = prepare(module, calibration.images, config)
-    view = View(network.graph, network.groups, calibration, np.random.default_rng(seed))
-    found = peers.per_position(peers.magnitude_l2(view), network.groups)
-    # The loop divides by what a unit saves; a plain ranking undoes that beforehand.
-    plain = {n: v * network.sizes.saving(n, [0], "macs") for n, v in found.items()}
-    state = State()
-    remove_in_rounds(Job(network, calibration, config, Importance(lambda _: plain), seed), state)
-    smaller = delete_removed(network.module, state.removed, network.groups, network.example)
-    dense, left = network.dense_size, network.sizes.size()
-    return Made(smaller, 1 - left.params / dense.params, 1 - left.macs / dense.macs)
 
 
 def main() -> None:
@@ -156,15 +165,15 @@ def main() -> None:
     add("--runtime", default="onnxruntime", choices=list(TIMERS))
     add("--quick", action="store_true")
     args = parser.parse_args()
-    wanted = aims(args.speedups) | {f"magnitude, macs {r:g}": {PEER: r} for r in args.peer}
+    wanted = ways(args.speedups, args.peer)
     if args.quick:
-        args.models, wanted = ["demo-vit"], {"1.3x": {"speedup": 1.3}}
+        args.models, wanted = ["demo-vit"], {"1.3x": partial(by_cswap, {"speedup": 1.3})}
     results = []
     for name in args.models:
         for seed in range(args.seeds):
-            for aim, settings in wanted.items():
+            for aim, way in wanted.items():
                 try:
-                    r = run(name, aim, settings, runtime=args.runtime, seed=seed, batch=args.batch)
+                    r = run(name, aim, way, runtime=args.runtime, seed=seed, batch=args.batch)
                 except PruneError as err:
                     print(f"{name:22} {aim:18} seed {seed}: refused: {err}", flush=True)
                     continue

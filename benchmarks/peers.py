@@ -33,11 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from cswap_deploy.config import RatioOf
 from cswap_deploy.errors import UsageError, missing
 from cswap_deploy.network.graph import Graph
 from cswap_deploy.network.units import Group, Reader, channel_dim
 from cswap_deploy.pruning.allocation import Values
 from cswap_deploy.pruning.importance import Importance, View
+from cswap_deploy.pruning.prepare import Prepared
 
 CHUNK = 64
 """Images per forward or backward pass."""
@@ -190,6 +192,14 @@ WEIGHTS_ONLY = {name for name, peer in PEERS.items() if not peer.needs_images} -
 def per_position(values: Values, groups: tuple[Group, ...]) -> Values:
     """Mean instead of sum over a unit's positions: how torch-pruning ranks whole heads."""
     return {g.name: values[g.name] / len(g.root_indices[0]) for g in groups}
+
+
+def plainly(values: Values, network: Prepared, of: RatioOf) -> Values:
+    """So that the loop, which divides by what a unit saves, ranks by the values alone."""
+    return {
+        name: found * network.sizes.saving(name, [0], of)
+        for name, found in per_position(values, network.groups).items()
+    }
 
 
 # --- torch-pruning -------------------------------------------------------------------------------

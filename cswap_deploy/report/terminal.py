@@ -25,20 +25,25 @@ _STYLES = {
 
 def draw(report: Report, width: int) -> Iterator[Text]:
     """What to print in lines of ``width`` characters, in order."""
-    yield Text(report.title, style="bold")
+    yield _said(report.title, "bold")
     if report.summary:
-        yield Text(report.summary)
+        yield _said(report.summary)
     for tile in report.tiles:
         style = "yellow" if isinstance(tile.note, Mark) else ""
-        yield Text(f"{tile.label}: {text(tile.value)} ({tile.note})", style=style)
+        yield _said(f"{tile.label}: {text(tile.value)} ({tile.note})", style)
     for warning in report.warnings:
-        yield Text(f"! {warning}", style="yellow")
+        yield _said(f"! {warning}", "yellow")
     for section in report.sections:
-        yield Text(f"\n{section.title}", style="bold")
-        yield from map(Text, section.text)
+        yield _said(f"\n{section.title}", "bold")
+        yield from map(_said, section.text)
         for table in section.tables:
             yield Text()
             yield from _lines(table, width)
+
+
+def _said(words: str, style: str = "") -> Text:
+    """Names in them may be anyone's."""
+    return Text(printable(words), style=style)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +114,11 @@ def _rows(
         if first and (row == 0 or first.cells[row] != first.cells[row - 1]):
             yield _cell(first.cells[row])
         line = Text(indent) + Text(space).join(cells[row] for _, cells in blocks)
-        line.append(f"  {end}" if layout.beside else "")
+        line.append(f"  {printable(end)}" if layout.beside else "")
         line.rstrip()
         yield line
         if end and not layout.beside:
-            yield Text(f"{indent}  {end}")
+            yield _said(f"{indent}  {end}")
 
 
 def _blocks(columns: list[Column], *, narrow: bool) -> Iterator[_Block]:
@@ -138,9 +143,7 @@ def _block(head: str, cells: list[Text], *, right: bool = False, fold: bool = Fa
 
 
 def _cell(cell: Cell) -> Text:
-    return Text(
-        printable(text(cell)), style=_STYLES.get(cell, "") if isinstance(cell, Mark) else ""
-    )
+    return _said(text(cell), _STYLES.get(cell, "") if isinstance(cell, Mark) else "")
 
 
 def _strips(cells: tuple[Cell, ...], room: int) -> list[Text]:
