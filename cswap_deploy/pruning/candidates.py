@@ -49,7 +49,8 @@ class Choice:
 
     def at(self, target: float) -> Choice:
         """What the same ranking removes for another target."""
-        return replace(self, gone=replace(self.goal, target=target).choose(self.ranking))
+        goal = replace(self.goal, target=target)
+        return replace(self, gone=goal.choose(self.ranking), goal=goal)
 
     @property
     def effect(self) -> float | None:

@@ -29,6 +29,7 @@ from cswap_deploy.network.placing import HOST, moved
 from cswap_deploy.network.units import consumers
 from cswap_deploy.network.walk import Batches, images_at_once
 from cswap_deploy.pruning.allocation import Goal, Ranking
+from cswap_deploy.pruning.approach import Timed, next_to_time
 from cswap_deploy.pruning.candidates import (
     Choice,
     allocations,
@@ -67,7 +68,9 @@ _WIDENED = 2
 NEAR = 0.03
 """How far below the speed-up that is asked for a network may stay, as a fraction of it."""
 _ATTEMPTS = 4
-"""At a latency, with a target that is corrected each time."""
+"""At a latency: so many candidates are timed where one of them is near."""
+_MOST_ATTEMPTS = 10
+"""Where none is."""
 
 
 def remove_in_rounds(job: Job, state: State, saved: RoundStore | None = None) -> State:
@@ -164,8 +167,8 @@ class _Loop:
         """The candidate at the size at which it really has the latency that is asked.
 
         Weights do not count for that, so nothing is refitted meanwhile. Where a round's network is
-        a result the candidate is timed, and its target corrected by what the model is off, until
-        it is near. The round before is timed once, for the model.
+        a result, candidates are timed until one is near. The round before is timed once, for the
+        model.
 
         Returns:
             The candidate, what it takes of the dense network's time (``None`` in the rounds
@@ -174,44 +177,51 @@ class _Loop:
         Raises:
             PruneError: It stays slower than asked.
         """
-        job, tried = self.job, []
+        job = self.job
+        tried: list[Timed] = []
         tries: list[TimedTry] = []
         once = not job.finishes(self.state.round)
         if once and not job.finishes(self.state.round + 1):
             return choice, None, ()
         wanted = 1 - job.resolved.path[self.state.round - 1]
-        dense = job.network.dense_size.amount("latency")
-        for attempt in range(1 if once else _ATTEMPTS):
-            job.progress.begin(f"timing what is left, try {attempt + 1}", 0)
-            sizes, removed = choice.goal.sizes.copy(), dict(choice.goal.removed)
-            for name, units in choice.gone.items():
-                sizes.remove(name, units)
-                removed[name] = [*removed.get(name, ()), *units]
-            smaller = moved(job.network.module, HOST)
-            remove_units(smaller, removed, job.network.groups)
-            fraction = device.fraction(smaller)
-            job.progress.end()
-            predicted = sizes.size().amount("latency") / dense
+        following: Choice | None = choice
+        while following is not None:
+            fraction, predicted = self._timed(following, device, len(tried) + 1)
             if fraction is None:
                 return choice, predicted, ()
             tries.append(TimedTry(predicted=1 / predicted, measured=1 / fraction))
+            tried.append(Timed(following, fraction))
             self.slower = fraction / predicted
-            tried.append((fraction, choice))
-            if abs(fraction - wanted) <= NEAR / 2 * wanted:
-                break
-            if attempt + 1 < _ATTEMPTS and not once:
-                choice = choice.at(dense * wanted / self.slower)
-        enough = [each for each in tried if each[0] <= wanted * (1 + NEAR)]
+            off = min(abs(each.fraction / wanted - 1) for each in tried)
+            most = _ATTEMPTS if off <= NEAR else _MOST_ATTEMPTS
+            done = once or off <= NEAR / 2 or len(tried) >= most
+            following = None if done else next_to_time(tried, wanted)
+        enough = [each for each in tried if each.fraction <= wanted * (1 + NEAR)]
         if enough or once:
-            fraction, choice = min(enough or tried, key=lambda each: abs(each[0] - wanted))
-            return choice, fraction, tuple(tries)
-        best = min(fraction for fraction, _ in tried)
+            best = min(enough or tried, key=lambda each: abs(each.fraction - wanted))
+            return best.choice, best.fraction, tuple(tries)
+        least = min(each.fraction for each in tried)
         raise PruneError(
             f"a speed-up of {1 / wanted:.2f}x was not reached: the networks that the model took "
-            f"for one were at most {1 / best:.2f}x as fast as the dense one, as measured",
-            fix=f"pass --speedup {(1 - NEAR) / best:.2f} or less"
-            if best < 1 - NEAR else "pass --ratio 0 to build the dense network",
+            f"for one were at most {1 / least:.2f}x as fast as the dense one, as measured",
+            fix=f"pass --speedup {(1 - NEAR) / least:.2f} or less"
+            if least < 1 - NEAR else "pass --ratio 0 to build the dense network",
         )  # fmt: skip
+
+    def _timed(self, choice: Choice, device: TimedDevice, at: int) -> tuple[float | None, float]:
+        """What a candidate's network takes of the dense one's time: measured, and by the model."""
+        job = self.job
+        job.progress.begin(f"timing what is left, try {at}", 0)
+        sizes, removed = choice.goal.sizes.copy(), dict(choice.goal.removed)
+        for name, units in choice.gone.items():
+            sizes.remove(name, units)
+            removed[name] = [*removed.get(name, ()), *units]
+        smaller = moved(job.network.module, HOST)
+        remove_units(smaller, removed, job.network.groups)
+        fraction = device.fraction(smaller)
+        job.progress.end()
+        dense = job.network.dense_size.amount("latency")
+        return fraction, sizes.size().amount("latency") / dense
 
     def _moments(self, graph: Graph) -> dict[str, Moments]:
         where = self.job.resolved.called(self.state.round)

@@ -1,0 +1,89 @@
+"""From networks that were timed to the one that is timed next, so that a latency is really met.
+
+The device's model says what a ranking has to remove; a small network's time has steps that it does
+not know. So targets close in on the latency from both sides, and where a single step leads past it,
+that step waits and others go in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cswap_deploy.pruning.candidates import Choice
+
+_PARTS = (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8)
+"""Where between two targets others are looked for."""
+_FURTHER = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+"""How far past a target that was to be enough others are, as a fraction of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A candidate, and what a call of its network takes of the dense one's time."""
+
+    choice: Choice
+    fraction: float
+
+
+def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
+    """A candidate that may be nearer to a latency than those that were timed.
+
+    Args:
+        tried: At least one, in order; the last one's ranking is gone on with.
+        wanted: What a call should take, of what one of the dense network does.
+
+    Returns:
+        One of other widths than all of them; ``None`` where there is none.
+    """
+    last = tried[-1].choice
+    known = [_widths(each.choice) for each in tried]
+    alike = [each for each in tried if each.choice.ranking is last.ranking]
+    slow = min((each for each in alike if each.fraction > wanted), key=_target, default=None)
+    fast = max((each for each in alike if each.fraction <= wanted), key=_target, default=None)
+    rescaled = last.goal.target * wanted / tried[-1].fraction
+    if (choice := _first_new(last, _targets(rescaled, slow, fast), known)) is not None:
+        return choice
+    if slow is None or fast is None:
+        return None
+    # Nothing is left between the two: groups that only the quicker one takes more of have to wait.
+    values = {**slow.choice.ranking.values}
+    for name, units in fast.choice.gone.items():
+        gone = slow.choice.gone.get(name, [])
+        if len(units) > len(gone):
+            late = np.full(len(values[name]), np.inf)
+            late[gone] = values[name][gone]
+            values[name] = late
+    waiting = replace(slow.choice, ranking=replace(slow.choice.ranking, values=values))
+    rescaled = slow.choice.goal.target * wanted / slow.fraction
+    return _first_new(waiting, _targets(rescaled, slow, None), known)
+
+
+def _first_new(choice: Choice, targets: Iterator[float], known: Sequence[object]) -> Choice | None:
+    """The first that has other widths than those that are known."""
+    candidates = (choice.at(target) for target in targets)
+    return next((each for each in candidates if _widths(each) not in known), None)
+
+
+def _targets(rescaled: float, slow: Timed | None, fast: Timed | None) -> Iterator[float]:
+    """Targets to try, the likeliest first: within the two that were timed, or past the one."""
+    if slow is not None and fast is not None:
+        low, high = _target(fast), _target(slow)
+        if low < rescaled < high:
+            yield rescaled
+        yield from (low + part * (high - low) for part in _PARTS if low < high)
+    elif slow is not None:
+        yield from (min(rescaled, _target(slow)) * part for part in _FURTHER)
+    elif fast is not None:
+        yield from (max(rescaled, _target(fast)) / part for part in _FURTHER)
+
+
+def _widths(choice: Choice) -> dict[str, int]:
+    """What decides its time: how many units of each group go."""
+    return {name: len(units) for name, units in choice.gone.items() if units}
+
+
+def _target(timed: Timed) -> float:
+    return timed.choice.goal.target
