@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from cswap_deploy.pruning.candidates import Choice
 
 _PARTS = (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8)
@@ -32,7 +30,7 @@ def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
     """A candidate that may be nearer to a latency than those that were timed.
 
     Args:
-        tried: At least one, in order; the last one's ranking is gone on with.
+        tried: At least one, in order; the last one is gone on with.
         wanted: What a call should take, of what one of the dense network does.
 
     Returns:
@@ -40,7 +38,7 @@ def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
     """
     last = tried[-1].choice
     known = [_widths(each.choice) for each in tried]
-    alike = [each for each in tried if each.choice.ranking is last.ranking]
+    alike = [each for each in tried if each.choice.goal.limits is last.goal.limits]
     slow = min((each for each in alike if each.fraction > wanted), key=_target, default=None)
     fast = max((each for each in alike if each.fraction <= wanted), key=_target, default=None)
     rescaled = last.goal.target * wanted / tried[-1].fraction
@@ -49,14 +47,13 @@ def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
     if slow is None or fast is None:
         return None
     # Nothing is left between the two: groups that only the quicker one takes more of have to wait.
-    values = {**slow.choice.ranking.values}
-    for name, units in fast.choice.gone.items():
-        gone = slow.choice.gone.get(name, [])
-        if len(units) > len(gone):
-            late = np.full(len(values[name]), np.inf)
-            late[gone] = values[name][gone]
-            values[name] = late
-    waiting = replace(slow.choice, ranking=replace(slow.choice.ranking, values=values))
+    goal = slow.choice.goal
+    floors = {**goal.limits.floors}
+    for group in goal.groups:
+        gone = slow.choice.gone.get(group.name, [])
+        if len(fast.choice.gone.get(group.name, [])) > len(gone):
+            floors[group.name] = len(goal.remaining(group)) - len(gone)
+    waiting = replace(slow.choice, goal=replace(goal, limits=replace(goal.limits, floors=floors)))
     rescaled = slow.choice.goal.target * wanted / slow.fraction
     return _first_new(waiting, _targets(rescaled, slow, None), known)
 

@@ -69,7 +69,7 @@ NEAR = 0.03
 """How far below the speed-up that is asked for a network may stay, as a fraction of it."""
 _ATTEMPTS = 4
 """At a latency: so many candidates are timed where one of them is near."""
-_MOST_ATTEMPTS = 10
+_MOST_ATTEMPTS = 12
 """Where none is."""
 
 

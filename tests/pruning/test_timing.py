@@ -177,3 +177,26 @@ def test_the_plan_says_where_the_time_went_and_what_was_timed() -> None:
     last = plan.rounds[-1]
     assert last.speedup in [each.measured for each in last.tries]
     assert all(each.predicted > 1 for each in last.tries)
+
+
+class Stairs(MadeUpDevice):
+    """A fake: one layer takes far more above so many of its outputs, which the model never saw."""
+
+    layer, edge, more = "", 0, 0.0
+
+    def fraction(self, module: nn.Module) -> float:
+        self.calls += 1
+        layer = module.get_submodule(self.layer)
+        assert isinstance(layer, nn.Conv2d)
+        step = self.more * (layer.out_channels > self.edge)
+        return (self.time(module).ms + step * self.dense) / (1 + self.more) / self.dense
+
+
+@pytest.mark.parametrize("name", ["expand.0", "grouped.0", "out.0"])
+def test_where_a_step_of_the_device_leads_past_the_aim_others_go_instead(name: str) -> None:
+    """Any unit of that layer goes far past 1.25x; what the others give up reaches it."""
+    device = Stairs(fixed=0.001)
+    device.layer, device.more = name, 0.6
+    device.edge = small_cnn().get_submodule(name).out_channels - 1  # type: ignore[operator]
+    plan = run(small_cnn(), device, speedup=1.25, rounds=1).plan
+    assert plan.rounds[-1].speedup == pytest.approx(1.25, rel=0.03)
