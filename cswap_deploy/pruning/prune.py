@@ -34,6 +34,7 @@ from cswap_deploy.pruning.recover import held_out
 from cswap_deploy.pruning.rounds import remove_in_rounds
 from cswap_deploy.pruning.state import RoundStore, State
 from cswap_deploy.pruning.timing import NARROWED, TimedDevice, latency_model
+from cswap_deploy.pruning.trials import starved
 from cswap_deploy.records.model import ModelSpec
 from cswap_deploy.records.plan import GroupPlan, LatencyByLayer, LayerTime, PrunePlan
 
@@ -70,8 +71,8 @@ def prune(
         module: In eval mode, float32; not changed. Where it gives probabilities, its effects are
             those on their logarithms.
         calibration: Images of the network's size.
-        config: With ratio 0 nothing is removed. With ``recover``, which comes later, the images
-            that are to judge it are not looked at.
+        config: With ratio 0 nothing is removed. With ``recover``, which comes later, no weight is
+            fitted to the images that are to judge it where images are few for the network.
         seed: Of the importance ``random``.
         spec: How workers can build the network again; without it there are none.
         rounds: Where finished rounds are kept; the latest one is gone on from.
@@ -89,11 +90,9 @@ def prune(
     """
     keep_freed_memory()
     importance = importance_of(config.criterion)
+    judges = None
     if config.recover is not None and config.ratio > 0:
-        seen = ~held_out(len(calibration.images))
-        kept = calibration.images[seen]
-        kept = kept.contiguous(memory_format=memory_format_of(calibration.images))
-        calibration = replace(calibration, images=kept, labels=calibration.labels[seen])
+        judges = held_out(len(calibration.images))
     images = calibration.images
     require_steady(module, images)
     if config.ratio == 0:
@@ -109,6 +108,10 @@ def prune(
     with giving_logits(module, output_kind(module, images, calibration.task)):
         network = prepare(module, images, config)
     progress.end()
+    if judges is not None and starved(network.dense, len(images)):
+        kept = images[~judges].contiguous(memory_format=memory_format_of(images))
+        calibration = replace(calibration, images=kept, labels=calibration.labels[~judges])
+        images = kept
     if config.ratio_of == "latency":
         network, config = _aimed_at(network, device, config, progress)
     else:
