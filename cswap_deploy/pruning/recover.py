@@ -60,7 +60,9 @@ _MOST_BLOCKS = 8
 _CHECKS = 20
 """Looks at the held-out images."""
 _PATIENCE = 6
-"""Looks without a gain after which it ends, in the second half."""
+"""Looks without a gain after which it ends, late: what is gained comes as the rate falls."""
+_LATE = 0.75
+"""From this part of the time on."""
 _TENSORS = "progress.safetensors"
 _SHIFT = 1 / 8
 """Of the picture's side."""
@@ -209,7 +211,7 @@ class _Trainer:
 
     def _is_idle(self, state: Progressed, seconds: float) -> bool:
         best = min(range(len(state.checks)), key=lambda at: state.checks[at].divergence)
-        return state.seconds > seconds / 2 and len(state.checks) - 1 - best >= _PATIENCE
+        return state.seconds > _LATE * seconds and len(state.checks) - 1 - best >= _PATIENCE
 
     def _step(self, state: Progressed, part: float) -> None:
         """One batch at a part of the time."""
