@@ -28,10 +28,10 @@ from cswap_deploy.report import figures, headline
 from cswap_deploy.report.classes import Evidence, class_by_class
 from cswap_deploy.report.document import Figure, Report, Row, Section, Table, section, table
 from cswap_deploy.report.explain import class_names, explain
-from cswap_deploy.report.reproduce import card, command
+from cswap_deploy.report.reproduce import card, command, speed_instead
 from cswap_deploy.report.rounds import recovery, rounds
 from cswap_deploy.report.time import time_by_layer
-from cswap_deploy.report.units import effects, removal
+from cswap_deploy.report.units import RATIO_WORDS, effects, removal
 
 _UNITS = 10
 """Units in each list of the largest effects."""
@@ -59,6 +59,7 @@ def describe(
         None if evidence is None else class_by_class(evidence, manifest, class_names(manifest)),
         _precision(manifest),
         _targets(manifest),
+        _speed_instead(manifest),
         removal(told, plan.excluded),
         effects(told),
         time_by_layer(plan),
@@ -436,6 +437,17 @@ def _notes(manifest: Manifest) -> Section | None:
     ]
     words = () if rows else ("None.",)
     return section("Fallbacks and notes", *words, tables=[table("where | what", rows)])
+
+
+def _speed_instead(manifest: Manifest) -> Section | None:
+    if (line := speed_instead(manifest)) is None:
+        return None
+    words = (
+        f"The ratio counts {RATIO_WORDS[manifest.ratio_of]}, which do not lie where time is spent. "
+        "What the same accuracy buys in speed is found by pruning for speed: this sweep does, and "
+        "keeps the fastest network that loses no more than this one."
+    )
+    return section("With speed as the aim", words, code=line)
 
 
 def _reproduce(manifest: Manifest, plan: PrunePlan) -> Section | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -19,12 +20,15 @@ from made_up_bundle import (
 from cswap_deploy.errors import ArtifactError
 from cswap_deploy.gate.budgets import Budgets, check_budgets
 from cswap_deploy.records.manifest import Manifest
+from cswap_deploy.records.measurements import Agreement
 from cswap_deploy.records.plan import PrunePlan, Size
 from cswap_deploy.records.value import FileRef
 from cswap_deploy.report import cells, headline
 from cswap_deploy.report.pages import render_html, render_markdown
+from cswap_deploy.report.reproduce import speed_instead
 from cswap_deploy.report.sections import describe
 from cswap_deploy.report.terminal import draw
+from cswap_deploy.sweep import conditions
 
 
 class Page(HTMLParser):
@@ -293,6 +297,33 @@ def test_a_better_network_is_not_called_worse() -> None:
 def test_ratio_zero_is_called_dense() -> None:
     manifest = made_up_manifest(settings={"ratio": 0.0, "ratio_of": "params"})
     assert headline.summary(manifest).startswith("demo-resnet was exported dense: ")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_fewer_parameters_come_with_the_sweep_that_asks_for_speed(labelled: bool) -> None:
+    """Its condition holds for a network that keeps what this one did, and not for a worse one."""
+    manifest = made_up_manifest()
+    first = manifest.targets[0]
+    if not labelled:
+        assert first.accuracy is not None
+        alike = Agreement(share=0.9437, low=0.93, high=0.96, kl=0.1, images=1000)
+        first = first.model_copy(update={"accuracy": None, "agreement": alike})
+        manifest = manifest.model_copy(update={"targets": (first,)})
+    line = speed_instead(manifest)
+    assert line is not None
+    assert line in " ".join(both(manifest)[0].split())
+    words = shlex.split(line)
+    assert words[:3] == ["cswap-deploy", "sweep", manifest.model.name]
+    speedups = [float(x) for x in words[words.index("--speedups") + 1].split(",")]
+    assert min(speedups) > (first.speedup or 0)
+    (wanted,) = conditions(words[words.index("--pick") + 1])
+    if first.accuracy is not None:
+        assert -1e-9 <= wanted.limit - first.accuracy.drop <= 0.001
+    else:
+        assert wanted.limit == pytest.approx(0.943)
+    settings = manifest.settings | {"ratio_of": "latency"}
+    other = manifest.model_copy(update={"ratio_of": "latency", "settings": settings})
+    assert speed_instead(other) is None, "it was the aim"
 
 
 def test_budgets_are_shown_when_there_are_some(markdown: str) -> None:
