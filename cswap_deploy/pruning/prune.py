@@ -31,7 +31,7 @@ from cswap_deploy.pruning.job import Backend, Job
 from cswap_deploy.pruning.pace import Pace, expected_costs, macs_per_second
 from cswap_deploy.pruning.prepare import Prepared, check_reach, prepare
 from cswap_deploy.pruning.recover import held_out
-from cswap_deploy.pruning.rounds import remove_in_rounds
+from cswap_deploy.pruning.rounds import NEAR, remove_in_rounds
 from cswap_deploy.pruning.state import RoundStore, State
 from cswap_deploy.pruning.timing import NARROWED, TimedDevice, latency_model
 from cswap_deploy.pruning.trials import starved
@@ -130,6 +130,9 @@ def prune(
     module = moved(network.module, HOST)
     smaller = delete_removed(module, state.removed, network.groups, images[:8])
     plan = _plan(job, state)
+    if (faster := _faster_than_asked(plan, 1 / (1 - config.ratio))) is not None:
+        progress.note(faster)
+        notes.append(faster)
     assert sum(p.numel() for p in smaller.parameters()) == plan.pruned.params
     return Pruned(give_outputs(smaller), plan, tuple(notes))
 
@@ -195,6 +198,20 @@ def _plan(job: Job, state: State) -> PrunePlan:
         starved=state.starved,
         rounds=tuple(state.rounds),
         latency=_by_layer(network, state),
+    )
+
+
+def _faster_than_asked(plan: PrunePlan, asked: float) -> str | None:
+    """Said where no network was found near the speed-up: accuracy was spent on more than that."""
+    if not plan.rounds or not (tries := plan.rounds[-1].tries):
+        return None
+    reached = plan.rounds[-1].speedup
+    if reached is None or reached <= asked / (1 - NEAR):
+        return None
+    slower = max((each.measured for each in tries if each.measured < asked), default=1.0)
+    return (
+        f"{reached:.2f}x as fast where {asked:.2f}x was asked: of the {len(tries)} networks that "
+        f"were timed the next slower one has {slower:.2f}x"
     )
 
 

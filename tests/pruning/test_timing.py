@@ -200,3 +200,17 @@ def test_where_a_step_of_the_device_leads_past_the_aim_others_go_instead(name: s
     device.edge = small_cnn().get_submodule(name).out_channels - 1  # type: ignore[operator]
     plan = run(small_cnn(), device, speedup=1.25, rounds=1).plan
     assert plan.rounds[-1].speedup == pytest.approx(1.25, rel=0.03)
+
+
+def test_faster_than_asked_is_said() -> None:
+    """Every layer's first unit doubles the speed, so that nothing lies near what is asked."""
+    device = MadeUpDevice(fixed=0.001)
+    dense = sum(p.numel() for p in small_cnn().parameters())
+    less = lambda module: sum(p.numel() for p in module.parameters()) < dense  # noqa: E731
+    device.fraction = lambda module: 0.5 if less(module) else 1.0  # type: ignore[method-assign]
+    result = run(small_cnn(), device, speedup=1.25, rounds=1)
+    assert result.plan.rounds[-1].speedup == pytest.approx(2)
+    (note,) = result.notes
+    assert "2.00x as fast where 1.25x was asked" in note
+    assert "the next slower one has 1.00x" in note
+    assert run(small_cnn(), MadeUpDevice(fixed=0.001), speedup=1.25, rounds=1).notes == ()
