@@ -261,7 +261,7 @@ class Trials:
         """
         _ = self.ground.said  # it may be this network that the candidates are compared with
         with _given_back(self.network.module):
-            remove(self.network, gone, moments)
+            self._remove(self.network, gone, moments)
             return float(self.ground.divergence(self.network.graph, parts=1).mean())
 
     def trial(self, gone: Units, moments: Mapping[str, Moments]) -> Trial:
@@ -272,7 +272,7 @@ class Trials:
             moments: Of the consumers' inputs, for the ablation values.
         """
         network, done = self.network.copy(), None
-        remove(network, gone, moments)
+        self._remove(network, gone, moments)
         if self.refits:
             removed = {
                 g.name: [*self.removed.get(g.name, ()), *gone.get(g.name, ())]
@@ -284,6 +284,17 @@ class Trials:
                 producers=self.producers, most_bytes=most, progress=Silent(),
             )  # fmt: skip
         return Trial(self.ground.divergence(network.graph), network.module, done)
+
+    def _remove(self, network: Prepared, gone: Units, moments: Mapping[str, Moments]) -> None:
+        """Mask units in place; a branch gives its mean only where a refit is to make up for it.
+
+        Deleted it gives nothing, and that is another network: of EfficientNet-Lite0's second block
+        the mean disturbs the prediction by .364, nothing by .056.
+        """
+        remove(network, gone, moments)
+        if not self.refits:
+            for branch in removed_branches(gone, network.groups):
+                silence(network.module, branch)
 
 
 @contextmanager

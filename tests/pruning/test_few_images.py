@@ -17,6 +17,7 @@ from cswap_deploy.causal import interventions
 from cswap_deploy.causal.interventions import input_moments
 from cswap_deploy.causal.mixtures import mosaics
 from cswap_deploy.config import PruneConfig
+from cswap_deploy.network.deletion import remove_units
 from cswap_deploy.network.graph import Graph, trace
 from cswap_deploy.network.pooling import balanced, pool_before
 from cswap_deploy.network.units import consumers, mask_weight
@@ -180,15 +181,15 @@ def test_few_rows_behind_an_average_tear_a_layer_less_far_away() -> None:
     assert errors["both"] < 0.7 * errors["averages"], errors
 
 
-def prepared() -> Any:
-    return prepare(small_cnn(), IMAGES16, PruneConfig(round_to=1, branches=False))
+def prepared(*, branches: bool = False) -> Any:
+    return prepare(small_cnn(), IMAGES16, PruneConfig(round_to=1, branches=branches))
 
 
 IMAGES16 = pictures(40)[0]
 
 
-def of_trials(few: bool = True) -> tuple[Trials, Goal, dict[str, Any]]:
-    network = prepared()
+def of_trials(few: bool = True, *, branches: bool = False) -> tuple[Trials, Goal, dict[str, Any]]:
+    network = prepared(branches=branches)
     ground = replace(ground_of(network.dense, IMAGES16), few=few)
     names = [g.name for g in network.groups]
     goal = Goal(
@@ -254,6 +255,23 @@ def test_costs_of_a_curve_follow_the_square_between_its_points() -> None:
     np.testing.assert_allclose(curve.costs().cumsum(), (0.1 * np.arange(1, 9)) ** 2, atol=1e-9)
     assert curve.next is None
     assert Curve(group, [0, 1], [1, 2], [0.1]).next == 2
+
+
+def test_without_a_refit_a_branch_is_tried_as_what_deleting_it_leaves() -> None:
+    """Its mean, which only a refit can make up for, is another network."""
+    trials, goal, moments = of_trials(branches=True)
+    trials = replace(trials, refits=False)
+    assert goal.branches
+    images = trials.ground.batches.images
+    for branch in goal.branches:
+        gone = {branch.name: [0]}
+        tried = trials.trial(gone, moments)
+        smaller = copy.deepcopy(trials.network.dense.module)
+        remove_units(smaller, gone, trials.network.groups)
+        with torch.no_grad():
+            torch.testing.assert_close(tried.module(images), smaller(images))
+        refitted = replace(trials, refits=True).screen(gone, moments)
+        assert trials.screen(gone, moments) != pytest.approx(refitted), branch.name
 
 
 def test_curves_are_for_few_images_only() -> None:
