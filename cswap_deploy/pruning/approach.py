@@ -24,6 +24,8 @@ class Timed:
 
     choice: Choice
     fraction: float
+    predicted: float
+    """The same by the device's model."""
 
 
 def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:

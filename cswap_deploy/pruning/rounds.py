@@ -179,7 +179,6 @@ class _Loop:
         """
         job = self.job
         tried: list[Timed] = []
-        tries: list[TimedTry] = []
         once = not job.finishes(self.state.round)
         if once and not job.finishes(self.state.round + 1):
             return choice, None, ()
@@ -189,9 +188,7 @@ class _Loop:
             fraction, predicted = self._timed(following, device, len(tried) + 1)
             if fraction is None:
                 return choice, predicted, ()
-            tries.append(TimedTry(predicted=1 / predicted, measured=1 / fraction))
-            tried.append(Timed(following, fraction))
-            self.slower = fraction / predicted
+            tried.append(Timed(following, fraction, predicted))
             off = min(abs(each.fraction / wanted - 1) for each in tried)
             most = _ATTEMPTS if off <= NEAR else _MOST_ATTEMPTS
             done = once or off <= NEAR / 2 or len(tried) >= most
@@ -199,6 +196,8 @@ class _Loop:
         enough = [each for each in tried if each.fraction <= wanted * (1 + NEAR)]
         if enough or once:
             best = min(enough or tried, key=lambda each: abs(each.fraction - wanted))
+            self.slower = best.fraction / best.predicted
+            tries = (TimedTry(predicted=1 / x.predicted, measured=1 / x.fraction) for x in tried)
             return best.choice, best.fraction, tuple(tries)
         least = min(each.fraction for each in tried)
         raise PruneError(
