@@ -211,16 +211,15 @@ class _Loop:
         """What a candidate's network takes of the dense one's time: measured, and by the model."""
         job = self.job
         job.progress.begin(f"timing what is left, try {at}", 0)
-        sizes, removed = choice.goal.sizes.copy(), dict(choice.goal.removed)
+        removed = dict(choice.goal.removed)
         for name, units in choice.gone.items():
-            sizes.remove(name, units)
             removed[name] = [*removed.get(name, ()), *units]
         smaller = moved(job.network.module, HOST)
         remove_units(smaller, removed, job.network.groups)
         fraction = device.fraction(smaller)
         job.progress.end()
         dense = job.network.dense_size.amount("latency")
-        return fraction, sizes.size().amount("latency") / dense
+        return fraction, choice.goal.without(choice.gone).amount("latency") / dense
 
     def _moments(self, graph: Graph) -> dict[str, Moments]:
         where = self.job.resolved.called(self.state.round)
