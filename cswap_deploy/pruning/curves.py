@@ -81,10 +81,15 @@ def by_curves(
     curves = [_curve(goal, group, order[group.name]) for group in goal.groups]
     curves = [curve for curve in curves if curve.counts]
     base = trials.screen({}, moments)
+    trials = trials.front_to_back()
+
+    def first(curve: Curve) -> int:
+        return trials.network.graph.position[trials.first_changed({curve.group.name: curve.queue})]
+
     wanted, ranking = curves, _ranking(goal, curves)
     while wanted:
         progress.begin(f"comparing parts of {len(wanted)} groups", len(wanted))
-        for curve in wanted:
+        for curve in sorted(wanted, key=first):
             count = curve.next
             assert count is not None
             effect = trials.screen({curve.group.name: curve.queue[:count]}, moments) - base

@@ -213,6 +213,8 @@ class Judging:
 
     graph: Graph
     ground: Ground
+    parts: int = _JUDGED
+    """Of the images that evaluate, at most ``_JUDGED``."""
     _at: int = field(init=False, default=0)
     """Position of the node that the held values stand before."""
     _held: list[Env] = field(init=False, default_factory=list)
@@ -221,7 +223,7 @@ class Judging:
     def effect(self, node: fx.Node) -> float:
         """See :class:`refit.Judge`."""
         graph, ground, place = self.graph, self.ground, self.graph.position[node]
-        parts = ground.first_parts
+        parts = ground.first_parts[: self.parts]
         holds = graph.alive[place] * sum(map(len, parts)) <= ground.share
         effect = OutputEffect(ground.task, graph.measured)
         found, held = [], []
@@ -253,6 +255,12 @@ class Trials:
     """Whether the rest of a candidate's network is refitted."""
     producers: bool = False
     """Whether producers are reconstructed too: four times as long, and near what comes of it."""
+    holds: Judging | None = None
+    """Keeps what the network computes before the first layer that a screening changes."""
+
+    def front_to_back(self) -> Trials:
+        """The same, for many screenings by :meth:`first_changed`, while the network stays."""
+        return replace(self, holds=Judging(self.network.graph, self.ground, parts=1))
 
     def screen(self, gone: Units, moments: Mapping[str, Moments]) -> float:
         """Mean effect of a candidate that is not refitted, on a few images.
@@ -260,9 +268,18 @@ class Trials:
         It costs a part of a :meth:`trial`, and tells the candidates that are far behind.
         """
         _ = self.ground.said  # it may be this network that the candidates are compared with
+        graph = self.network.graph
         with _given_back(self.network.module):
             self._remove(self.network, gone, moments)
-            return float(self.ground.divergence(self.network.graph, parts=1).mean())
+            if self.holds is None or not gone:
+                return float(self.ground.divergence(graph, parts=1).mean())
+            return self.holds.effect(self.first_changed(gone))
+
+    def first_changed(self, gone: Units) -> fx.Node:
+        """The first node that gives something else once these units are removed."""
+        graph = self.network.graph
+        nodes = (n for layer in _inputs(self.network.groups, gone) for n in graph.readers(layer))
+        return min(nodes, key=graph.position.__getitem__)
 
     def trial(self, gone: Units, moments: Mapping[str, Moments]) -> Trial:
         """What becomes of the network once a candidate is removed.

@@ -230,6 +230,34 @@ def test_curves_are_measured_as_far_as_the_allocation_goes() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_screening_front_to_back_computes_what_lies_before_once() -> None:
+    trials, goal, moments = of_trials()
+    place = trials.network.graph.position
+    removals = sorted(
+        ({g.name: list(range(count))} for g in goal.groups for count in (1, 3)),
+        key=lambda gone: place[trials.first_changed(gone)],
+    )
+    ran: list[fx.Node] = []
+    execute = Graph.execute
+
+    def noted(self: Graph, node: fx.Node, *args: Any, **settings: Any) -> Any:
+        ran.append(node)
+        return execute(self, node, *args, **settings)
+
+    found, steps = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Graph, "execute", noted)
+        for each in (trials, trials.front_to_back()):
+            ran.clear()
+            found.append([each.screen(gone, moments) for gone in removals])
+            steps.append(len(ran))
+            backwards = [each.screen(gone, moments) for gone in reversed(removals)]
+            assert backwards == pytest.approx(found[0][::-1], rel=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert len({*found[0]}) == len(removals), "or the test shows nothing"
+    assert steps[1] < 0.8 * steps[0]
+
+
 def test_a_group_that_costs_more_together_gives_up_less() -> None:
     """Single effects are the same in both groups; parts of one cost a hundred times as much."""
     trials, goal, moments = of_trials()
