@@ -154,7 +154,8 @@ def sweep(
         for name, other in zip(against, others, strict=True):
             progress.note(f"{name}, dense, to compare with")
             built[name] = _built(other, name, "other", work, progress)
-        progress.note(f"{config.model.model}: the dense network, and {len(aims)} points")
+        so_many = f"{len(aims)} point{'s' * (len(aims) > 1)}"
+        progress.note(f"{config.model.model}: the dense network, and {so_many}")
         inputs = stages.load(config, module, progress)
         dense = _with_aim(config, {"ratio": 0})
         first = _built(dense, DENSE, "dense", work, progress, module=module, inputs=inputs)

@@ -42,7 +42,8 @@ def described(sweep: Sweep) -> Report:
 def _summary(sweep: Sweep) -> str:
     pruned = [point for point in sweep.points if point.kind == "pruned"]
     others = [point for point in sweep.points if point.kind == "other"]
-    text = f"{sweep.model} at {len(pruned)} sizes, without training, in {duration(sweep.seconds)}."
+    sizes = f"{len(pruned)} size{'s' * (len(pruned) > 1)}"
+    text = f"{sweep.model} at {sizes}, without training, in {duration(sweep.seconds)}."
     if others:
         text += f" {len(others)} dense network{'s' * (len(others) > 1)} beside it."
         text += "".join(f" {_beside(pruned, other)}" for other in others)
