@@ -187,7 +187,7 @@ def _margin(found: Curves, ratios: list[float]) -> list[str]:
 
 
 def draw(model: str, rows: list[Result]) -> str:
-    """An SVG: curves against the fraction removed, or dots where one fraction was measured.
+    """An SVG: curves against the fraction removed, or dots at the one that most have in common.
 
     A card of its own colour: the page around it may be light or dark.
     """
@@ -202,9 +202,13 @@ def draw(model: str, rows: list[Result]) -> str:
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     }  # fmt: skip
     with mpl.rc_context(rc=settings):
-        if len({row.ratio for row in rows}) > 1:
+        there = {row.ratio: {r.method for r in rows if r.ratio == row.ratio} for row in rows}
+        most = max(map(len, there.values()))
+        common = [ratio for ratio, methods in there.items() if 2 * len(methods) >= most]
+        if len(common) > 1:
             title = f"Top-1 accuracy of {model} against the fraction removed, by ranking"
             return _svg(_curves(model, rows), title)
+        rows = [row for row in rows if row.ratio == common[0]]
         return _svg(_dots(model, rows), f"Agreement of pruned {model} with the dense one")
 
 
