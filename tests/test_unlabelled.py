@@ -128,18 +128,36 @@ def test_labelled_images_test_what_photos_pruned(
 def test_photos_that_are_all_alike_are_refused_before_anything_takes_long(
     command: Callable[..., Ran], trained: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "alike"
-    folder.mkdir()
-    for at in range(40):
-        Image.new("RGB", (16, 16), (at, 0, 0)).save(folder / f"{at}.png")
+    folder = alike(tmp_path)
     done = command("build", *trained, "--calibration-data", folder, "-o", tmp_path / "out")
     assert done.code == 2
     assert "for all 20 photos" in done.err
+    assert "fix: pass photos of more kinds" in done.err
     assert "prune" not in done.err
     shutil.rmtree(folder)
     done = command("build", *trained, "--calibration-data", folder, "-o", tmp_path / "out")
     assert done.code == 2
     assert "does not exist" in done.err
+
+
+def alike(tmp_path: Path, *, step: int = 1) -> Path:
+    """Forty pictures of one colour, each a little redder than the last."""
+    folder = tmp_path / "alike"
+    folder.mkdir()
+    for at in range(40):
+        Image.new("RGB", (16, 16), (step * at, 0, 0)).save(folder / f"{at}.png")
+    return folder
+
+
+def test_random_weights_that_say_one_thing_need_classes(
+    command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """More photos would not help: such a network says the same to all of them."""
+    photos = alike(tmp_path, step=0)
+    flags = ("--no-pretrained", "--input-size", "3,32,32", "--calibration-data", photos)
+    done = command("build", "mobilenetv4_conv_small", *flags, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "fix: its weights are random: pass any photos in class folders with --data" in done.err
 
 
 def test_in_memory_images_alone_will_do() -> None:

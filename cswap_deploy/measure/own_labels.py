@@ -33,7 +33,9 @@ def with_own_labels(loaded: LoadedModel, samples: Samples) -> Samples:
         raise UsageError(
             f"{loaded.spec.name} predicts class {first} for all {spec.count} photos of "
             f"{spec.source}",
-            fix="pass photos of more kinds, the right --checkpoint, --mean and --std",
+            fix="its weights are random: pass any photos in class folders with --data"
+            if loaded.spec.is_random
+            else "pass photos of more kinds, the right --checkpoint, --mean and --std",
         )
     validation = _labelled(loaded, samples.validation)
     return replace(samples, calibration=calibration, validation=validation)

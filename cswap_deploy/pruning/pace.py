@@ -51,6 +51,8 @@ _STREAMS_WHOLE = 3
 """More candidates, of either, where there are streams."""
 _WAVES = 1, 0.5, 0.3, 0.2
 """Parts of the groups whose curves get a first point, a second one ..."""
+_BEHIND = 0.5
+"""Of a forward: what lies behind a group, on average."""
 _STEPS = 1.6
 """Forwards from the start for each layer that is refitted on trial."""
 _IN_TURN = 2
@@ -84,7 +86,7 @@ def expected_costs(job: Job) -> Costs:
     last = 3 * one * images + _refit_macs(graph, images, MAX_ROWS)
     last += _producer_macs(network, MAX_ROWS) + few_images * _STEPS * len(solvable(graph)) * screen
     seen = images - judges if few_images else min(images, LOOKED)
-    curves = [part * len(network.groups) * screen for part in _WAVES]
+    curves = [part * len(network.groups) * _BEHIND * screen for part in _WAVES]
     found = {
         "looking": [_LOOKING * one * seen] * rounds,
         "comparing": curves * (len(CURVED) * rounds + 1) * few_images,
