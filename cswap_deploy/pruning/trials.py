@@ -223,20 +223,21 @@ class Judging:
     def effect(self, node: fx.Node) -> float:
         """See :class:`refit.Judge`."""
         graph, ground, place = self.graph, self.ground, self.graph.position[node]
-        parts = ground.first_parts[: self.parts]
+        few, size = ground.first_parts[: self.parts], ground.batches.size
+        parts = [part for images in few for part in torch.split(images, size)]
+        said = [part for rows in ground.said[: len(few)] for part in torch.split(rows, size)]
         holds = graph.alive[place] * sum(map(len, parts)) <= ground.share
         effect = OutputEffect(ground.task, graph.measured)
         found, held = [], []
         if place < self._at:
             self._at, self._held = 0, []
         with torch.inference_mode():
-            for number, (images, wanted) in enumerate(zip(parts, ground.said, strict=False)):
+            for number, (images, wanted) in enumerate(zip(parts, said, strict=True)):
                 env = dict(self._held[number]) if self._held else {graph.input: images}
                 for at, now in graph.resume(env, self._at, len(images)):
                     if at is node and holds:
                         held.append(dict(now))
-                said = graph.rows(env).double()
-                found.append(effect.divergence(said[None], wanted)[0])
+                found.append(effect.divergence(graph.rows(env).double()[None], wanted)[0])
         if holds:
             self._at, self._held = place, held
         return float(torch.cat(found).mean())

@@ -356,6 +356,26 @@ def test_a_judge_gives_what_a_whole_forward_gives(images: Tensor, parts: int) ->
         assert judging.effect(node) == pytest.approx(whole, rel=1e-5, abs=1e-9)
 
 
+def test_a_judge_runs_as_many_images_at_once_as_fit() -> None:
+    graph, ground, _ = judged(IMAGES16)
+    small = replace(ground, batches=replace(ground.batches, size=7))
+    judging, most = Judging(graph, small), []
+    execute = Graph.execute
+
+    def noted(self: Graph, node: fx.Node, *args: Any, batch: int, **settings: Any) -> Any:
+        most.append(batch)
+        return execute(self, node, *args, batch=batch, **settings)
+
+    for name in ("expand.0", "out.0"):
+        with torch.no_grad():
+            graph.layer(name).weight.mul_(1.05)
+        whole = float(ground.divergence(graph, parts=1).mean())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Graph, "execute", noted)
+            assert judging.effect(graph.readers(name)[0]) == pytest.approx(whole, rel=1e-5)
+    assert max(most) == 7
+
+
 def test_a_step_that_is_not_taken_leaves_the_producer_too() -> None:
     """A judge that is never content: the reconstructed producer goes back with its consumer."""
     module = lively(small_cnn())
