@@ -102,9 +102,9 @@ def run(seed: int) -> Result:
             device=TargetAim("onnxruntime", config, spec, batch), progress=Silent(),
         )  # fmt: skip
     except PruneError as err:
-        words = str(err).splitlines()[0]
-        return Result(seed, blocks, params, asked, None, words, 0, time.perf_counter() - begun)
-    seconds = time.perf_counter() - begun
+        words, seconds = str(err).splitlines()[0], round(time.perf_counter() - begun, 1)
+        return Result(seed, blocks, params, asked, None, words, 0, seconds)
+    seconds = round(time.perf_counter() - begun, 1)
     fresh = TargetAim("onnxruntime", config, spec, batch)
     fresh.start(module)
     measured = 0.0
@@ -113,7 +113,7 @@ def run(seed: int) -> Result:
         if measured >= asked * (1 - NEAR):
             break
     gone = sum(g.kind == "branch" and not g.kept for g in pruned.plan.groups)
-    return Result(seed, blocks, params, asked, round(measured, 3), "", gone, round(seconds, 1))
+    return Result(seed, blocks, params, asked, round(measured, 3), "", gone, seconds)
 
 
 def main() -> None:
