@@ -49,13 +49,14 @@ _LOOKS = 24
 _CANDIDATES, _FROM_DENSE, _TRIED = 7, 3, 2
 _STREAMS_WHOLE = 3
 """More candidates, of either, where there are streams."""
-_WAVES = 1, 0.5, 0.3, 0.2
-"""Parts of the groups whose curves get a first point, a second one ..."""
+_WAVES = 0.5, 0.3, 0.2
+"""Parts of the groups whose curves get a second point, a third one ...; of a whole branch there is
+one."""
 _BEHIND = 0.5
 """Of a forward: what lies behind a group, on average."""
 _STEPS = 1.6
 """Forwards from the start for each layer that is refitted on trial."""
-_IN_TURN = 2
+_IN_TURN = 1
 """Times that each whole branch is screened as branches go in turn."""
 _SWEPT = 2
 """Times that a producer is reconstructed, on average."""
@@ -75,7 +76,8 @@ def expected_costs(job: Job) -> Costs:
     screen = one * (1 + MIXTURES) * min(TOGETHER, images - few)
     held = _STREAMS_WHOLE * any(group.stream for group in network.groups)
     trying, in_turn = [(_CANDIDATES + held) * screen + _TRIED * trial], 0.0
-    if job.device is not None and (whole := sum(g.kind == "branch" for g in network.groups)):
+    whole = sum(g.kind == "branch" for g in network.groups)
+    if job.device is not None and whole:
         trying.append(whole * screen + NEIGHBOURS * trial)  # a step of the search over them
         in_turn = _IN_TURN * whole * screen
     trying *= rounds
@@ -86,7 +88,9 @@ def expected_costs(job: Job) -> Costs:
     last = 3 * one * images + _refit_macs(graph, images, MAX_ROWS)
     last += _producer_macs(network, MAX_ROWS) + few_images * _STEPS * len(solvable(graph)) * screen
     seen = images - judges if few_images else min(images, LOOKED)
-    curves = [part * len(network.groups) * _BEHIND * screen for part in _WAVES]
+    groups = len(network.groups)
+    points = groups, *(part * (groups - whole) for part in _WAVES)
+    curves = [count * _BEHIND * screen for count in points]
     found = {
         "looking": [_LOOKING * one * seen] * rounds,
         "comparing": curves * (len(CURVED) * rounds + 1) * few_images,
