@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
 
+_TOGETHER = 4
+"""Calls of which the quickest counts. Two to sixteen are alike (benchmarks/LOG.md)."""
+
 
 def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
     """Lower and upper end (fractions) of Wilson's score interval of a proportion; ``trials`` > 0.
@@ -163,3 +166,19 @@ def median_ratio_interval(
     low = max(0, math.floor(count / 2 - half))
     high = min(count - 1, math.ceil(count / 2 + half))
     return ratios[low], ratios[high]
+
+
+def undisturbed_ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Median of ``first / second`` over calls that alternated, of each four the quickest.
+
+    On a core that others use many calls are held up, and not in proportion: where one ViT takes
+    1.35 times as long as another, medians then said 1.30 to 1.33, this 1.34 (benchmarks/LOG.md).
+
+    Args:
+        first: n > 0 latencies (milliseconds), in the order taken.
+        second: As many of the other network.
+    """
+    starts = range(0, len(first), _TOGETHER)
+    return statistics.median(
+        min(first[at : at + _TOGETHER]) / min(second[at : at + _TOGETHER]) for at in starts
+    )

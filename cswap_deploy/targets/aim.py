@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from cswap_deploy.export.onnx import export_onnx, graph_nodes, graph_shapes
 from cswap_deploy.export.simplify import simplify_onnx
 from cswap_deploy.measure.device import describe_device
 from cswap_deploy.measure.latency import measure_latency
+from cswap_deploy.measure.statistics import undisturbed_ratio
 from cswap_deploy.pruning.prepare import Prepared
 from cswap_deploy.pruning.timing import TimedDevice, Variant, variants
 from cswap_deploy.records.engine import OnnxArtifact
@@ -89,9 +89,7 @@ class TargetAim:
         sessions = {"dense": self._dense, "pruned": self._session(module)}
         found = measure_latency(sessions, images=self.images, runs=2 * _RUNS)
         sessions["pruned"].close()
-        # As the build's own measurement will be judged: by medians.
-        dense, now = (statistics.median(found[name].samples_ms) for name in sessions)
-        return now / dense
+        return undisturbed_ratio(found["pruned"].samples_ms, found["dense"].samples_ms)
 
     def _table(self, variants: Sequence[Variant]) -> LatencyTable:
         with tempfile.TemporaryDirectory() as folder:

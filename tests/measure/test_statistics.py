@@ -12,6 +12,7 @@ from cswap_deploy.measure.statistics import (
     percentile_interval,
     ratio_interval,
     samples_for,
+    undisturbed_ratio,
     wilson_interval,
 )
 
@@ -103,6 +104,17 @@ def test_ratios_of_calls_that_alternate_are_free_of_what_both_meet() -> None:
     assert high - low < 0.02
     assert value == pytest.approx(1.10, abs=0.01)
     assert ratio_interval([2.0] * 9, [1.0] * 9) == (2.0, 2.0, 2.0)
+
+
+def test_calls_that_are_held_up_do_not_count() -> None:
+    """Most calls of the slower network, and a fifth of the other's, take twice as long."""
+    rng = np.random.default_rng(0)
+    slow, quick = (rng.lognormal(math.log(ms), 0.01, 202) for ms in (1.5, 1.0))
+    slow *= np.where(rng.random(202) < 0.6, 2, 1)
+    quick *= np.where(rng.random(202) < 0.2, 2, 1)
+    assert np.median(slow) / np.median(quick) > 1.6
+    assert undisturbed_ratio(slow.tolist(), quick.tolist()) == pytest.approx(1.5, rel=0.02)
+    assert undisturbed_ratio([3.0, 2.0], [1.0, 4.0]) == 2.0
 
 
 def test_bootstrap_intervals_of_ratios_cover_the_truth() -> None:
