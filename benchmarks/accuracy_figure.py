@@ -89,12 +89,14 @@ def publish(results: Path, figures: Path, *, value: Value = "top1") -> list[str]
 
 
 def main_rows(rows: list[Result]) -> list[Result]:
-    """With a refit as without, those with the calibration size that was used most there."""
+    """With a refit as without, those with the calibration size that most methods share there."""
     found = []
     for refit in (False, True):
         here = [row for row in rows if row.refit == refit]
-        sizes = [row.calibration for row in here]
-        usual = max(set(sizes), key=lambda size: (sizes.count(size), size), default=0)
+        methods: dict[int, list[str]] = defaultdict(list)
+        for row in here:
+            methods[row.calibration].append(row.method)
+        usual = max(methods, key=lambda n: (len({*methods[n]}), len(methods[n]), n), default=0)
         found += [row for row in here if row.calibration == usual]
     return found
 

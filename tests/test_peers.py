@@ -406,6 +406,9 @@ def test_sizes_of_calibration_are_not_mixed_in_one_table() -> None:
     rows = [*native, result(calibration=256), *most]
     assert accuracy_figure.main_rows(rows) == native + most
     assert accuracy_figure.main_rows([]) == []
+    alone = [result(calibration=512, seed=seed) for seed in range(5)]
+    shared = [result(calibration=128, method=m) for m in ("cswap", "lamp")]
+    assert accuracy_figure.main_rows([*alone, *shared]) == shared
 
 
 def test_the_figure_is_one_drawing_with_every_method_named() -> None:
