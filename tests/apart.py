@@ -16,10 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_PRELOADED = [
-    "torch", "torch._dynamo", "torch.onnx", "onnxruntime", "onnxscript", "pydantic", "scipy.stats",
-    "cswap_deploy.pruning.prune",
-]  # fmt: skip
+_PRELOADED = ["torch", "torch._dynamo", "torch.onnx", "onnxruntime", "onnxscript", "pydantic"]
 """Imported once; every process is a copy of one that has them."""
 _WAIT = 8
 """Limit of the waiting, over that of the work: for work that sleeps, or a machine that is busy."""
