@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -211,6 +212,27 @@ class Goal:
                 if abs(left - sizes.saving(group, [unit], self.of) - target) < abs(left - target):
                     left = take(group, [unit])
         return gone
+
+    def one_step_on(self, gone: Removal, ranking: Ranking) -> Iterator[Removal]:
+        """A removal with one more step of a group, for each group that has one left."""
+        for group in self.groups:
+            values, taken = ranking.values[group.name], gone.get(group.name, [])
+            queue = sorted(set(self.remaining(group)) - set(taken), key=lambda u: (values[u], u))
+            end = next((e for e in self._ends(group) if e > len(taken)), len(taken))
+            units = queue[: end - len(taken)]
+            if units and np.isfinite(values[units]).all():
+                yield gone | {group.name: [*taken, *units]}
+
+    def one_step_back(self, gone: Removal) -> Iterator[Removal]:
+        """A removal without its last step of a group, for each group that it takes units of."""
+        for group in self.groups:
+            if taken := gone.get(group.name, []):
+                end = max((e for e in self._ends(group) if e < len(taken)), default=0)
+                yield gone | {group.name: taken[:end]}
+
+    def _ends(self, group: Group) -> list[int]:
+        """How many units of a group are gone after each of its steps."""
+        return [*accumulate(count for count, _ in self.steps[group.name])]
 
     def _steps(self, ranking: Ranking) -> list[tuple[str, list[int]]]:
         """Units that leave together, in order; each step leaves its group aligned."""

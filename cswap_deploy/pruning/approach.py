@@ -2,14 +2,16 @@
 
 The device's model says what a ranking has to remove; a small network's time has steps that it does
 not know. So targets close in on the latency from both sides, and where a single step leads past it,
-that step waits and others go in its place.
+that step waits and others go in its place. At last one step of one group goes or comes back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from cswap_deploy.pruning.allocation import Removal
 from cswap_deploy.pruning.candidates import Choice
 
 _PARTS = (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8)
@@ -39,6 +41,8 @@ def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
         One of other widths than all of them; ``None`` where there is none.
     """
     last = tried[-1].choice
+    if last.stepped:
+        return _a_step_away(tried, wanted)
     known = [_widths(each.choice) for each in tried]
     alike = [each for each in tried if each.choice.goal.limits is last.goal.limits]
     slow = min((each for each in alike if each.fraction > wanted), key=_target, default=None)
@@ -46,18 +50,47 @@ def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
     rescaled = last.goal.target * wanted / tried[-1].fraction
     if (choice := _first_new(last, _targets(rescaled, slow, fast), known)) is not None:
         return choice
-    if slow is None or fast is None:
-        return None
-    # Nothing is left between the two: groups that only the quicker one takes more of have to wait.
+    if slow is not None and fast is not None:
+        waiting = _without_the_step(slow, fast)
+        rescaled = slow.choice.goal.target * wanted / slow.fraction
+        if (choice := _first_new(waiting, _targets(rescaled, slow, None), known)) is not None:
+            return choice
+    return _a_step_away(tried, wanted)
+
+
+def _without_the_step(slow: Timed, fast: Timed) -> Choice:
+    """Nothing is left between the two: groups that only the quicker one takes more of wait."""
     goal = slow.choice.goal
     floors = {**goal.limits.floors}
     for group in goal.groups:
         gone = slow.choice.gone.get(group.name, [])
         if len(fast.choice.gone.get(group.name, [])) > len(gone):
             floors[group.name] = len(goal.remaining(group)) - len(gone)
-    waiting = replace(slow.choice, goal=replace(goal, limits=replace(goal.limits, floors=floors)))
-    rescaled = slow.choice.goal.target * wanted / slow.fraction
-    return _first_new(waiting, _targets(rescaled, slow, None), known)
+    return replace(slow.choice, goal=replace(goal, limits=replace(goal.limits, floors=floors)))
+
+
+def _a_step_away(tried: Sequence[Timed], wanted: float) -> Choice | None:
+    """Where the ranking has nothing: one step of one group from the nearest that were timed.
+
+    What the model says that such a step changes is believed more than what it says of networks.
+    """
+    known = [_widths(each.choice) for each in tried]
+    slow = min((x for x in tried if x.fraction > wanted), key=_fraction, default=None)
+    fast = max((x for x in tried if x.fraction <= wanted), key=_fraction, default=None)
+    steps: list[tuple[Timed, Removal]] = []
+    if slow is not None:
+        choice = slow.choice
+        steps += ((slow, gone) for gone in choice.goal.one_step_on(choice.gone, choice.ranking))
+    if fast is not None:
+        steps += ((fast, gone) for gone in fast.choice.goal.one_step_back(fast.choice.gone))
+    found: list[tuple[float, Choice]] = []
+    for timed, gone in steps:
+        goal = timed.choice.goal
+        now, then = (goal.without(each).amount(goal.of) for each in (timed.choice.gone, gone))
+        choice = replace(timed.choice, gone=gone, stepped=True)
+        if then != now and _widths(choice) not in known:
+            found.append((abs(math.log(timed.fraction * then / now / wanted)), choice))
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def _first_new(choice: Choice, targets: Iterator[float], known: Sequence[object]) -> Choice | None:
@@ -86,3 +119,7 @@ def _widths(choice: Choice) -> dict[str, int]:
 
 def _target(timed: Timed) -> float:
     return timed.choice.goal.target
+
+
+def _fraction(timed: Timed) -> float:
+    return timed.fraction

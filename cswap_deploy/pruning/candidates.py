@@ -46,6 +46,8 @@ class Choice:
     goal: Goal
     ranking: Ranking
     """Which removes it for the goal's target."""
+    stepped: bool = False
+    """Whether it is some steps away from what the ranking removes."""
 
     def at(self, target: float) -> Choice:
         """What the same ranking removes for another target."""

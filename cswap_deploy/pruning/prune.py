@@ -202,7 +202,7 @@ def _plan(job: Job, state: State) -> PrunePlan:
 
 
 def _faster_than_asked(plan: PrunePlan, asked: float) -> str | None:
-    """Said where no network was found near the speed-up: accuracy was spent on more than that."""
+    """Said where a limit or a curve took what is quicker: accuracy was spent on more than asked."""
     if not plan.rounds or not (tries := plan.rounds[-1].tries):
         return None
     reached = plan.rounds[-1].speedup
