@@ -22,7 +22,7 @@ from cswap_deploy.records.value import sha256_text
 
 State = Literal["run", "reused"]
 _VERSIONS = {
-    "prune": 16, "recover": 4, "export": 6, "precision": 6, "engine": 6, "score": 6, "validate": 8,
+    "prune": 17, "recover": 4, "export": 6, "precision": 6, "engine": 6, "score": 6, "validate": 8,
 }  # fmt: skip
 """Raised when a stage's code changes what it writes."""
 
