@@ -319,11 +319,9 @@ def _not_reached(fractions: Sequence[float], wanted: float) -> PruneError:
             if slower < 1 - NEAR else "pass --ratio 0 to build the dense network",
         )  # fmt: skip
     beyond = 1 / max(quicker)
-    count = len(fractions)
     return PruneError(
-        f"{asked}: of the {count} networks that were timed those next to it were "
-        f"{1 / slower:.2f}x and {beyond:.2f}x as fast as the dense one; a step of the device lies "
-        "between",
+        f"{asked}: of all networks that were timed those next to it are {1 / slower:.2f}x and "
+        f"{beyond:.2f}x as fast as the dense one",
         fix=f"pass --speedup {beyond:.2f}"
         + (f" or --speedup {1 / slower:.2f}" if slower < 1 - NEAR else ""),
     )
