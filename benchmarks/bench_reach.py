@@ -6,8 +6,8 @@
 
 Each network is pruned to a random speed-up on ONNX Runtime, or refused with the range. What comes
 out is exported afresh and timed in one loop with the dense one, three times: the median is within
-3 % of what was asked, or it counts as missed. Weights are random: this is about time
-alone. The last line is one JSON object.
+3 % of what was asked, or it counts as missed. Weights are random: this is about time alone. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class Goal:
         """A removal with one more step of a group, for each group that has one left."""
         for group in self.groups:
             values, taken = ranking.values[group.name], gone.get(group.name, [])
-            queue = sorted(set(self.remaining(group)) - set(taken), key=lambda u: (values[u], u))
+            queue = [u for u in self._queue(group, ranking) if u not in taken]
             end = next((e for e in self._ends(group) if e > len(taken)), len(taken))
             units = queue[: end - len(taken)]
             if units and np.isfinite(values[units]).all():
@@ -234,12 +234,17 @@ class Goal:
         """How many units of a group are gone after each of its steps."""
         return [*accumulate(count for count, _ in self.steps[group.name])]
 
+    def _queue(self, group: Group, ranking: Ranking) -> list[int]:
+        """The units of a group that are still there, in the order in which they leave."""
+        values = ranking.values[group.name]
+        return sorted(self.remaining(group), key=lambda u: (values[u], u))
+
     def _steps(self, ranking: Ranking) -> list[tuple[str, list[int]]]:
         """Units that leave together, in order; each step leaves its group aligned."""
         steps = []
         for position, group in enumerate(self.groups):
             values = ranking.values[group.name]
-            queue = sorted(self.remaining(group), key=lambda u: (values[u], u))
+            queue = self._queue(group, ranking)
             at, highest = 0, -np.inf
             for count, saves in self.steps[group.name]:
                 units = queue[at : at + count]

@@ -8,7 +8,7 @@ that step waits and others go in its place. At last one step of one group goes o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cswap_deploy.pruning.allocation import Removal
@@ -45,8 +45,7 @@ def next_to_time(tried: Sequence[Timed], wanted: float) -> Choice | None:
         return _a_step_away(tried, wanted)
     known = [_widths(each.choice) for each in tried]
     alike = [each for each in tried if each.choice.goal.limits is last.goal.limits]
-    slow = min((each for each in alike if each.fraction > wanted), key=_target, default=None)
-    fast = max((each for each in alike if each.fraction <= wanted), key=_target, default=None)
+    slow, fast = _next_to(wanted, alike, _target)
     rescaled = last.goal.target * wanted / tried[-1].fraction
     if (choice := _first_new(last, _targets(rescaled, slow, fast), known)) is not None:
         return choice
@@ -74,23 +73,37 @@ def _a_step_away(tried: Sequence[Timed], wanted: float) -> Choice | None:
 
     What the model says that such a step changes is believed more than what it says of networks.
     """
-    known = [_widths(each.choice) for each in tried]
-    slow = min((x for x in tried if x.fraction > wanted), key=_fraction, default=None)
-    fast = max((x for x in tried if x.fraction <= wanted), key=_fraction, default=None)
-    steps: list[tuple[Timed, Removal]] = []
-    if slow is not None:
-        choice = slow.choice
-        steps += ((slow, gone) for gone in choice.goal.one_step_on(choice.gone, choice.ranking))
-    if fast is not None:
-        steps += ((fast, gone) for gone in fast.choice.goal.one_step_back(fast.choice.gone))
+    slow, fast = _next_to(wanted, tried, _fraction)
     found: list[tuple[float, Choice]] = []
-    for timed, gone in steps:
-        goal = timed.choice.goal
-        now, then = (goal.without(each).amount(goal.of) for each in (timed.choice.gone, gone))
-        choice = replace(timed.choice, gone=gone, stepped=True)
-        if then != now and _widths(choice) not in known:
-            found.append((abs(math.log(timed.fraction * then / now / wanted)), choice))
-    return min(found, key=lambda each: each[0])[1] if found else None
+    if slow is not None:
+        on = slow.choice.goal.one_step_on(slow.choice.gone, slow.choice.ranking)
+        found += _stepped(slow, on, wanted)
+    if fast is not None:
+        found += _stepped(fast, fast.choice.goal.one_step_back(fast.choice.gone), wanted)
+    known = [_widths(each.choice) for each in tried]
+    new = [each for each in found if _widths(each[1]) not in known]
+    return min(new, key=lambda each: each[0])[1] if new else None
+
+
+def _stepped(
+    timed: Timed, removals: Iterator[Removal], wanted: float
+) -> Iterator[tuple[float, Choice]]:
+    """Those that change the time by the model, each with how far from what is wanted it may be."""
+    goal = timed.choice.goal
+    now = goal.without(timed.choice.gone).amount(goal.of)
+    for gone in removals:
+        then = goal.without(gone).amount(goal.of)
+        if then != now:
+            off = abs(math.log(timed.fraction * then / now / wanted))
+            yield off, replace(timed.choice, gone=gone, stepped=True)
+
+
+def _next_to(
+    wanted: float, timed: Sequence[Timed], key: Callable[[Timed], float]
+) -> tuple[Timed | None, Timed | None]:
+    """The nearest that is slower than wanted, and the nearest that is not."""
+    slow = min((each for each in timed if each.fraction > wanted), key=key, default=None)
+    return slow, max((each for each in timed if each.fraction <= wanted), key=key, default=None)
 
 
 def _first_new(choice: Choice, targets: Iterator[float], known: Sequence[object]) -> Choice | None:

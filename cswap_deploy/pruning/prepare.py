@@ -130,8 +130,8 @@ def _branches_go(config: PruneConfig) -> bool:
 def _limits(groups: list[Group], config: PruneConfig) -> Limits:
     """What the groups are aligned to; never split for a latency, which odd widths do not save.
 
-    ONNX Runtime has no blocked kernels for them: networks with a few single units gone take 1.1 to
-    1.5 times as long as the dense one (benchmarks/LOG.md).
+    ONNX Runtime has no blocked kernels for them: networks with a few single units gone take up
+    to 1.5 times as long as the dense one (benchmarks/LOG.md).
     """
     alignments = {g.name: _alignment(g, config.round_to) for g in groups}
     floors = {g.name: 0 if g.kind == "branch" else alignments[g.name] for g in groups}

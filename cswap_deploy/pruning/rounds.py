@@ -66,7 +66,7 @@ _FORWARD = 8
 _WIDENED = 2
 """And one part in so many for images and mosaics, where the former are few."""
 NEAR = 0.03
-"""How far below the speed-up that is asked for a network may stay, as a fraction of it."""
+"""How far from the latency that is asked for a network may end, as a fraction of it."""
 _ATTEMPTS = 6
 """At a latency: so many candidates are timed where one of them is near."""
 _MOST_ATTEMPTS = 12
